@@ -1,0 +1,28 @@
+# One virtual environment for everything; a second call of any target finds it ready.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint
+
+# Attribute a prompt on the bundled miniature and serve the graph; ARGS=--no-serve ends after writing.
+demo: $(READY)
+	$(BIN)/circuit-tracer-qk demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# torch comes first and pinned: left to choose, pip takes the newest build, which on Linux brings
+# gigabytes of CUDA libraries even where a smaller build of the tested version is at hand. A torch
+# of that version that is there already, whatever its build, stays.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch -c constraints.txt
+	$(BIN)/python -m pip install -e ".[test]" -c constraints.txt
+	touch $@
