@@ -1,0 +1,59 @@
+"""Settings and facilities that every test shares."""
+
+from __future__ import annotations
+
+import math
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+worst_errors: dict[tuple[str, str], float] = {}
+
+
+def record_error(identity: str, architecture: str, error: float) -> None:
+    """Keep the worst error of an identity on an architecture for the table after the run."""
+    key = identity, architecture
+    errors = error, worst_errors.get(key, 0.0)
+    worst_errors[key] = max(errors, key=lambda e: (math.isnan(e), e))
+
+
+@pytest.fixture(name="record_error", scope="session")
+def record_error_fixture() -> Callable[[str, str, float], None]:
+    """``record_error`` for tests that take it as a fixture."""
+    return record_error
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and dictionaries beside the repository; skips without it."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder.name}/ beside the repository")
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the worst errors: identities down, architectures across."""
+    if not worst_errors:
+        return
+    identities = list(dict.fromkeys(identity for identity, _ in worst_errors))
+    architectures = list(dict.fromkeys(architecture for _, architecture in worst_errors))
+    first = max(map(len, identities))
+    widths = [max(len(architecture), 7) for architecture in architectures]
+    terminalreporter.section("worst errors")
+    header = (a.rjust(w) for a, w in zip(architectures, widths, strict=True))
+    terminalreporter.write_line("  ".join([" " * first, *header]))
+    for identity in identities:
+        cells = (
+            (f"{worst_errors[identity, a]:.1e}" if (identity, a) in worst_errors else "-").rjust(w)
+            for a, w in zip(architectures, widths, strict=True)
+        )
+        terminalreporter.write_line("  ".join([identity.ljust(first), *cells]))
