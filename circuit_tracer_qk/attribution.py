@@ -1,0 +1,140 @@
+"""From a prompt to a residual attribution graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk import host
+from circuit_tracer_qk.components import decompose
+from circuit_tracer_qk.dictionaries import DictionarySet
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.frozen import freeze
+from circuit_tracer_qk.graph import Record, ResidualGraph
+from circuit_tracer_qk.heads import Heads, logit_directions, read_blocks
+from circuit_tracer_qk.residual_model import ResidualModel
+from circuit_tracer_qk.sweep import Sweep
+
+
+def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
+    """Refuse sets whose gaps leave edges undefined (method, section 3, "Sets with gaps").
+
+    Raises:
+        UserError: a gap other than checkpoint n_layers, or a crosscoder that reads checkpoint 0.
+    """
+    missing = [c for c in range(1, n_layers) if c not in dictionaries.by_checkpoint]
+    if missing:
+        raise UserError(
+            f"the dictionaries {dictionaries.scan} have none at checkpoint "
+            f"{', '.join(map(str, missing))} of 1 to {n_layers - 1}: an edge would cross several "
+            "blocks and its heads would not be defined; use a set with every layer (QK "
+            "attributions alone work at the checkpoints it has: circuit_tracer_qk.explain)."
+        )
+    first = dictionaries.by_checkpoint.get(0)
+    if first is not None and set(first.decoders) - {0}:
+        raise UserError(
+            f"the crosscoder {dictionaries.scan} reads checkpoint 0, whose node in a graph is the "
+            "token embedding: use one whose first encoder reads checkpoint 1 (QK attributions "
+            "alone work: circuit_tracer_qk.explain)."
+        )
+
+
+def attribute(
+    prompt: str | Tensor | list[int],
+    model: ResidualModel,
+    *,
+    attribution_targets: Any = None,
+    max_n_logits: int = 10,
+    desired_logit_prob: float = 0.95,
+    batch_size: int = 512,
+    max_feature_nodes: int | None = None,
+    offload: str | None = None,
+    verbose: bool = False,
+    update_interval: int = 4,
+) -> ResidualGraph:
+    """Attribute a prompt's logits to residual-stream features, with heads (paper, "Head loadings").
+
+    Args:
+        prompt: text, token ids or a tensor of them.
+        model: of :func:`circuit_tracer_qk.load_model`.
+        attribution_targets: which logits, as in ``circuit_tracer.attribute``.
+        max_n_logits, desired_logit_prob: how many logits when they are not named.
+        batch_size: target rows taken at once; bounds memory.
+        max_feature_nodes: keep the features of the largest influence; None keeps all.
+        offload: accepted as in ``circuit_tracer.attribute``; there is no backward pass through
+            the sequence, so nothing needs to be offloaded.
+        verbose: show progress.
+        update_interval: accepted as in ``circuit_tracer.attribute``; influence is one exact sweep
+            here, so no ranking needs updating.
+
+    Returns:
+        A genuine ``circuit_tracer.Graph``; the sum of a target's edges over features, decoder
+        biases, errors and positions is <gradient, residual stream> (completeness).
+
+    Raises:
+        UserError: a prompt, targets or dictionaries that cannot be attributed exactly.
+    """
+    del offload, update_interval
+    if not isinstance(model, ResidualModel):
+        raise UserError(
+            f"attribute needs the model of circuit_tracer_qk.load_model, not {type(model).__name__}"
+            ": transcoder models go to circuit_tracer.attribute."
+        )
+    if batch_size < 1 or (max_feature_nodes is not None and max_feature_nodes < 1):
+        raise UserError("batch_size and max_feature_nodes must be at least 1.")
+    transformer = model.transformer
+    check_graph_set(model.dictionaries, transformer.cfg.n_layers)
+    tokens = model.ensure_tokenized(prompt)
+    run = freeze(transformer, tokens)
+    parts = decompose(run, model.dictionaries, model.zero_positions)
+    heads = Heads(read_blocks(transformer, len(tokens)), run)
+    targets = host.logit_targets(
+        attribution_targets=attribution_targets,
+        logits=run.logits,
+        unembed=transformer.unembed.W_U.to(run.logits.dtype),
+        tokenizer=model.tokenizer,
+        max_n_logits=max_n_logits,
+        desired_logit_prob=desired_logit_prob,
+    )
+    directions = logit_directions(transformer, run, targets.logit_vectors)
+    resid_pre = model.dictionaries.hook == "hook_resid_pre"
+    sweep = Sweep(transformer, parts, heads, directions, resid_pre, batch_size, verbose)
+    selected = sweep.select(targets.logit_probabilities.to(run.logits), max_feature_nodes)
+    filled = sweep.fill(selected)
+
+    nodes = parts.features.checkpoint > 0
+    active = parts.features
+    decode = host.decoder(model.tokenizer, transformer.cfg.d_vocab).decode
+    return ResidualGraph(
+        Record(
+            parts=parts,
+            heads=heads,
+            target_pulls=filled.target_pulls,
+            logit_rows=directions,
+            bias_edges=filled.bias_edges,
+            position_edges=filled.position_edges,
+            resid_pre=resid_pre,
+            token_strings=[decode(t) for t in tokens],
+            names=model.dictionaries.label,
+            dictionary_folder=None
+            if model.dictionaries.folder is None
+            else str(model.dictionaries.folder),
+        ),
+        **host.graph_arguments(
+            scan=model.scan,
+            input_string=decode(tokens),
+            input_tokens=tokens,
+            logit_targets=targets.logit_targets,
+            logit_probabilities=targets.logit_probabilities.float(),
+            vocab_size=transformer.cfg.d_vocab,
+            active_features=torch.stack(
+                [active.checkpoint[nodes] - 1, active.position[nodes], active.feature[nodes]], 1
+            ),
+            activation_values=active.activation[nodes].float(),
+            selected_features=selected,
+            adjacency_matrix=filled.adjacency,
+            cfg=transformer.cfg,
+        ),
+    )

@@ -1,0 +1,321 @@
+"""The residual attribution graph: a ``circuit_tracer.Graph`` that knows its heads.
+
+An edge crosses exactly one block, so every part of it can be named (method, section 3), and any
+head's score can be taken apart at the block's checkpoint (section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk import host
+from circuit_tracer_qk.components import Decomposition
+from circuit_tracer_qk.edges import Parts, Targets, edge_parts
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.heads import Heads
+from circuit_tracer_qk.qk import QK, Label, QKRow, QKTable, TopTerms
+
+
+class HeadLoadings(NamedTuple):
+    """How much each head of the block carried an edge, each (n_heads,).
+
+    Attributes:
+        total: the head's part of the edge; its write also passes through the block's MLP.
+        direct: the paper's printed formula, which leaves that path out.
+        pattern: attention from the target's position to the source's.
+    """
+
+    total: Tensor
+    direct: Tensor
+    pattern: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """One edge and what carried it. ``weight == residual + mlp + heads.total.sum()``.
+
+    Attributes:
+        weight: effect of the source on the target, attention and norms frozen.
+        residual: part through the residual stream (same position only).
+        mlp: part through the block's MLP alone (same position only).
+        layer: the block crossed; None where a logit reads its own checkpoint.
+        query, key: positions of the target and of the source.
+        heads: what each head of the block carried.
+    """
+
+    weight: float
+    residual: float
+    mlp: float
+    layer: int | None
+    query: int
+    key: int
+    heads: HeadLoadings
+
+
+class EdgeParts(NamedTuple):
+    """The parts of many edges, in the order asked for.
+
+    Attributes:
+        layer: (n,) block crossed; -1 where a logit reads its own checkpoint.
+        query, key: (n,) positions of target and source.
+        parts: residual, mlp, total, direct and pattern of each.
+    """
+
+    layer: Tensor
+    query: Tensor
+    key: Tensor
+    parts: Parts
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a graph keeps beyond circuit-tracer's own fields: enough to explain any edge or score.
+
+    Attributes:
+        parts: the components of every checkpoint.
+        heads: the model's heads on the run.
+        target_pulls: (n_selected + n_logits, d_model) ``M^T y`` of every target.
+        logit_rows: (n_logits, d_model) directions of the logits at checkpoint n_layers.
+        bias_edges: (n_selected + n_logits, n_pos) edges from the decoder bias at each position.
+        position_edges: the same from learned position embeddings; None without them.
+        resid_pre: error slot i stands for checkpoint i rather than i + 1.
+        token_strings: the prompt's tokens as text.
+        names: (checkpoint, feature) -> label.
+        dictionary_folder: where feature examples lie; None if nowhere.
+    """
+
+    parts: Decomposition
+    heads: Heads
+    target_pulls: Tensor
+    logit_rows: Tensor
+    bias_edges: Tensor
+    position_edges: Tensor | None
+    resid_pre: bool
+    token_strings: list[str]
+    names: Label
+    dictionary_folder: str | None
+
+
+class ResidualGraph(host.Graph):
+    """A ``circuit_tracer.Graph`` between residual-stream features of neighbouring checkpoints.
+
+    Nodes, their order and the adjacency matrix are circuit-tracer's (rows are targets), so its
+    pruning and scores work unchanged. ``active_features[:, 0]`` is the checkpoint minus one.
+
+    Args:
+        record: what explains edges and scores.
+        **arguments: of ``circuit_tracer.Graph``.
+    """
+
+    def __init__(self, record: Record, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.record = record
+
+    @cached_property
+    def _qk(self) -> QK:
+        return QK(self.record.parts, self.record.heads, self.record.names)
+
+    @property
+    def n_features(self) -> int:
+        """How many feature nodes the graph has."""
+        return len(self.selected_features)
+
+    @property
+    def bias_edges(self) -> Tensor:
+        """(n_features + n_logits, n_pos): edges from ``b_dec``, which has no node of its own."""
+        return self.record.bias_edges
+
+    @property
+    def position_edges(self) -> Tensor | None:
+        """(n_features + n_logits, n_pos): edges from learned positions; None without them."""
+        return self.record.position_edges
+
+    def qk(self, layer: int, head: int, query: int, key: int) -> QKTable:
+        """QK attributions of any head at any pair of positions, in the graph or not.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        return self._qk.table(layer, head, query, key)
+
+    def qk_row(self, layer: int, head: int, query: int) -> QKRow:
+        """Scores and pattern of one head's query over keys ``0..query``.
+
+        Raises:
+            UserError: an index out of range.
+        """
+        return self._qk.row(layer, head, query)
+
+    def qk_top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
+        """The ``n`` largest terms for every visible key of a query, in one product.
+
+        Raises:
+            UserError: an index out of range.
+        """
+        return self._qk.top(layer, head, query, n)
+
+    def edge(self, source: int, target: int) -> Edge:
+        """One edge and what carried it.
+
+        Args:
+            source, target: node indices in adjacency order.
+
+        Raises:
+            UserError: a node out of range, or two that no edge can join.
+        """
+        layer, query, key, parts = self.edges([source], [target])
+        residual, mlp = float(parts.residual), float(parts.mlp)
+        heads = HeadLoadings(parts.total[0], parts.direct[0], parts.pattern[0])
+        return Edge(
+            weight=residual + mlp + float(heads.total.sum()),
+            residual=residual,
+            mlp=mlp,
+            layer=None if int(layer) < 0 else int(layer),
+            query=int(query),
+            key=int(key),
+            heads=heads,
+        )
+
+    def edges(self, sources: Sequence[int] | Tensor, targets: Sequence[int] | Tensor) -> EdgeParts:
+        """What carried each of many edges, batched by block.
+
+        Args:
+            sources, targets: (n,) node indices in adjacency order, pairwise.
+
+        Raises:
+            UserError: a node out of range, or two that no edge can join.
+        """
+        heads = self.record.heads
+        device = heads.run.residual.device
+        source = torch.as_tensor(sources, dtype=torch.long, device=device)
+        target = torch.as_tensor(targets, dtype=torch.long, device=device)
+        writes, query = self._target_places(target)
+        at, key = self._source_places(source)
+        own = self._is_logit(target) & (heads.run.n_layers in self.record.parts.biases)
+        read = torch.where(own, writes, writes - 1)  # the checkpoint whose components are sources
+        for i in (~self._has_component(source, at, read)).nonzero().flatten().tolist():
+            raise UserError(
+                f"no edge can join node {int(source[i])} to node {int(target[i])}: the target's "
+                f"sources are the components of checkpoint {int(read[i])}, and this source has "
+                f"none there (it stands at checkpoint {int(at[i])})."
+            )
+        layer = torch.where(own, -1, read)
+        n, n_heads = len(source), heads.blocks[0].n_heads
+        empty = heads.run.residual.new_zeros
+        out = Parts(empty(n), empty(n), *(empty(n, n_heads) for _ in range(3)))
+        for block in layer.unique().tolist():
+            mine = (layer == block).nonzero().squeeze(1)
+            some_targets, t = target[mine].unique(return_inverse=True)
+            some_sources, s = source[mine].unique(return_inverse=True)
+            checkpoint = block if block >= 0 else heads.run.n_layers
+            vectors = self._source_vectors(some_sources, checkpoint)
+            _, positions = self._source_places(some_sources)
+            rows = self._targets(some_targets)
+            if block < 0:
+                same = (rows.positions[t] == positions[s]).to(vectors.dtype)
+                out.residual[mine] = same * (rows.y[t] * vectors[s]).sum(1)
+                continue
+            found = edge_parts(heads, block, rows, t, vectors, positions, s)
+            for whole, part in zip(out, found, strict=True):
+                whole[mine] = part
+        return EdgeParts(layer, query, key, out)
+
+    # Node indices to what they stand for. Order: features, errors, tokens, logits.
+
+    def _starts(self) -> tuple[int, int, int, int]:
+        n_errors = self.n_pos * self.record.heads.run.n_layers
+        tokens = self.n_features + n_errors
+        logits = tokens + self.n_pos
+        return self.n_features, tokens, logits, logits + len(self.logit_targets)
+
+    def _is_logit(self, node: Tensor) -> Tensor:
+        return node >= self._starts()[2]
+
+    def _has_component(self, node: Tensor, at: Tensor, read: Tensor) -> Tensor:
+        """Whether source nodes standing at checkpoints ``at`` are components of ``read``.
+
+        A crosscoder's feature is one at every checkpoint where it has a decoder.
+        """
+        known = self.record.parts.features.decoders
+        pairs = zip(node.tolist(), at.tolist(), read.tolist(), strict=True)
+        has = [(a, r) in known if n < self.n_features else a == r for n, a, r in pairs]
+        return torch.tensor(has, dtype=torch.bool, device=node.device)
+
+    def _feature(self, node: Tensor) -> Tensor:
+        """Feature nodes to rows of the run's active features (checkpoint 0 has no nodes)."""
+        active = self.record.parts.features.checkpoint
+        skipped = int((active == 0).sum())
+        return self.selected_features.to(node.device)[node] + skipped
+
+    def _target_places(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """(checkpoint written at, position) of target nodes."""
+        features, _, logits, end = self._starts()
+        allowed = ((node >= 0) & (node < features)) | ((node >= logits) & (node < end))
+        for bad in node[~allowed].tolist():
+            raise UserError(
+                f"node {bad} is no target: targets are features (0 to {features - 1}) and logits "
+                f"({logits} to {end - 1})."
+            )
+        run = self.record.heads.run
+        checkpoint = torch.full_like(node, run.n_layers)
+        position = torch.full_like(node, run.n_pos - 1)
+        feature = node < features
+        rows = self._feature(node[feature])
+        checkpoint[feature] = self.record.parts.features.checkpoint[rows]
+        position[feature] = self.record.parts.features.position[rows]
+        return checkpoint, position
+
+    def _source_places(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """(checkpoint stood at, position) of source nodes; for features the one they read."""
+        features, tokens, logits, _ = self._starts()
+        for bad in node[(node < 0) | (node >= logits)].tolist():
+            raise UserError(
+                f"node {bad} is no source: sources are features (0 to {features - 1}), errors and "
+                f"tokens (up to {logits - 1})."
+            )
+        run, active = self.record.heads.run, self.record.parts.features
+        checkpoint, position = torch.zeros_like(node), torch.zeros_like(node)
+        feature = node < features
+        rows = self._feature(node[feature])
+        checkpoint[feature], position[feature] = active.checkpoint[rows], active.position[rows]
+        error = (node >= features) & (node < tokens)
+        slot = (node[error] - features).div(run.n_pos, rounding_mode="floor")
+        checkpoint[error] = slot + (0 if self.record.resid_pre else 1)
+        position[error] = (node[error] - features) % run.n_pos
+        token = node >= tokens
+        position[token] = node[token] - tokens
+        return checkpoint, position
+
+    def _source_vectors(self, node: Tensor, checkpoint: int) -> Tensor:
+        """(n, d_model) vectors of source nodes at a checkpoint."""
+        features, tokens, _, _ = self._starts()
+        parts = self.record.parts
+        _, position = self._source_places(node)
+        out = parts.run.residual.new_zeros(len(node), parts.run.residual.shape[-1])
+        feature, token = node < features, node >= tokens
+        if bool(feature.any()):
+            out[feature] = parts.features.vectors(self._feature(node[feature]), checkpoint)
+        out[token] = parts.run.embedding[position[token]]
+        error = ~feature & ~token
+        if checkpoint in parts.errors and checkpoint > 0:
+            out[error] = parts.errors[checkpoint][position[error]]
+        return out
+
+    def _targets(self, node: Tensor) -> Targets:
+        """Rows of target nodes."""
+        parts, (features, _, logits, _) = self.record.parts, self._starts()
+        checkpoint, position = self._target_places(node)
+        y = parts.run.residual.new_zeros(len(node), parts.run.residual.shape[-1])
+        feature = node < features
+        for c in checkpoint[feature].unique().tolist():
+            at = feature & (checkpoint == c)
+            y[at] = parts.features.vectors(self._feature(node[at]), c)
+        y[~feature] = self.record.logit_rows[node[~feature] - logits]
+        row = torch.where(feature, node, node - logits + features)
+        return Targets(position, y, self.record.target_pulls[row])

@@ -1,0 +1,172 @@
+"""Everything this package touches of circuit-tracer, in one place.
+
+circuit-tracer exists in several trees (PyPI's fork, upstream). Features are detected, never
+versions, and its functions are called with keyword arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from circuit_tracer.attribution.targets import AttributionTargets
+from circuit_tracer.frontend.graph_models import Metadata, Model, Node, QParams
+from circuit_tracer.frontend.utils import add_graph_metadata
+from circuit_tracer.graph import (
+    Graph,
+    PruneResult,
+    compute_edge_influence,
+    compute_graph_scores,
+    prune_graph,
+)
+from torch import Tensor
+
+from circuit_tracer_qk.errors import UserError
+
+
+def _accepted(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:
+    """The offered keyword arguments that ``function`` takes."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+def graph_arguments(*, scan: str, **arguments: Any) -> dict[str, Any]:
+    """Keyword arguments of this host's ``Graph``; ``scan`` is ``scan_name`` in newer trees."""
+    return _accepted(Graph.__init__, scan=scan, scan_name=scan, **arguments)
+
+
+def graph_scan(graph: Graph) -> str:
+    """The identifier of the dictionaries that a graph was made with."""
+    scan = getattr(graph, "scan", None) or getattr(graph, "scan_name", None) or "unknown"
+    return scan if isinstance(scan, str) else "-".join(scan)
+
+
+def edge_influence(graph: Graph) -> Tensor:
+    """(n_nodes, n_nodes) share of what reaches the logits that runs through each edge."""
+    weights = graph.adjacency_matrix.new_zeros(len(graph.adjacency_matrix))
+    weights[-len(graph.logit_targets) :] = graph.logit_probabilities.to(weights)
+    return compute_edge_influence(graph.adjacency_matrix, weights)
+
+
+def tokenize(
+    prompt: str | Tensor | list[int], tokenizer: Any, device: Any, model_name: str
+) -> Tensor:
+    """(n_pos,) ids as circuit-tracer makes them: a BOS is put in front where there is none.
+
+    Raises:
+        UserError: an empty prompt, text for a model without a tokenizer, or what is no prompt.
+    """
+    try:
+        from circuit_tracer.replacement_model.common import ensure_tokenized
+    except ImportError:  # older trees keep it on the model's class
+        ensure_tokenized = _ensure_tokenized_of_class
+    empty = "The prompt is empty: give at least one token of text."
+    if isinstance(prompt, str):
+        if not prompt:
+            raise UserError(empty)
+        if tokenizer is None:
+            raise UserError(
+                "This model has no tokenizer, so a text prompt cannot be read: give token ids, or "
+                "add the tokenizer's files to the model's folder."
+            )
+    else:
+        ids = torch.as_tensor(prompt)
+        if ids.numel() == 0:
+            raise UserError(empty)
+        if ids.is_floating_point() or ids.ndim > 2 or (ids.ndim == 2 and len(ids) > 1):
+            raise UserError(
+                f"The prompt must be one sequence of integer token ids, not {ids.dtype} of shape "
+                f"{list(ids.shape)}."
+            )
+        prompt = ids.reshape(-1).long()
+    if tokenizer is None:
+        assert isinstance(prompt, Tensor)
+        return prompt.to(device)
+    try:
+        return ensure_tokenized(
+            prompt=prompt, tokenizer=tokenizer, device=device, model_name=model_name
+        )
+    except StopIteration:  # its search for a special token to put in front found none
+        raise UserError(
+            "This model's tokenizer has no special token to put in front of the prompt: give "
+            "token ids that begin with one."
+        ) from None
+
+
+def _ensure_tokenized_of_class(*, prompt: Any, tokenizer: Any, device: Any, model_name: str):
+    from types import SimpleNamespace
+
+    from circuit_tracer import ReplacementModel
+
+    cfg = SimpleNamespace(device=device, model_name=model_name)
+    return ReplacementModel.ensure_tokenized(  # type: ignore[attr-defined]
+        SimpleNamespace(tokenizer=tokenizer, cfg=cfg), prompt
+    )
+
+
+class _Ids:
+    """Stands in for the tokenizer of a model that has none: tokens are shown by their ids."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def decode(self, ids: Any) -> str:
+        return "".join(f"<{int(i)}>" for i in torch.as_tensor(ids).reshape(-1))
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        raise ValueError(f"this model has no tokenizer to read {text!r} with; give token ids")
+
+
+def decoder(tokenizer: Any, vocab_size: int) -> Any:
+    """The tokenizer, or a stand-in that shows ids where the model has none."""
+    return _Ids(vocab_size) if tokenizer is None else tokenizer
+
+
+def logit_targets(
+    *,
+    attribution_targets: Any,
+    logits: Tensor,
+    unembed: Tensor,
+    tokenizer: Any,
+    max_n_logits: int,
+    desired_logit_prob: float,
+) -> AttributionTargets:
+    """circuit-tracer's choice of logits: their tokens, probabilities and demeaned columns.
+
+    Raises:
+        UserError: targets that circuit-tracer refuses.
+    """
+    if max_n_logits < 1:
+        raise UserError(f"max_n_logits is {max_n_logits}: it must be at least 1.")
+    try:
+        return AttributionTargets(
+            attribution_targets=attribution_targets,
+            logits=logits,
+            unembed_proj=unembed,
+            tokenizer=decoder(tokenizer, len(logits)),
+            max_n_logits=min(max_n_logits, len(logits)),
+            desired_logit_prob=desired_logit_prob,
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"attribution_targets cannot be used: {error}") from error
+
+
+__all__ = [
+    "Graph",
+    "Metadata",
+    "Model",
+    "Node",
+    "PruneResult",
+    "QParams",
+    "add_graph_metadata",
+    "compute_graph_scores",
+    "decoder",
+    "edge_influence",
+    "graph_arguments",
+    "graph_scan",
+    "logit_targets",
+    "prune_graph",
+    "tokenize",
+]

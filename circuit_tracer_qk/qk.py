@@ -1,0 +1,299 @@
+"""QK attributions: a head's score at a query and a key position, as a sum of named terms.
+
+    T[u, u'] = q(u) . k(u') / attn_scale,   sum over all u, u' of T = score
+
+(method, section 2; paper, "QK attributions"). The table is never approximated; the score is
+before soft-cap and mask. Bias and error components are rows and columns like any other.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomposition
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.heads import Heads
+
+Label = Callable[[int, int], str]
+"""(checkpoint, feature) -> a short label, "" where there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class QKTable:
+    """Why head ``L{layer}H{head}`` at ``query_position`` scored ``key_position`` as it did.
+
+    Attributes:
+        score: attention score before soft-cap and mask, from the whole residual stream.
+        score_capped: after the soft-cap (equal to ``score`` where the model has none).
+        masked: the key lies outside the head's window, so the score never enters the softmax.
+        query, key: the components of each side, in the order of the rows and columns.
+        terms: (len(query), len(key)); ``terms.sum() == score``.
+    """
+
+    layer: int
+    head: int
+    query_position: int
+    key_position: int
+    score: float
+    score_capped: float
+    masked: bool
+    query: list[Component]
+    key: list[Component]
+    terms: Tensor
+
+    @property
+    def query_marginal(self) -> Tensor:
+        """(len(query),) row sums: what each query component adds to the score."""
+        return self.terms.sum(1)
+
+    @property
+    def key_marginal(self) -> Tensor:
+        """(len(key),) column sums: what each key component adds to the score."""
+        return self.terms.sum(0)
+
+    @cached_property
+    def blocks(self) -> dict[tuple[str, str], float]:
+        """{(query kind, key kind): total}: how much of the score features explain.
+
+        All nine pairs of feature, bias and error where the checkpoint has a dictionary; the kinds
+        present elsewhere. The totals sum to the score.
+        """
+        codes = [
+            torch.tensor([KINDS.index(c.kind) for c in side], device=self.terms.device)
+            for side in (self.query, self.key)
+        ]
+        totals = self.terms.new_zeros(len(KINDS), len(KINDS))
+        rows = self.terms.new_zeros(len(KINDS), self.terms.shape[1])
+        rows.index_add_(0, codes[0], self.terms)
+        totals.index_add_(1, codes[1], rows)
+        present = {c.kind for c in (*self.query, *self.key)}
+        if not present & {"embedding", "position"}:
+            present |= {"feature", "bias", "error"}
+        kinds = [k for k in KINDS if k in present]
+        return {(a, b): float(totals[KINDS.index(a), KINDS.index(b)]) for a in kinds for b in kinds}
+
+    def top(self, n: int) -> list[tuple[Component, Component, float]]:
+        """The ``n`` terms largest by absolute value, signed, largest first."""
+        flat = self.terms.flatten()
+        at = flat.abs().topk(min(n, len(flat))).indices
+        values = flat[at].tolist()
+        width = self.terms.shape[1]
+        return [
+            (self.query[i // width], self.key[i % width], value)
+            for i, value in zip(at.tolist(), values, strict=True)
+        ]
+
+
+class QKRow(NamedTuple):
+    """One head's attention from one query over keys ``0..query``.
+
+    Attributes:
+        scores: (query + 1,) after the soft-cap; -inf where masked. ``softmax(scores) == pattern``.
+        pattern: (query + 1,) the model's own attention pattern; 0 where masked.
+        scores_raw: (query + 1,) before soft-cap and mask.
+    """
+
+    scores: Tensor
+    pattern: Tensor
+    scores_raw: Tensor
+
+
+class TopTerms(NamedTuple):
+    """The largest terms of one head and query over all its visible keys, without their tables.
+
+    Attributes:
+        keys: (n_keys,) key positions.
+        scores: (n_keys,) scores before the soft-cap.
+        values: (n_keys, n) signed terms, largest by absolute value first; 0 beyond a small table.
+        query_index, key_index: (n_keys, n) row and column in that key's :class:`QKTable`.
+    """
+
+    keys: Tensor
+    scores: Tensor
+    values: Tensor
+    query_index: Tensor
+    key_index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class QK:
+    """QK attributions of one run, for any head and any pair of positions.
+
+    Projected components are kept for the most recent positions, so that the keys of a query and
+    the queries of a key share them.
+
+    Attributes:
+        parts: the run's components.
+        heads: the model's heads on that run.
+        label: names features.
+        keep_bytes: how much memory projections may take.
+    """
+
+    parts: Decomposition
+    heads: Heads
+    label: Label
+    keep_bytes: int = 256 << 20
+    _projected: OrderedDict[tuple[int, int, int, int], Tensor] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        # whole q and k of a layer serve every pair of its positions
+        object.__setattr__(self, "_whole", lru_cache(maxsize=4)(self.heads.whole))
+
+    def check(self, layer: int, head: int, query: int, key: int | None = None) -> None:
+        """Refuse indices that do not exist.
+
+        Raises:
+            UserError: layer, head or position out of range, or key > query.
+        """
+        n_pos, blocks = self.heads.run.n_pos, self.heads.blocks
+        for name, value, limit in (
+            ("layer", layer, len(blocks)),
+            ("head", head, blocks[0].n_heads),
+            ("query position", query, n_pos),
+            ("key position", 0 if key is None else key, n_pos),
+        ):
+            if not isinstance(value, int) or not 0 <= value < limit:
+                raise UserError(f"{name} {value} is out of range: it must be 0 to {limit - 1}.")
+        if key is not None and key > query:
+            raise UserError(
+                f"key position {key} is after query position {query}: attention is causal, "
+                "so the key must be at or before the query."
+            )
+
+    def table(self, layer: int, head: int, query: int, key: int) -> QKTable:
+        """The exact table of one head at one query and key position.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        self.check(layer, head, query, key)
+        block = self.heads.block(layer)
+        q = self._images(layer, head, [query], side=0)[0]
+        k = self._images(layer, block.group(head), [key], side=1)[0]
+        score = self._scores(layer, head, query, torch.tensor([key]))
+        return QKTable(
+            layer=layer,
+            head=head,
+            query_position=query,
+            key_position=key,
+            score=float(score),
+            score_capped=float(block.cap(score)),
+            masked=key < block.first_key(query),
+            query=self.components(layer, query, side=0),
+            key=self.components(layer, key, side=1),
+            terms=q @ k.T / block.attn_scale,
+        )
+
+    def row(self, layer: int, head: int, query: int) -> QKRow:
+        """Scores and pattern of one head's query over its keys.
+
+        Raises:
+            UserError: an index out of range.
+        """
+        self.check(layer, head, query)
+        block = self.heads.block(layer)
+        raw = self._scores(layer, head, query, torch.arange(query + 1))
+        scores = block.cap(raw).clone()
+        scores[: block.first_key(query)] = -torch.inf
+        return QKRow(scores, self.heads.run.pattern[layer, head, query, : query + 1], raw)
+
+    def top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
+        """The ``n`` largest terms for every visible key of a query: one product, no tables kept.
+
+        Raises:
+            UserError: an index out of range.
+        """
+        self.check(layer, head, query)
+        block = self.heads.block(layer)
+        keys = range(block.first_key(query), query + 1)
+        q = self._images(layer, head, [query], side=0)[0] / block.attn_scale
+        images = self._images(layer, block.group(head), keys, side=1)
+        width = max(map(len, images))
+        padded = q.new_zeros(len(keys), width, q.shape[1])
+        for at, image in enumerate(images):
+            padded[at, : len(image)] = image
+        terms = q @ padded.transpose(1, 2)
+        flat = terms.flatten(1)
+        at = flat.abs().topk(min(n, flat.shape[1]), dim=1).indices
+        positions = torch.arange(keys.start, keys.stop)
+        return TopTerms(
+            positions,
+            self._scores(layer, head, query, positions),
+            flat.gather(1, at),
+            at // width,
+            at % width,
+        )
+
+    def components(self, layer: int, position: int, side: int) -> list[Component]:
+        """The components of checkpoint ``layer`` at a position, the map's constant last."""
+        checkpoint = self.parts.at(layer)
+        part = checkpoint.at(position)
+        features = self.parts.features
+        kinds, nodes = checkpoint.kind[part], checkpoint.node[part]
+        at = nodes[kinds == FEATURE]
+        named = iter(
+            zip(
+                features.checkpoint[at].tolist(),
+                features.feature[at].tolist(),
+                features.activation[at].tolist(),
+                strict=True,
+            )
+        )
+        listed = []
+        for code in kinds.tolist():
+            if code == FEATURE:
+                c, feature, activation = next(named)
+                label = self.label(c, feature)
+                listed.append(Component("feature", c, feature, position, activation, label))
+            else:
+                label = "b_dec" if code == BIAS else KINDS[code]
+                listed.append(Component(KINDS[code], layer, None, position, None, label))
+        if self.heads.has_constants(layer):
+            label = ("b_Q + b_ln W_Q", "b_K + b_ln W_K")[side]
+            listed.append(Component("bias", layer, None, position, None, label))
+        return listed
+
+    def _scores(self, layer: int, head: int, query: int, keys: Tensor) -> Tensor:
+        block = self.heads.block(layer)
+        q, k = self._whole(layer)  # type: ignore[attr-defined]
+        return k[keys.to(k.device), block.group(head)] @ q[query, head] / block.attn_scale
+
+    def _images(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
+        """Projected components of several positions, each (n_components, d_head), kept."""
+        wanted = [(side, layer, head, p) for p in at]
+        missing = [key for key in wanted if key not in self._projected]
+        if missing:
+            self._project([p for *_, p in missing], layer, head, side)
+        for key in wanted:
+            self._projected.move_to_end(key)
+        images = [self._projected[key] for key in wanted]
+        size = sum(t.numel() * t.element_size() for t in self._projected.values())
+        while size > self.keep_bytes and len(self._projected) > len(wanted):
+            dropped = self._projected.popitem(last=False)[1]
+            size -= dropped.numel() * dropped.element_size()
+        return images
+
+    def _project(self, positions: list[int], layer: int, head: int, side: int) -> None:
+        checkpoint = self.parts.at(layer)
+        parts = [checkpoint.at(p) for p in positions]
+        vectors = torch.cat([checkpoint.vectors(part) for part in parts])
+        counts = [part.stop - part.start for part in parts]
+        device = vectors.device
+        places = torch.tensor(positions, device=device).repeat_interleave(
+            torch.tensor(counts, device=device)
+        )
+        project = (self.heads.queries, self.heads.keys)[side]
+        images = project(layer, vectors, places, head).split(counts)
+        if self.heads.has_constants(layer):
+            at = torch.tensor(positions, device=device)
+            constants = self.heads.constants(layer, at)[side][:, head]
+            images = [torch.cat([image, c[None]]) for image, c in zip(images, constants)]
+        for position, image in zip(positions, images, strict=True):
+            self._projected[side, layer, head, position] = image

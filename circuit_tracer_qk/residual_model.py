@@ -1,0 +1,111 @@
+"""A model with its residual dictionaries: what :func:`load_model` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk import host
+from circuit_tracer_qk.dictionaries import BUILT_IN, DictionarySet, load_dictionaries
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.frozen import contraction_dtype
+from circuit_tracer_qk.heads import check_exact, refuse_unsupported
+from circuit_tracer_qk.models import load_transformer
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+MINIATURE = Path(__file__).parent / "miniature" / "model"
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualModel:
+    """A language model and the dictionaries of its residual stream.
+
+    Attributes:
+        transformer: the TransformerLens model, unmodified, nothing folded.
+        dictionaries: residual SAEs or a weakly causal crosscoder.
+        zero_positions: positions whose features are dropped.
+        name: what the model was loaded as.
+    """
+
+    transformer: HookedTransformer
+    dictionaries: DictionarySet
+    zero_positions: slice
+    name: str
+
+    @property
+    def cfg(self) -> Any:
+        return self.transformer.cfg
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.transformer.tokenizer
+
+    @property
+    def scan(self) -> str:
+        return self.dictionaries.scan
+
+    def ensure_tokenized(self, prompt: str | Tensor | list[int]) -> Tensor:
+        """(n_pos,) token ids of a prompt, with a BOS in front (circuit-tracer's own rule).
+
+        Raises:
+            UserError: an empty prompt, or text for a model without a tokenizer.
+        """
+        device = self.transformer.W_E.device
+        return host.tokenize(prompt, self.tokenizer, device, str(self.cfg.model_name))
+
+
+def load_model(
+    model: str | Path | None = None,
+    dictionaries: str | Path | DictionarySet | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    zero_positions: slice | None = None,
+) -> ResidualModel:
+    """Load a model and its residual dictionaries.
+
+    Args:
+        model: a local Hugging Face folder, a hub id or a TransformerLens name; the bundled
+            miniature if left out (or the ``model_name`` in the dictionaries' config, if those are
+            given).
+        dictionaries: a local folder, a hub id ``org/name[@revision]`` or a built-in name.
+        dtype: of the weights; everything is contracted in float32, or float64 for float64.
+        device: cuda if there is one, else cpu.
+        zero_positions: positions whose features are dropped, as circuit-tracer does: the first
+            (gemma-3-it: the first four). ``slice(0, 0)`` keeps them all.
+
+    Raises:
+        UserError: whatever cannot be loaded exactly, with the reason and the way out.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dictionaries is None:
+        if model is not None:
+            raise UserError(
+                "No dictionaries were named: give dictionaries=..., a folder or hub id with "
+                "residual SAEs or a weakly causal crosscoder."
+            )
+        dictionaries = "miniature-sae"
+    if not isinstance(dictionaries, DictionarySet):
+        builtin = str(dictionaries) in BUILT_IN
+        dictionaries = load_dictionaries(
+            dictionaries, device=device, dtype=contraction_dtype(dtype)
+        )
+        model = model or (MINIATURE if builtin else dictionaries.model_name)
+    if model is None:
+        raise UserError(
+            "No model was named, and the dictionaries' config has no model_name: give one."
+        )
+    transformer = load_transformer(str(model), dtype=dtype, device=device)
+    refuse_unsupported(transformer)
+    dictionaries.check_fits(transformer.cfg.d_model, transformer.cfg.n_layers)
+    check_exact(transformer)
+    if zero_positions is None:
+        name = str(transformer.cfg.model_name)
+        zero_positions = slice(0, 4 if "gemma-3" in name and name.endswith("-it") else 1)
+    return ResidualModel(transformer, dictionaries, zero_positions, str(model))
