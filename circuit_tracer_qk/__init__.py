@@ -9,27 +9,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuit_tracer_qk.attribution import attribute
+    from circuit_tracer_qk.attribution import attribute, explain
     from circuit_tracer_qk.components import Component
     from circuit_tracer_qk.dictionaries import load_dictionaries
     from circuit_tracer_qk.errors import UserError
-    from circuit_tracer_qk.graph import Edge, ResidualGraph
+    from circuit_tracer_qk.export import create_graph_files
+    from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
     from circuit_tracer_qk.qk import QKRow, QKTable
     from circuit_tracer_qk.residual_model import ResidualModel, load_model
+    from circuit_tracer_qk.server import serve
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "attribute": "attribution",
+    "explain": "attribution",
     "Component": "components",
     "load_dictionaries": "dictionaries",
     "UserError": "errors",
+    "create_graph_files": "export",
     "Edge": "graph",
     "ResidualGraph": "graph",
     "QKRow": "qk",
     "QKTable": "qk",
     "ResidualModel": "residual_model",
     "load_model": "residual_model",
+    "load_graph": "graph",
+    "serve": "server",
 }
 
 __all__ = [
@@ -41,8 +47,12 @@ __all__ = [
     "ResidualModel",
     "UserError",
     "attribute",
+    "explain",
+    "create_graph_files",
     "load_dictionaries",
+    "load_graph",
     "load_model",
+    "serve",
 ]
 
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk import host
-from circuit_tracer_qk.components import decompose
+from circuit_tracer_qk.components import Decomposition, decompose
 from circuit_tracer_qk.dictionaries import DictionarySet
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.frozen import freeze
-from circuit_tracer_qk.graph import Record, ResidualGraph
+from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.heads import Heads, logit_directions, read_blocks
+from circuit_tracer_qk.qk import QK
+from circuit_tracer_qk.record import Record
 from circuit_tracer_qk.residual_model import ResidualModel
 from circuit_tracer_qk.sweep import Sweep
 
@@ -41,6 +43,40 @@ def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
         )
 
 
+@torch.no_grad()
+def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:
+    """QK attributions of a prompt alone, without a graph: for sets with any gaps.
+
+    A checkpoint without a dictionary is all error (checkpoint 0: embedding and position).
+
+    Args:
+        prompt: text, token ids or a tensor of them.
+        model: of :func:`circuit_tracer_qk.load_model`.
+
+    Returns:
+        ``.table(layer, head, query, key)``, ``.row(layer, head, query)`` and
+        ``.top(layer, head, query, n)``.
+
+    Raises:
+        UserError: a prompt that cannot be used.
+    """
+    parts, heads = _read(prompt, model)
+    return QK(parts, heads, model.dictionaries.label)
+
+
+def _read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomposition, Heads]:
+    """One frozen run of the prompt, taken apart, and the heads on it."""
+    if not isinstance(model, ResidualModel):
+        raise UserError(
+            f"this needs the model of circuit_tracer_qk.load_model, not {type(model).__name__}: "
+            "transcoder models go to circuit_tracer.attribute."
+        )
+    run = freeze(model.transformer, model.ensure_tokenized(prompt))
+    parts = decompose(run, model.dictionaries, model.zero_positions)
+    return parts, Heads(read_blocks(model.transformer, run.n_pos), run)
+
+
+@torch.no_grad()
 def attribute(
     prompt: str | Tensor | list[int],
     model: ResidualModel,
@@ -77,19 +113,12 @@ def attribute(
         UserError: a prompt, targets or dictionaries that cannot be attributed exactly.
     """
     del offload, update_interval
-    if not isinstance(model, ResidualModel):
-        raise UserError(
-            f"attribute needs the model of circuit_tracer_qk.load_model, not {type(model).__name__}"
-            ": transcoder models go to circuit_tracer.attribute."
-        )
     if batch_size < 1 or (max_feature_nodes is not None and max_feature_nodes < 1):
         raise UserError("batch_size and max_feature_nodes must be at least 1.")
-    transformer = model.transformer
-    check_graph_set(model.dictionaries, transformer.cfg.n_layers)
-    tokens = model.ensure_tokenized(prompt)
-    run = freeze(transformer, tokens)
-    parts = decompose(run, model.dictionaries, model.zero_positions)
-    heads = Heads(read_blocks(transformer, len(tokens)), run)
+    if isinstance(model, ResidualModel):
+        check_graph_set(model.dictionaries, model.cfg.n_layers)
+    parts, heads = _read(prompt, model)
+    run, transformer = parts.run, model.transformer
     targets = host.logit_targets(
         attribution_targets=attribution_targets,
         logits=run.logits,
@@ -116,7 +145,7 @@ def attribute(
             bias_edges=filled.bias_edges,
             position_edges=filled.position_edges,
             resid_pre=resid_pre,
-            token_strings=[decode(t) for t in tokens],
+            token_strings=[decode(t) for t in run.tokens],
             names=model.dictionaries.label,
             dictionary_folder=None
             if model.dictionaries.folder is None
@@ -124,8 +153,8 @@ def attribute(
         ),
         **host.graph_arguments(
             scan=model.scan,
-            input_string=decode(tokens),
-            input_tokens=tokens,
+            input_string=decode(run.tokens),
+            input_tokens=run.tokens,
             logit_targets=targets.logit_targets,
             logit_probabilities=targets.logit_probabilities.float(),
             vocab_size=transformer.cfg.d_vocab,

@@ -137,13 +137,17 @@ def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
             f"The model's residual stream holds NaN or infinity at checkpoint {bad}: check its "
             "weights, or load it in float32."
         )
+    position = read("hook_pos_embed") if "hook_pos_embed" in cache else None
+    if position is not None and cfg.dtype not in (torch.float32, torch.float64):
+        # half precision rounds the sum: what position added is the rest of the stream
+        position = residual[0] - read("hook_embed")
     sequential = "blocks.0.hook_resid_mid" in cache
     return FrozenRun(
         tokens=tokens,
         residual=residual,
         mlp_input=stacked("hook_resid_mid") if sequential else residual[:-1],
         embedding=read("hook_embed"),
-        position_embedding=read("hook_pos_embed") if "hook_pos_embed" in cache else None,
+        position_embedding=position,
         pattern=stacked("attn.hook_pattern"),
         scales={
             norm: stacked(f"{norm}.hook_scale").squeeze(-1)

@@ -6,20 +6,22 @@ head's score can be taken apart at the block's checkpoint (section 2).
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from circuit_tracer_qk import host
-from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.edges import Parts, Targets, edge_parts
 from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.heads import Heads
-from circuit_tracer_qk.qk import QK, Label, QKRow, QKTable, TopTerms
+from circuit_tracer_qk.files import write_atomically
+from circuit_tracer_qk.qk import QK, QKRow, QKTable, TopTerms
+from circuit_tracer_qk.record import Record, beside, load_record, save_record
 
 
 class HeadLoadings(NamedTuple):
@@ -73,35 +75,6 @@ class EdgeParts(NamedTuple):
     parts: Parts
 
 
-@dataclass(frozen=True, eq=False)
-class Record:
-    """What a graph keeps beyond circuit-tracer's own fields: enough to explain any edge or score.
-
-    Attributes:
-        parts: the components of every checkpoint.
-        heads: the model's heads on the run.
-        target_pulls: (n_selected + n_logits, d_model) ``M^T y`` of every target.
-        logit_rows: (n_logits, d_model) directions of the logits at checkpoint n_layers.
-        bias_edges: (n_selected + n_logits, n_pos) edges from the decoder bias at each position.
-        position_edges: the same from learned position embeddings; None without them.
-        resid_pre: error slot i stands for checkpoint i rather than i + 1.
-        token_strings: the prompt's tokens as text.
-        names: (checkpoint, feature) -> label.
-        dictionary_folder: where feature examples lie; None if nowhere.
-    """
-
-    parts: Decomposition
-    heads: Heads
-    target_pulls: Tensor
-    logit_rows: Tensor
-    bias_edges: Tensor
-    position_edges: Tensor | None
-    resid_pre: bool
-    token_strings: list[str]
-    names: Label
-    dictionary_folder: str | None
-
-
 class ResidualGraph(host.Graph):
     """A ``circuit_tracer.Graph`` between residual-stream features of neighbouring checkpoints.
 
@@ -120,6 +93,21 @@ class ResidualGraph(host.Graph):
     @cached_property
     def _qk(self) -> QK:
         return QK(self.record.parts, self.record.heads, self.record.names)
+
+    def to_pt(self, path: str) -> None:
+        """Save the graph, and beside it what explains its edges and scores.
+
+        The ``.pt`` stays loadable by circuit-tracer; :func:`circuit_tracer_qk.load_graph` brings
+        everything back.
+
+        Raises:
+            UserError: a file that cannot be written.
+        """
+        stock = io.BytesIO()
+        host.save_stock(self, stock)
+        # the companion first: a .pt on disk always has its own
+        save_record(self.record, beside(path), _fingerprint(self))
+        write_atomically(Path(path), stock.getvalue())
 
     @property
     def n_features(self) -> int:
@@ -319,3 +307,36 @@ class ResidualGraph(host.Graph):
         y[~feature] = self.record.logit_rows[node[~feature] - logits]
         row = torch.where(feature, node, node - logits + features)
         return Targets(position, y, self.record.target_pulls[row])
+
+
+def load_graph(path: str | Path, device: str | torch.device = "cpu") -> ResidualGraph:
+    """Bring a saved graph back, head loadings and QK attributions included, bit for bit.
+
+    Args:
+        path: the ``.pt`` that ``graph.to_pt`` wrote; its companion must lie beside it.
+        device: where its tensors go.
+
+    Raises:
+        UserError: a file that is missing, damaged, of another kind or of another graph.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
+    record, fingerprint = load_record(beside(path), device)
+    try:
+        arguments = host.load_stock(path, device)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path} is damaged ({error}): make the graph again.") from error
+    graph = ResidualGraph(record, **arguments)
+    if _fingerprint(graph) != fingerprint:
+        raise UserError(
+            f"{path} and {beside(path).name} belong to different graphs: make the graph again, or "
+            "put the right pair together."
+        )
+    return graph
+
+
+def _fingerprint(graph: ResidualGraph) -> list[float | int]:
+    """Enough of a graph to notice that two files do not belong together."""
+    A = graph.adjacency_matrix
+    return [*A.shape, float(A.double().sum()), float(A.double().abs().sum()), graph.n_pos]

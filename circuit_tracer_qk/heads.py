@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -334,7 +334,7 @@ class Heads:
         def block(layer: int) -> AttentionBlock:
             return _cast(blocks[layer], dtype)
 
-        @lru_cache(maxsize=None)
+        @cache
         def taus(layer: int) -> tuple[Tensor, Tensor]:
             b = block(layer)
             n = b.ln1.apply(run.residual[layer], run.scale("ln1", layer))

@@ -153,6 +153,18 @@ def logit_targets(
         raise UserError(f"attribution_targets cannot be used: {error}") from error
 
 
+def save_stock(graph: Graph, file: Any) -> None:
+    """Write the ``.pt`` that this host's ``Graph.to_pt`` writes, to an open file or a path."""
+    Graph.to_pt(graph, file)
+
+
+def load_stock(path: Any, device: Any) -> dict[str, Any]:
+    """The keyword arguments of the ``Graph`` in a ``.pt`` that this host wrote."""
+    graph = Graph.from_pt(str(path), map_location=str(device))
+    names = inspect.signature(Graph.__init__).parameters
+    return {name: getattr(graph, name) for name in names if hasattr(graph, name)}
+
+
 __all__ = [
     "Graph",
     "Metadata",
@@ -166,7 +178,9 @@ __all__ = [
     "edge_influence",
     "graph_arguments",
     "graph_scan",
+    "load_stock",
     "logit_targets",
     "prune_graph",
+    "save_stock",
     "tokenize",
 ]

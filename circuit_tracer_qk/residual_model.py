@@ -30,13 +30,11 @@ class ResidualModel:
         transformer: the TransformerLens model, unmodified, nothing folded.
         dictionaries: residual SAEs or a weakly causal crosscoder.
         zero_positions: positions whose features are dropped.
-        name: what the model was loaded as.
     """
 
     transformer: HookedTransformer
     dictionaries: DictionarySet
     zero_positions: slice
-    name: str
 
     @property
     def cfg(self) -> Any:
@@ -61,7 +59,7 @@ class ResidualModel:
 
 
 def load_model(
-    model: str | Path | None = None,
+    model: str | Path | HookedTransformer | None = None,
     dictionaries: str | Path | DictionarySet | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -73,7 +71,7 @@ def load_model(
     Args:
         model: a local Hugging Face folder, a hub id or a TransformerLens name; the bundled
             miniature if left out (or the ``model_name`` in the dictionaries' config, if those are
-            given).
+            given). A TransformerLens model (norms folded or not) is used as it is.
         dictionaries: a local folder, a hub id ``org/name[@revision]`` or a built-in name.
         dtype: of the weights; everything is contracted in float32, or float64 for float64.
         device: cuda if there is one, else cpu.
@@ -101,11 +99,15 @@ def load_model(
         raise UserError(
             "No model was named, and the dictionaries' config has no model_name: give one."
         )
-    transformer = load_transformer(str(model), dtype=dtype, device=device)
+    if isinstance(model, str | Path):
+        transformer = load_transformer(str(model), dtype=dtype, device=device)
+    else:
+        transformer = model
+        dictionaries = dictionaries.to(model.W_E.device, contraction_dtype(model.cfg.dtype))
     refuse_unsupported(transformer)
     dictionaries.check_fits(transformer.cfg.d_model, transformer.cfg.n_layers)
     check_exact(transformer)
     if zero_positions is None:
         name = str(transformer.cfg.model_name)
         zero_positions = slice(0, 4 if "gemma-3" in name and name.endswith("-it") else 1)
-    return ResidualModel(transformer, dictionaries, zero_positions, str(model))
+    return ResidualModel(transformer, dictionaries, zero_positions)

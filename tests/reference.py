@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -368,31 +369,26 @@ class _Loader:
             return torch.zeros(0, dtype=torch.float64), None
         if self.family == "neox":
             width = int(width * config.rotary_pct)
-            return _inv_freq(width, config.rotary_emb_base, config.rope_scaling), None
+            return _inv_freq(width, config.rotary_emb_base), None
         layer_types = getattr(config, "layer_types", None)
         local = layer_types is None or layer_types[layer] == "sliding_attention"
         window = getattr(config, "sliding_window", None) if local else None
         if config.model_type == "gemma3_text" and local:
-            return _inv_freq(width, config.rope_local_base_freq, None), window
-        return _inv_freq(width, config.rope_theta, getattr(config, "rope_scaling", None)), window
+            return _inv_freq(width, config.rope_local_base_freq), window
+        scaling = getattr(config, "rope_scaling", None)
+        if scaling:  # scaled frequencies are what Hugging Face says they are, to the last bit
+            inv_freq, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
+            return inv_freq.double(), window
+        return _inv_freq(width, config.rope_theta), window
 
 
 def _d_head(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _inv_freq(width: int, base: float, scaling: dict | None) -> Tensor:
+def _inv_freq(width: int, base: float) -> Tensor:
     """Rotary angles per position, (width / 2,), in float64."""
-    inv_freq = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    if scaling is None or scaling["rope_type"] == "default":
-        return inv_freq
-    if scaling["rope_type"] != "llama3":
-        raise NotImplementedError(f"rope_type {scaling['rope_type']}")
-    # Turns within the original context: with many, the frequency is kept; with few, slowed down.
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return inv_freq * (kept + (1 - kept) / scaling["factor"])
+    return base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
 
 
 def _rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:

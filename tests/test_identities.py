@@ -17,8 +17,6 @@ from conftest import record_error
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.attribution import check_graph_set
-from circuit_tracer_qk.edges import Targets
 
 ALL = list(ARCHITECTURES)
 F64, F32 = 1e-10, 1e-5

@@ -1,0 +1,56 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+from circuit_tracer_qk.errors import UserError
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace a file in one step: a full disk or a kill leaves the old one as it was.
+
+    The bytes go to a temporary file beside ``path``, to the disk, and then into its place.
+
+    Raises:
+        UserError: the file cannot be written; names it and the reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{path} cannot be written ({reason}); what stood there before is unchanged: free "
+            "the disk or choose another folder."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # only there if something failed
+            temporary.unlink()
+
+
+def check_folder(path: str | Path) -> Path:
+    """A folder that can be written to, made if it is not there.
+
+    Raises:
+        UserError: what stands there is no folder, or it cannot be made or written to.
+    """
+    path = Path(path).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path} is no folder: choose another one.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"the folder {path} cannot be made ({reason}): choose another.") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"the folder {path} cannot be written to: choose another.")
+    return path

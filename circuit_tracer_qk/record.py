@@ -1,0 +1,190 @@
+"""What a graph keeps beyond circuit-tracer's own fields, in memory and on disk.
+
+A graph's ``.pt`` is circuit-tracer's; beside it lies a safetensors file (no pickle) with the run,
+the components, the attention weights and the targets' rows, so that a loaded graph gives every
+head loading and every QK table bit for bit, without the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from circuit_tracer_qk.components import ActiveFeatures, Decomposition
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.files import write_atomically
+from circuit_tracer_qk.frozen import FrozenRun
+from circuit_tracer_qk.heads import AttentionBlock, Heads, Norm
+
+FORMAT = "circuit-tracer-qk graph, version 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a graph keeps beyond circuit-tracer's own fields: enough to explain any edge or score.
+
+    Attributes:
+        parts: the components of every checkpoint.
+        heads: the model's heads on the run.
+        target_pulls: (n_selected + n_logits, d_model) ``M^T y`` of every target.
+        logit_rows: (n_logits, d_model) directions of the logits at checkpoint n_layers.
+        bias_edges: (n_selected + n_logits, n_pos) edges from the decoder bias at each position.
+        position_edges: the same from learned position embeddings; None without them.
+        resid_pre: error slot i stands for checkpoint i rather than i + 1.
+        token_strings: the prompt's tokens as text.
+        names: (checkpoint, feature) -> label.
+        dictionary_folder: where feature examples lie; None if nowhere.
+    """
+
+    parts: Decomposition
+    heads: Heads
+    target_pulls: Tensor
+    logit_rows: Tensor
+    bias_edges: Tensor
+    position_edges: Tensor | None
+    resid_pre: bool
+    token_strings: list[str]
+    names: Callable[[int, int], str]
+    dictionary_folder: str | None
+
+
+def beside(path: str | Path) -> Path:
+    """Where the record of a graph saved at ``path`` lies: beside it, ``.qk.safetensors``."""
+    return Path(path).with_suffix(".qk.safetensors")
+
+
+def save_record(record: Record, path: Path, fingerprint: list[float | int]) -> None:
+    """Write a record whole or not at all.
+
+    Args:
+        fingerprint: of the graph that it belongs to.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    tensors, facts = _flatten(record)
+    facts["fingerprint"] = fingerprint
+    metadata = {"format": FORMAT, "facts": json.dumps(facts, ensure_ascii=False)}
+    # clones: safetensors refuses tensors that share memory
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_atomically(path, save(tensors, metadata))
+
+
+def load_record(path: Path, device: str | torch.device) -> tuple[Record, list[float | int]]:
+    """A saved record and the fingerprint of the graph that it belongs to.
+
+    Raises:
+        UserError: a file that is missing, damaged or of another kind.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"there is no {path}, so the graph's heads are not known: keep it beside the .pt, or "
+            "make the graph again with circuit-tracer-qk."
+        )
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): make the graph again.") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is of kind {metadata.get('format')!r} and this version reads {FORMAT!r}: "
+            "make the graph again, or use the version that wrote it."
+        )
+    facts = json.loads(metadata["facts"])
+    return _rebuild(tensors, facts), facts["fingerprint"]
+
+
+def _flatten(record: Record) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A record as flat tensors and JSON facts; :func:`_rebuild` is its inverse."""
+    parts, features = record.parts, record.parts.features
+    tensors = {f"run.{name}": t for name, t in parts.run.tensors().items()}
+    for name in ("checkpoint", "position", "feature", "activation", "row"):
+        tensors[f"features.{name}"] = getattr(features, name)
+    tensors |= {f"decoders.{c}.{k}": t for (c, k), t in features.decoders.items()}
+    tensors |= {f"biases.{c}": t for c, t in parts.biases.items()}
+    tensors |= {f"errors.{c}": t for c, t in parts.errors.items()}
+    blocks = []
+    for layer, block in enumerate(record.heads.blocks):
+        named, plain = _block_out(block)
+        tensors |= {f"blocks.{layer}.{name}": t for name, t in named.items()}
+        blocks.append(plain)
+    for name in ("target_pulls", "logit_rows", "bias_edges", "position_edges"):
+        value = getattr(record, name)
+        if value is not None:
+            tensors[f"record.{name}"] = value
+    known = sorted(set(zip(features.checkpoint.tolist(), features.feature.tolist(), strict=True)))
+    facts = {
+        "blocks": blocks,
+        "resid_pre": record.resid_pre,
+        "token_strings": record.token_strings,
+        "dictionary_folder": record.dictionary_folder,
+        "names": [[c, f, record.names(c, f)] for c, f in known],
+    }
+    return tensors, facts
+
+
+def _rebuild(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Record:
+    def group(prefix: str) -> dict[str, Tensor]:
+        start = prefix + "."
+        return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+    decoders = {}
+    for name, tensor in group("decoders").items():
+        c, k = name.split(".")
+        decoders[int(c), int(k)] = tensor
+    run = FrozenRun.from_tensors(group("run"))
+    parts = Decomposition(
+        run=run,
+        features=ActiveFeatures(**group("features"), decoders=decoders),
+        biases={int(c): t for c, t in group("biases").items()},
+        errors={int(c): t for c, t in group("errors").items()},
+    )
+    blocks = [
+        _block_in(group(f"blocks.{layer}"), plain) for layer, plain in enumerate(facts["blocks"])
+    ]
+    names = {(c, f): label for c, f, label in facts["names"]}
+    return Record(
+        parts=parts,
+        heads=Heads(blocks, run),
+        **({"position_edges": None} | group("record")),  # type: ignore[arg-type]
+        resid_pre=facts["resid_pre"],
+        token_strings=facts["token_strings"],
+        names=lambda checkpoint, feature: names.get((checkpoint, feature), ""),
+        dictionary_folder=facts["dictionary_folder"],
+    )
+
+
+def _block_out(block: AttentionBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A block's tensors by name and the rest as plain values; norms under their own name."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for f in fields(block):
+        value = getattr(block, f.name)
+        if isinstance(value, Norm):
+            plain[f.name] = {"centred": value.centred, "present": value.present}
+            pairs = {f"{f.name}.w": value.w, f"{f.name}.b": value.b}
+            tensors |= {name: t for name, t in pairs.items() if t is not None}
+        elif isinstance(value, Tensor):
+            tensors[f.name] = value
+        else:
+            plain[f.name] = value
+    return tensors, plain
+
+
+def _block_in(tensors: dict[str, Tensor], plain: dict[str, Any]) -> AttentionBlock:
+    values: dict[str, Any] = {}
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            value = Norm(tensors.pop(f"{name}.w", None), tensors.pop(f"{name}.b", None), **value)
+        values[name] = value
+    return AttentionBlock(**(values | tensors))

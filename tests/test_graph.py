@@ -1,0 +1,261 @@
+"""The graph as its users meet it: bad input, gaps, folded norms, half precision, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import circuit_tracer
+import pytest
+import torch
+from architectures import prompt_ids, save_tiny
+from cases import Case, build
+from random_dictionaries import POST, PRE, write_sae, write_wcc
+
+import circuit_tracer_qk as ctqk
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return build("llama", tmp_path_factory.mktemp("case"), "sae", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    save_tiny("gpt2", folder)
+    return folder
+
+
+# What a prompt can be
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt is empty"),
+        ([], "prompt is empty"),
+        ([1], "1 token after"),
+        ([1] * 65, "65 tokens and the model's context is 64"),
+        ([1, 97], "id 97 is out of range.*0 to 96"),
+        ([1, -3], "id -3 is out of range"),
+        ("some words", "no tokenizer"),
+        (torch.zeros(2, 3, dtype=torch.long), r"one sequence.*\[2, 3\]"),
+        ([0.5, 1.0], "integer token ids"),
+    ],
+)
+def test_a_bad_prompt_is_one_sentence(case: Case, prompt: object, message: str) -> None:
+    with pytest.raises(ctqk.UserError, match=message):
+        ctqk.attribute(prompt, case.model)  # type: ignore[arg-type]
+
+
+def test_a_prompt_is_ids_a_list_or_a_tensor(case: Case) -> None:
+    for prompt in (case.ids, torch.tensor(case.ids), torch.tensor([case.ids])):
+        assert ctqk.explain(prompt, case.model).heads.run.n_pos == len(case.ids)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ((0, 0, 3, 4), "key position 4 is after query position 3"),
+        ((3, 0, 3, 2), "layer 3 is out of range: it must be 0 to 2"),
+        ((-1, 0, 3, 2), "layer -1"),
+        ((0, 4, 3, 2), "head 4 is out of range"),
+        ((0, 0, 12, 2), "query position 12 is out of range"),
+        ((0, 0, 3, -1), "key position -1"),
+    ],
+)
+def test_indices_that_do_not_exist(case: Case, indices: tuple, message: str) -> None:
+    with pytest.raises(ctqk.UserError, match=message):
+        case.graph.qk(*indices)
+
+
+def test_edges_that_cannot_be(case: Case) -> None:
+    last = len(case.graph.adjacency_matrix) - 1
+    with pytest.raises(ctqk.UserError, match="is no source"):
+        case.graph.edge(last, last)
+    with pytest.raises(ctqk.UserError, match="is no target"):
+        case.graph.edge(0, case.graph.n_features)
+    with pytest.raises(ctqk.UserError, match="no edge can join"):
+        case.graph.edge(0, last)
+    later = case.graph.edge(case.graph.n_features + case.n_layers * case.graph.n_pos + 11, 0)
+    assert later.weight == 0, "a source after its target carries nothing"
+
+
+def test_options_out_of_range(case: Case) -> None:
+    for options in ({"batch_size": 0}, {"max_feature_nodes": 0}, {"max_n_logits": 0}):
+        with pytest.raises(ctqk.UserError, match="at least 1"):
+            ctqk.attribute(case.ids, case.model, **options)
+    with pytest.raises(ctqk.UserError, match="attribution_targets"):
+        ctqk.attribute(case.ids, case.model, attribution_targets=torch.tensor([400]))
+    with pytest.raises(ctqk.UserError, match="load_model"):
+        ctqk.attribute(case.ids, object())  # type: ignore[arg-type]
+
+
+# Which dictionaries make a graph
+
+
+def test_a_set_without_the_last_checkpoint_makes_logits_cross_the_last_block(
+    gpt2: Path, tmp_path: Path
+) -> None:
+    model = ctqk.load_model(gpt2, dictionaries=write_sae(tmp_path / "d", 24, [0, 1]))
+    graph = ctqk.attribute(prompt_ids("gpt2"), model)
+    logit = len(graph.adjacency_matrix) - 1
+    source = int(graph.adjacency_matrix[logit].abs().argmax())
+    edge = graph.edge(source, logit)
+    assert edge.layer == 2
+    assert edge.weight == pytest.approx(float(graph.adjacency_matrix[logit, source]), rel=1e-4)
+    assert edge.heads.total.any()
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [1, 2], [2]])
+def test_another_gap_is_refused_and_qk_still_works(
+    gpt2: Path, tmp_path: Path, layers: list[int]
+) -> None:
+    model = ctqk.load_model(gpt2, dictionaries=write_sae(tmp_path / "d", 24, layers))
+    with pytest.raises(ctqk.UserError, match="none at checkpoint"):
+        ctqk.attribute(prompt_ids("gpt2"), model)
+    qk = ctqk.explain(prompt_ids("gpt2"), model)
+    for layer in range(3):
+        table = qk.table(layer, 0, 5, 3)
+        assert float(table.terms.sum()) == pytest.approx(table.score, abs=1e-4)
+        has = any(c.kind == "feature" for c in table.query)
+        assert has == (layer - 1 in layers)
+
+
+def test_a_dictionary_at_checkpoint_0_serves_qk_only(gpt2: Path, tmp_path: Path) -> None:
+    model = ctqk.load_model(gpt2, dictionaries=write_sae(tmp_path / "d", 24, [0, 1, 2], hook=PRE))
+    graph = ctqk.attribute(prompt_ids("gpt2"), model)
+    assert int(graph.active_features[:, 0].min()) == 0  # checkpoint 1
+    assert any(c.kind == "feature" for c in graph.qk(0, 0, 5, 3).query)
+    slot_0 = graph.adjacency_matrix[:, graph.n_features : graph.n_features + graph.n_pos]
+    assert not slot_0.any(), "error slot 0 stands for checkpoint 0, whose node is the token"
+
+
+def test_a_crosscoder_at_checkpoint_0_is_refused_for_graphs(gpt2: Path, tmp_path: Path) -> None:
+    folder = write_wcc(tmp_path / "d", 24, [0, 1, 2])
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(POST, PRE))
+    model = ctqk.load_model(gpt2, dictionaries=folder)
+    with pytest.raises(ctqk.UserError, match="reads checkpoint 0"):
+        ctqk.attribute(prompt_ids("gpt2"), model)
+    assert ctqk.explain(prompt_ids("gpt2"), model).table(1, 0, 5, 3).terms.numel() > 4
+
+
+def test_dictionaries_of_another_model(gpt2: Path, tmp_path: Path) -> None:
+    with pytest.raises(ctqk.UserError, match="32"):
+        ctqk.load_model(gpt2, dictionaries=write_sae(tmp_path / "wide", 32, [0, 1, 2]))
+    with pytest.raises(ctqk.UserError, match="n_layers"):
+        ctqk.load_model(gpt2, dictionaries=write_sae(tmp_path / "deep", 24, [0, 1, 2, 3]))
+    with pytest.raises(ctqk.UserError, match="dictionaries"):
+        ctqk.load_model(gpt2)
+
+
+def test_zero_positions_can_be_kept(gpt2: Path, tmp_path: Path) -> None:
+    folder = write_sae(tmp_path / "d", 24, [0, 1, 2])
+    kept = ctqk.load_model(gpt2, dictionaries=folder, zero_positions=slice(0, 0))
+    graph = ctqk.attribute(prompt_ids("gpt2"), kept)
+    assert bool((graph.active_features[:, 1] == 0).any())
+
+
+# What a model can be
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "gemma2"])
+def test_folded_norms_give_the_same_graph(name: str, tmp_path: Path) -> None:
+    """Folding moves gains and biases into the weights; edges and scores stay.
+
+    TransformerLens folds in float32 whatever the dtype (its own logits move by 1e-7), hence 1e-6.
+    """
+    plain = build(name, tmp_path, "sae", torch.float64)
+    from circuit_tracer_qk.models import load_transformer
+
+    folded = load_transformer(tmp_path / "model", dtype=torch.float64, device="cpu")
+    folded.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)
+    model = ctqk.load_model(folded, dictionaries=plain.model.dictionaries)
+    graph = ctqk.attribute(plain.ids, model, max_n_logits=3)
+    assert torch.equal(graph.active_features, plain.graph.active_features)
+    scale = plain.graph.adjacency_matrix.abs().max()
+    difference = (graph.adjacency_matrix - plain.graph.adjacency_matrix).abs().max()
+    assert float(difference / scale) < 1e-6
+    ours, theirs = graph.qk(1, 1, 7, 3), plain.graph.qk(1, 1, 7, 3)
+    n = len([c for c in theirs.query if c.label[:4] not in ("b_Q ", "b_K ")])
+    m = len([c for c in theirs.key if c.label[:4] not in ("b_Q ", "b_K ")])
+    limit = 1e-6 * float(theirs.terms.abs().sum())
+    assert torch.allclose(ours.terms[:n, :m], theirs.terms[:n, :m], atol=limit, rtol=0)
+    assert ours.score == pytest.approx(theirs.score, abs=limit)
+    row = graph.qk_row(1, 1, 7)
+    assert torch.allclose(row.scores.softmax(0), row.pattern, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_bfloat16_is_contracted_in_float32(name: str, tmp_path: Path) -> None:
+    """Parts still sum to the edge and terms to the score at float32's accuracy."""
+    case = build(name, tmp_path, "sae", torch.bfloat16)
+    assert case.model.transformer.W_E.dtype == torch.bfloat16
+    graph = case.graph
+    targets, sources = graph.adjacency_matrix.nonzero(as_tuple=True)
+    _, _, _, parts = graph.edges(sources, targets)
+    weight = parts.residual + parts.mlp + parts.total.sum(1)
+    error = (weight - graph.adjacency_matrix[targets, sources]).abs().max()
+    assert float(error / graph.adjacency_matrix.abs().max()) < 1e-5
+    for layer in range(case.n_layers):
+        table = graph.qk(layer, 1, 9, 4)
+        assert table.terms.dtype == torch.float32
+        error = abs(float(table.terms.sum()) - table.score)
+        assert error < 1e-5 * float(table.terms.abs().sum())
+
+
+# Saving
+
+
+def test_a_saved_graph_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    case = build("gemma2", tmp_path, "wcc", torch.float32)
+    path = tmp_path / "graph.pt"
+    case.graph.to_pt(str(path))
+    back = ctqk.load_graph(path)
+    assert torch.equal(back.adjacency_matrix, case.graph.adjacency_matrix)
+    for layer in range(case.n_layers):
+        ours, theirs = back.qk(layer, 1, 9, 7), case.graph.qk(layer, 1, 9, 7)
+        assert torch.equal(ours.terms, theirs.terms) and ours.score == theirs.score
+        assert ours.query == theirs.query and ours.key == theirs.key
+        rows = back.qk_row(layer, 0, 9), case.graph.qk_row(layer, 0, 9)
+        assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+    targets, sources = back.adjacency_matrix.nonzero(as_tuple=True)
+    for a, b in zip(
+        back.edges(sources, targets).parts, case.graph.edges(sources, targets).parts, strict=True
+    ):
+        assert torch.equal(a, b)
+    assert torch.equal(back.bias_edges, case.graph.bias_edges)
+    stock = circuit_tracer.Graph.from_pt(str(path))
+    assert type(stock) is circuit_tracer.Graph
+    assert torch.equal(stock.adjacency_matrix, back.adjacency_matrix)
+
+
+def test_saved_files_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
+    path, second = tmp_path / "g.pt", tmp_path / "g.qk.safetensors"
+    with pytest.raises(ctqk.UserError, match="no graph file"):
+        ctqk.load_graph(path)
+    case.graph.to_pt(str(path))
+    whole, record = path.read_bytes(), second.read_bytes()
+
+    second.unlink()
+    with pytest.raises(ctqk.UserError, match="beside the .pt"):
+        ctqk.load_graph(path)
+    second.write_bytes(record[: len(record) // 2])
+    with pytest.raises(ctqk.UserError, match="damaged"):
+        ctqk.load_graph(path)
+    second.write_bytes(record)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ctqk.UserError, match="damaged"):
+        ctqk.load_graph(path)
+
+    ctqk.attribute([*case.ids, 5], case.model).to_pt(str(path))
+    second.write_bytes(record)
+    with pytest.raises(ctqk.UserError, match="different graphs"):
+        ctqk.load_graph(path)
+
+
+def test_a_graph_that_cannot_be_written(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ctqk.UserError, match="nowhere"):
+        case.graph.to_pt(str(tmp_path / "nowhere" / "g.pt"))
+    assert list(tmp_path.iterdir()) == []
