@@ -120,7 +120,9 @@ def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
         kept.add(f"blocks.{layer}.attn.hook_pattern")
     kept |= {"hook_embed", "hook_pos_embed", "ln_final.hook_scale"}
     kept.add(f"blocks.{cfg.n_layers - 1}.hook_resid_post")
-    logits, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name in kept)
+    output, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name in kept)
+
+    logits: Tensor = output  # type: ignore[assignment]
 
     def read(name: str) -> Tensor:
         return cache[name][0].to(dtype)

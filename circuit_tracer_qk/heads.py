@@ -202,7 +202,7 @@ class AttentionBlock:
         else:
             first, second = turned.chunk(2, -1)
             flipped = torch.cat([-second, first], -1)
-        cos, sin = self.cos[positions].view(shape), self.sin[positions].view(shape)
+        cos, sin = (t[positions].view(shape).to(x.dtype) for t in (self.cos, self.sin))
         return torch.cat([turned * cos + flipped * sin, rest], -1)
 
     def cap(self, scores: Tensor) -> Tensor:
@@ -319,6 +319,7 @@ class Heads:
     """The attention heads of a model on one frozen run.
 
     Weights stay in the model's dtype; a block is cast to the contraction dtype while in use.
+    Projections are computed in the dtype of the vectors that they are given.
 
     Args:
         blocks: one :class:`AttentionBlock` a layer.
@@ -361,7 +362,7 @@ class Heads:
             (n, d_head), or (n, n_heads, d_head) for all heads.
         """
         b = self.block(layer)
-        n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions])
+        n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions].to(u.dtype))
         return self._finish(layer, _project(n, b.W_Q, head), positions, head, side=0)
 
     def keys(self, layer: int, u: Tensor, positions: Tensor, group: int | None = None) -> Tensor:
@@ -371,11 +372,18 @@ class Heads:
             (n, d_head), or (n, n_kv, d_head) for all key-value heads.
         """
         b = self.block(layer)
-        n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions])
+        n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions].to(u.dtype))
         return self._finish(layer, _project(n, b.W_K, group), positions, group, side=1)
 
-    def constants(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def constants(
+        self, layer: int, positions: Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The images of (b_ln W + b_Q) and (b_ln W + b_K): terms of kind "bias".
+
+        Args:
+            layer: the block.
+            positions: (n,) where rotary turns them.
+            dtype: what to compute in; the run's if left out.
 
         Returns:
             (n, n_heads, d_head) and (n, n_kv, d_head).
@@ -383,7 +391,10 @@ class Heads:
         b = self.block(layer)
         images = []
         for side, (W, bias) in enumerate(((b.W_Q, b.b_Q), (b.W_K, b.b_K))):
-            constant = bias if b.ln1.b is None else bias + torch.einsum("d,hde->he", b.ln1.b, W)
+            constant = bias.to(dtype or bias.dtype)
+            if b.ln1.b is not None:
+                b_ln = b.ln1.b.to(constant.dtype)
+                constant = constant + torch.einsum("d,hde->he", b_ln, W.to(constant.dtype))
             constant = constant.expand(len(positions), *constant.shape)
             images.append(self._finish(layer, constant, positions, None, side))
         return images[0], images[1]
@@ -399,7 +410,7 @@ class Heads:
         b = self.block(layer)
         gain = (b.q_gain, b.k_gain)[side]
         if gain is not None:
-            tau = self._taus(layer)[side][positions]
+            tau = self._taus(layer)[side][positions].to(x.dtype)
             x = x * gain / (tau if head is None else tau[:, head])[..., None]
         return b.rotate(x, positions)
 
@@ -441,8 +452,8 @@ def _rms(x: Tensor, eps: float) -> Tensor:
 
 def _project(n: Tensor, W: Tensor, head: int | None) -> Tensor:
     if head is not None:
-        return n @ W[head]
-    return torch.einsum("nd,hde->nhe", n, W)
+        return n @ W[head].to(n.dtype)
+    return torch.einsum("nd,hde->nhe", n, W.to(n.dtype))
 
 
 def read_blocks(model: HookedTransformer, n_pos: int | None = None) -> list[AttentionBlock]:

@@ -187,4 +187,5 @@ def _block_in(tensors: dict[str, Tensor], plain: dict[str, Any]) -> AttentionBlo
         if isinstance(value, dict):
             value = Norm(tensors.pop(f"{name}.w", None), tensors.pop(f"{name}.b", None), **value)
         values[name] = value
-    return AttentionBlock(**(values | tensors))
+    values |= tensors
+    return AttentionBlock(**values)

@@ -103,6 +103,7 @@ def load_model(
         transformer = load_transformer(str(model), dtype=dtype, device=device)
     else:
         transformer = model
+        transformer.setup()  # folding puts in new norms, whose hooks older trees do not register
         dictionaries = dictionaries.to(model.W_E.device, contraction_dtype(model.cfg.dtype))
     refuse_unsupported(transformer)
     dictionaries.check_fits(transformer.cfg.d_model, transformer.cfg.n_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import circuit_tracer
 import pytest
@@ -82,6 +83,7 @@ def test_edges_that_cannot_be(case: Case) -> None:
 
 
 def test_options_out_of_range(case: Case) -> None:
+    options: dict[str, Any]
     for options in ({"batch_size": 0}, {"max_feature_nodes": 0}, {"max_n_logits": 0}):
         with pytest.raises(ctqk.UserError, match="at least 1"):
             ctqk.attribute(case.ids, case.model, **options)

@@ -1,0 +1,516 @@
+"""The command line: ``circuit-tracer-qk demo | attribute | qk | start-server``.
+
+Arguments, order of work and exit status; the text is :mod:`circuit_tracer_qk.report`'s. Whatever
+can be refused without the model is refused before it is loaded, and parsing imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import circuit_tracer_qk
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.files import check_folder
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.graph import ResidualGraph
+    from circuit_tracer_qk.qk import QK
+    from circuit_tracer_qk.residual_model import ResidualModel
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "circuit-tracer-qk"
+SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+DEMO_PORT = 8041
+MINIATURES = {"sae": "miniature-sae", "wcc": "miniature-wcc"}
+SLUG = re.compile(r"[A-Za-z0-9_.-]+")
+RESERVED = (".", "..", "graph-metadata")  # the last is the folder's own list of graphs
+NP_MODEL = re.compile(r"[A-Za-z0-9_-]+")
+HEAD = re.compile(r"(?:L(\d+)H)?(\d+)(?::q(-?\d+))?(?::k(-?\d+))?", re.IGNORECASE)
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DONE, MISTAKE, INTERRUPTED, PIPE_CLOSED = 0, 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; the process's own if left out.
+
+    Returns:
+        The exit status: 0 done, 2 for a mistake of the user's (its last line on stderr says what
+        and the way out), 130 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parser(argv[0] if argv else "").parse_args(argv)
+        with _noise(args.verbose):
+            args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    return DONE
+
+
+# Arguments ----------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser; circuit-tracer's own flags are read only for the command that takes them."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Why attention heads looked where they looked: QK attributions and head "
+        "loadings for circuit-tracer's attribution graphs.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"{PROGRAM} {circuit_tracer_qk.__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_attribute(commands, _host_flags(command, "attribute"))
+    _add_qk(commands)
+    _add_start_server(commands, _host_flags(command, "start-server"))
+    return parser
+
+
+def _host_flags(command: str, wanted: str) -> list[argparse.ArgumentParser]:
+    if command != wanted:
+        return []
+    from circuit_tracer_qk.host_cli import command_parser
+
+    return [command_parser(wanted)]
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="attribute a prompt on the bundled miniature, explain its heads, show the graph",
+        description="Attribute a prompt on the bundled miniature, print its strongest edges with "
+        "their heads and the QK terms behind them, write the graph files and serve them.",
+    )
+    add = parser.add_argument
+    add("-p", "--prompt", default=SALLY, help=f"the prompt (default: {SALLY!r})")
+    add(
+        "-d",
+        "--dictionaries",
+        choices=sorted(MINIATURES),
+        default="sae",
+        help="residual SAEs or the weakly causal crosscoder (default: sae)",
+    )
+    add("-o", "--output", default="./ctqk-demo", help="graph folder (default: ./ctqk-demo)")
+    add(
+        "--port",
+        type=int,
+        default=DEMO_PORT,
+        help=f"port, or the next free one (default: {DEMO_PORT})",
+    )
+    add("--no-serve", action="store_true", help="end after writing the graph files")
+    _add_verbose(parser)
+    parser.set_defaults(run=_demo)
+
+
+def _add_attribute(commands: Any, host: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "attribute",
+        parents=host,
+        conflict_handler="resolve",
+        help="attribute a prompt: takes every flag of circuit-tracer attribute",
+        description="Attribute a prompt's next token to residual-stream features, with the heads "
+        "that carried every edge. Takes every flag of `circuit-tracer attribute`; those that only "
+        "a transcoder's backward passes need (--offload, --lazy-encoder, --lazy-decoder, "
+        "--backend) change nothing here.",
+    )
+    for action in parser._actions:
+        if "--transcoder_set" in action.option_strings:
+            action.required = False
+            action.help = "Not in this release: use `circuit-tracer attribute -t`."
+    add = parser.add_argument
+    add(
+        "-d",
+        "--dictionaries",
+        metavar="REF",
+        help="Residual SAEs or a weakly causal crosscoder: a folder, a hub id org/name[@revision], "
+        "miniature-sae or miniature-wcc.",
+    )
+    add(
+        "--qk",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Write QK attributions and head loadings into the graph files (default: True).",
+    )
+    add("--np-model", metavar="ID", help="Neuronpedia's model id, for files to be uploaded there.")
+    _add_verbose(parser)
+    parser.set_defaults(run=_attribute)
+
+
+def _add_qk(commands: Any) -> None:
+    parser = commands.add_parser(
+        "qk",
+        help="why one head looked from one position at another: one table",
+        description="Take one head's attention score apart into named terms, from a prompt or "
+        "from a saved graph. Without model and dictionaries: the bundled miniature.",
+        epilog=f"example: {PROGRAM} qk graph.pt --head L3H5:q14:k6",
+    )
+    add = parser.add_argument
+    add("graph", nargs="?", help="a saved graph (.pt), in place of -m, -d and -p")
+    add("-m", "--model", help="model folder, hub id or TransformerLens name")
+    add("-d", "--dictionaries", metavar="REF", help="residual SAEs or a crosscoder, see attribute")
+    add("-p", "--prompt", help="the prompt (default on the miniature: the demo's)")
+    add("--layer", type=int, help="the block, from 0")
+    add("--head", help="the head, from 0; L3H5 names the layer too, L3H5:q14:k6 everything")
+    add("--query", type=int, help="query position (default: the last; -1 counts from the end)")
+    add("--key", type=int, help="key position (default: the most attended one but the first)")
+    add("--top", type=int, default=20, help="rows of each list (default: 20)")
+    _add_verbose(parser)
+    parser.set_defaults(run=_qk)
+
+
+def _add_start_server(commands: Any, host: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "start-server",
+        parents=host,
+        conflict_handler="resolve",
+        help="serve a folder of graph files",
+        description="Serve a folder of graph files until interrupted.",
+    )
+    _add_verbose(parser)
+    parser.set_defaults(run=_start_server)
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="show logs and progress")
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+def _attribute(args: argparse.Namespace) -> None:
+    files = _checked_files(args)
+    dtype = DTYPES.get(args.dtype) or args.dtype
+    log.info("attributing %r with %s in %s", args.prompt, args.dictionaries, dtype)
+    model = _load(args.model, args.dictionaries, dtype)
+    with _hushed():
+        graph = circuit_tracer_qk.attribute(
+            args.prompt,
+            model,
+            max_n_logits=args.max_n_logits,
+            desired_logit_prob=args.desired_logit_prob,
+            batch_size=args.batch_size,
+            max_feature_nodes=args.max_feature_nodes,
+            verbose=args.verbose,
+        )
+    if args.graph_output_path is not None:
+        path = Path(args.graph_output_path)
+        check_folder(path.parent)
+        graph.to_pt(str(path))
+        print(f"graph written to {path}")
+    if files is None:
+        return
+    slug, folder = files
+    written = _write_files(
+        graph,
+        slug,
+        folder,
+        node_threshold=args.node_threshold,
+        edge_threshold=args.edge_threshold,
+        qk=args.qk,
+        np_model=args.np_model,
+    )
+    print(f"graph files written to {written}")
+    if args.server:
+        _serve(folder, args.port, slug)
+
+
+def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
+    """Refuse what `attribute` could not finish; slug and folder of the graph files, if wanted.
+
+    The rules for which outputs must be named are circuit-tracer's own.
+    """
+    if args.transcoder_set is not None:
+        raise UserError(
+            f"-t {args.transcoder_set}: transcoder graphs come in a later release; use "
+            "`circuit-tracer attribute` for them, or give residual dictionaries with -d."
+        )
+    if args.dictionaries is None:
+        raise UserError("-d/--dictionaries is missing: name residual SAEs or a crosscoder.")
+    slug, folder = args.slug, args.graph_file_dir
+    files = None if slug is None or folder is None else (slug, folder)
+    if args.server and files is None:
+        raise UserError("--server needs both --slug and --graph_file_dir: give them too.")
+    if files is None and args.graph_output_path is None:
+        raise UserError(
+            "no output is named: give both --slug and --graph_file_dir for graph files, or "
+            "-o/--graph_output_path for a .pt file."
+        )
+    for name in ("node_threshold", "edge_threshold"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be 0 to 1.")
+    _check_prompt(args.prompt)
+    if files is not None:
+        _check_names(files[0], args.np_model)
+        _probe_folder(Path(files[1]))
+    elif slug is not None or folder is not None:
+        print("warning: graph files need both --slug and --graph_file_dir", file=sys.stderr)
+    if args.graph_output_path is not None:
+        _check_file(Path(args.graph_output_path))
+    if args.server:
+        from circuit_tracer_qk.server import check_port
+
+        check_port(args.port)
+    return files
+
+
+def _qk(args: argparse.Namespace) -> None:
+    layer, head, query, key = _selection(args)
+    if args.top < 1:
+        raise UserError(f"--top is {args.top}: it must be at least 1.")
+    if args.graph is not None and (args.model or args.dictionaries or args.prompt is not None):
+        raise UserError("a saved graph has its own model and prompt: leave out -m, -d and -p.")
+    qk, tokens = _opened(args) if args.graph is not None else _run(args)
+
+    from circuit_tracer_qk import report
+
+    n = len(tokens)
+    query = n - 1 if query is None else _position("query", query, n)
+    row = qk.row(layer, head, query)
+    note = ""
+    if key is None:
+        key = 1 + int(row.pattern[1:].argmax()) if query else 0
+        note = "   (most attended key but the first)" if query else ""
+    else:
+        key = _position("key", key, n)
+    table = qk.table(layer, head, query, key)
+    lines = report.prompt_lines(tokens, {query: "query", key: "key"} if key != query else {})
+    _show([*lines, "", *report.qk_lines(table, row, tokens, args.top, note), "", *report.FOOTNOTE])
+
+
+def _demo(args: argparse.Namespace) -> None:
+    _check_prompt(args.prompt)
+    folder = Path(args.output)
+    _probe_folder(folder)
+    dictionaries = MINIATURES[args.dictionaries]
+    if not args.no_serve:
+        from circuit_tracer_qk.server import next_free_port
+
+        next_free_port(args.port)
+    model = _load(None, dictionaries)
+    with _hushed():
+        graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)
+
+    from circuit_tracer_qk import report
+
+    _show([f"the bundled miniature with its dictionaries {dictionaries}", ""])
+    _show(report.story_lines(graph, model.tokenizer.decode))
+    slug = f"demo-{args.dictionaries}"
+    written = _write_files(graph, slug, args.output)
+    _show(["", f"any head at any two positions: {PROGRAM} qk --help"])
+    _show([f"graph files written to {written}"])
+    if not args.no_serve:
+        _serve(args.output, next_free_port(args.port), slug)
+
+
+def _start_server(args: argparse.Namespace) -> None:
+    if not (Path(args.graph_file_dir) / "graph-metadata.json").is_file():
+        raise UserError(
+            f"{args.graph_file_dir} holds no graph files (no graph-metadata.json): write some with "
+            "`attribute --slug NAME --graph_file_dir DIR`."
+        )
+    _serve(args.graph_file_dir, args.port)
+
+
+# Parts of commands --------------------------------------------------------------------------------
+
+
+def _selection(args: argparse.Namespace) -> tuple[int, int, int | None, int | None]:
+    """Layer, head, query and key, however they were written."""
+    found = HEAD.fullmatch(args.head or "")
+    if found is None:
+        problem = "is missing" if args.head is None else f"{args.head!r} is not understood"
+        raise UserError(f"--head {problem}: give --layer 3 --head 5, or --head L3H5.")
+    values: dict[str, int | None] = {}
+    for name, text in zip(("layer", "head", "query", "key"), found.groups(), strict=True):
+        named = None if text is None else int(text)
+        given = None if name == "head" else getattr(args, name)
+        if named is not None and given is not None and named != given:
+            raise UserError(f"--head {args.head} and --{name} {given} disagree: give one of them.")
+        values[name] = given if named is None else named
+    layer, head = values["layer"], values["head"]
+    if layer is None or head is None:
+        raise UserError("--layer is missing: give --layer 3 --head 5, or --head L3H5.")
+    return layer, head, values["query"], values["key"]
+
+
+def _position(name: str, position: int, n: int) -> int:
+    """A position counted from the start."""
+    if not -n <= position < n:
+        raise UserError(
+            f"--{name} {position} is out of range: the prompt has {n} tokens, positions 0 to "
+            f"{n - 1} (or -{n} to -1 from the end)."
+        )
+    return position % n
+
+
+def _opened(args: argparse.Namespace) -> tuple[QK, list[str]]:
+    """QK attributions of a saved graph, and its tokens."""
+    from circuit_tracer_qk.qk import QK
+
+    record = circuit_tracer_qk.load_graph(args.graph).record
+    return QK(record.parts, record.heads, record.names), record.token_strings
+
+
+def _run(args: argparse.Namespace) -> tuple[QK, list[str]]:
+    """QK attributions of a prompt, without its graph, and its tokens."""
+    prompt = args.prompt
+    if args.dictionaries is None:
+        if args.model is not None:
+            raise UserError("-m is given without -d/--dictionaries: name the dictionaries too.")
+        prompt = SALLY if prompt is None else prompt
+    if prompt is None:
+        raise UserError("-p/--prompt is missing: give the prompt to explain.")
+    _check_prompt(prompt)
+    model = _load(args.model, args.dictionaries or MINIATURES["sae"])
+
+    from circuit_tracer_qk import host
+    from circuit_tracer_qk.components import decompose
+    from circuit_tracer_qk.frozen import freeze
+    from circuit_tracer_qk.heads import Heads, read_blocks
+    from circuit_tracer_qk.qk import QK
+
+    with _hushed():
+        run = freeze(model.transformer, model.ensure_tokenized(prompt))
+    parts = decompose(run, model.dictionaries, model.zero_positions)
+    heads = Heads(read_blocks(model.transformer, run.n_pos), run)
+    decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
+    return QK(parts, heads, model.dictionaries.label), [decode(t) for t in run.tokens]
+
+
+def _load(model: str | None, dictionaries: str, dtype: str = "float32") -> ResidualModel:
+    import torch
+
+    with _hushed():
+        return circuit_tracer_qk.load_model(model, dictionaries, dtype=getattr(torch, dtype))
+
+
+def _write_files(
+    graph: ResidualGraph, slug: str, folder: str, *, qk: bool = True, **options: Any
+) -> Path:
+    """Write graph files and return the graph's own."""
+    with _hushed():
+        return circuit_tracer_qk.create_graph_files(graph, slug, folder, qk=qk, **options)
+
+
+def _serve(folder: str, port: int, slug: str | None = None) -> None:
+    """Serve until interrupted, which is how serving ends."""
+    server = circuit_tracer_qk.serve(folder, port=port)
+    page = "" if slug is None else f"/index.html?slug={slug}"
+    try:
+        _show([f"open {server.url}{page}   (Ctrl+C ends)"])
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        server.stop()
+
+
+def _show(lines: Sequence[str]) -> None:
+    print(*lines, sep="\n", flush=True)
+
+
+# Checks that need no model ------------------------------------------------------------------------
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one token of text with -p.")
+
+
+def _check_names(slug: str, np_model: str | None) -> None:
+    if not SLUG.fullmatch(slug) or slug in RESERVED:
+        raise UserError(
+            f"the slug {slug!r} cannot name a graph's file: use letters, digits, '_', '.' and '-' "
+            f"only, and none of {', '.join(RESERVED)}."
+        )
+    if np_model is not None and not NP_MODEL.fullmatch(np_model):
+        raise UserError(
+            f"--np-model {np_model!r} is no Neuronpedia model id: use letters, digits, '_' and '-'."
+        )
+
+
+def _probe_folder(folder: Path) -> None:
+    """Refuse a folder that files cannot be written to; leaves nothing behind."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{folder} cannot be written to ({reason}): choose another folder."
+        ) from error
+    finally:
+        for path in reversed(made):
+            path.rmdir()
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give -o/--graph_output_path the name of a file.")
+    _probe_folder(path.parent)
+
+
+# Quiet --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _noise(verbose: bool) -> Iterator[None]:
+    """Show logs and warnings with ``--verbose``, else none; everything is put back afterwards."""
+    level, disabled = logging.root.level, logging.root.manager.disable
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    with warnings.catch_warnings():
+        if verbose:
+            logging.root.addHandler(handler)
+            logging.root.setLevel(logging.INFO)
+        else:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.root.removeHandler(handler)
+            logging.root.setLevel(level)
+            logging.disable(disabled)
+
+
+def _hushed() -> contextlib.AbstractContextManager[Any]:
+    """Keep what libraries print off stdout, where the result goes."""
+    return contextlib.redirect_stdout(io.StringIO())

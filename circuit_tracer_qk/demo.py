@@ -1,0 +1,113 @@
+"""What the demo picks out of a graph: predictions, strongest edges, the heads that carried."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.graph import Edge, ResidualGraph
+
+
+class StrongEdge(NamedTuple):
+    """An edge and its influence, the share of what reaches the logits that runs through it."""
+
+    source: int
+    target: int
+    influence: float
+    edge: Edge
+
+
+class Carrier(NamedTuple):
+    """A head that carried edges between two positions.
+
+    Attributes:
+        influence: the edges' influence, each times |the head's part| / |the edge|: where heads
+            work against one another it exceeds what arrives.
+        along: the share of ``influence`` in which the head's part has the sign of the edge.
+        attention: the head's pattern between the two positions.
+    """
+
+    layer: int
+    head: int
+    influence: float
+    along: float
+    attention: float
+
+
+def predictions(graph: ResidualGraph, n: int = 5) -> list[tuple[int, float]]:
+    """The ``n`` likeliest next tokens, (id, probability)."""
+    probabilities = graph.record.heads.run.logits.softmax(0)
+    top = probabilities.topk(min(n, len(probabilities)))
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+
+def node_positions(graph: ResidualGraph) -> Tensor:
+    """(n_nodes,) token position of every node, in adjacency order."""
+    n_pos = graph.n_pos
+    features = graph.active_features[graph.selected_features, 1]
+    everywhere = torch.arange(n_pos, device=features.device)
+    logits = features.new_full((len(graph.logit_targets),), n_pos - 1)
+    return torch.cat([features, everywhere.repeat(graph.cfg.n_layers + 1), logits])
+
+
+def strongest_edges(
+    graph: ResidualGraph, influence: Tensor, n: int, *, across: bool
+) -> list[StrongEdge]:
+    """The ``n`` edges of the largest influence, across positions or within one."""
+    position = node_positions(graph)
+    crosses = position[:, None] != position[None]
+    kept = influence * (crosses if across else ~crosses)
+    top = kept.flatten().topk(min(n, int((kept > 0).sum())))
+    width = len(position)
+    return [
+        StrongEdge(i % width, i // width, value, graph.edge(i % width, i // width))
+        for i, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def source_position(graph: ResidualGraph, influence: Tensor) -> int | None:
+    """Where the prediction may have been copied from, or what the last position hangs on most.
+
+    Of the earlier positions that hold the likeliest next token (without one, of all but the
+    first), the one whose edges into the last position have the largest influence. None if no edge
+    reaches the last position from any of them.
+    """
+    earlier = graph.input_tokens[1:-1]
+    said = earlier == predictions(graph, 1)[0][0]
+    position = node_positions(graph)
+    last = influence[position == graph.n_pos - 1].sum(0)
+    reached = last.new_zeros(graph.n_pos).index_add_(0, position, last)[1:-1]
+    if bool(said.any()):
+        reached = reached * said
+    return 1 + int(reached.argmax()) if bool((reached > 0).any()) else None
+
+
+def carriers(graph: ResidualGraph, influence: Tensor, query: int, key: int) -> list[Carrier]:
+    """The heads that carried edges from position ``key`` to ``query``, by influence."""
+    position = node_positions(graph)
+    between = (position[:, None] == query) & (position[None] == key) & (influence > 0)
+    target, source = between.nonzero(as_tuple=True)
+    found = graph.edges(source, target)
+    weight = graph.adjacency_matrix[target, source].to(found.parts.total)[:, None]
+    through = influence[target, source].to(weight)[:, None] * found.parts.total / weight
+    out = []
+    for layer in found.layer.unique().tolist():
+        mine = found.layer == layer
+        if layer < 0:  # a logit that reads its own checkpoint crosses no block
+            continue
+        sizes, along = through[mine].abs().sum(0), through[mine].clamp(min=0).sum(0)
+        pattern = graph.record.heads.run.pattern[layer, :, query, key]
+        for head, size in enumerate(sizes.tolist()):
+            if size > 0:
+                out.append(
+                    Carrier(
+                        layer,
+                        head,
+                        influence=size,
+                        along=float(along[head]) / size,
+                        attention=float(pattern[head]),
+                    )
+                )
+    return sorted(out, key=lambda carrier: -carrier.influence)

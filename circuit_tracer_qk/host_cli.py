@@ -1,0 +1,134 @@
+"""circuit-tracer's command line and page server: the part of the host that loads without torch.
+
+:mod:`circuit_tracer_qk.host` has the rest. Here too features are detected, never versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+
+class _Captured(BaseException):
+    """Carries circuit-tracer's parser out of its ``main``, which builds it and never returns it."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    """The arguments of one command of the installed circuit-tracer, ``-h`` left out.
+
+    Read from its own parser, so that a flag that a newer circuit-tracer adds is known at once;
+    where that fails, the flags of 0.5.0.
+
+    Args:
+        command: "attribute" or "start-server".
+    """
+    try:
+        parser = _installed_parser(command)
+    except Exception:  # whatever a future main does instead of parsing arguments
+        parser = known_parser(command)
+    out = argparse.ArgumentParser(add_help=False)
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction):
+            out._add_action(action)
+    return out
+
+
+def _installed_parser(command: str) -> argparse.ArgumentParser:
+    from circuit_tracer import __main__ as stock
+
+    with _logging_kept(), _parsing_replaced():
+        try:
+            stock.main()
+        except _Captured as captured:
+            for action in captured.parser._actions:
+                if isinstance(action, argparse._SubParsersAction) and command in action.choices:
+                    return action.choices[command]
+    raise LookupError(command)
+
+
+@contextlib.contextmanager
+def _parsing_replaced() -> Iterator[None]:
+    """Every parser gives itself up when asked to parse."""
+
+    def give_up(self: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        raise _Captured(self)
+
+    kept = argparse.ArgumentParser.parse_known_args
+    argparse.ArgumentParser.parse_known_args = give_up  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.parse_known_args = kept  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Undo the ``logging.basicConfig`` that circuit-tracer's ``main`` begins with."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    try:
+        yield
+    finally:
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+
+
+def known_parser(command: str) -> argparse.ArgumentParser:
+    """The arguments of circuit-tracer 0.5.0, for hosts whose own parser cannot be read."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    if command == "attribute":
+        add("-m", "--model", help="Model; can be inferred from the dictionaries' config.")
+        add("-t", "--transcoder_set", required=True, help="Transcoders.")
+        add("-p", "--prompt", required=True, help="Input prompt text to analyze.")
+        add("-o", "--graph_output_path", help="Where to save the attribution graph (.pt file).")
+        dtypes = ["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+        add("--dtype", choices=dtypes, default="float32", help="Data type for model weights.")
+        add("--max_n_logits", type=int, default=10, help="Maximum number of logit nodes.")
+        add(
+            "--desired_logit_prob",
+            type=float,
+            default=0.95,
+            help="Cumulative probability threshold for top logits.",
+        )
+        add("--batch_size", type=int, default=256, help="Batch size.")
+        add("--offload", choices=["cpu", "disk", None], help="Offload model parameters.")
+        add("--max_feature_nodes", type=int, default=7500, help="Maximum number of feature nodes.")
+        add("--verbose", action="store_true", help="Display progress information.")
+        add("--lazy-encoder", action="store_true", help="Lazy loading for encoder weights.")
+        add(
+            "--lazy-decoder",
+            action="store_true",
+            default=True,
+            help="Lazy loading for decoder weights.",
+        )
+        backends = ["transformerlens", "nnsight"]
+        add("--backend", choices=backends, default="transformerlens", help="Backend to use.")
+        add("--slug", help="Slug of the graph files.")
+        add("--graph_file_dir", help="Folder for the graph files; the server's data folder.")
+        add("--node_threshold", type=float, default=0.8, help="Node threshold for pruning.")
+        add("--edge_threshold", type=float, default=0.98, help="Edge threshold for pruning.")
+        add("--server", action="store_true", help="Serve the graphs after processing.")
+    else:
+        add("--graph_file_dir", required=True, help="Folder that holds the graph files.")
+    add("--port", type=int, default=8041, help="Port for the local server.")
+    return parser
+
+
+def serve(*, data_dir: str, port: int) -> Any:
+    """Start circuit-tracer's own page server in a thread; it has ``stop()``.
+
+    It listens on this machine alone where this host's server can be told to, else, as
+    circuit-tracer's does, on every interface.
+    """
+    from circuit_tracer.frontend.local_server import serve
+
+    offered = {"data_dir": data_dir, "port": port, "host": "127.0.0.1", "address": "127.0.0.1"}
+    accepted = inspect.signature(serve).parameters
+    return serve(**{name: value for name, value in offered.items() if name in accepted})

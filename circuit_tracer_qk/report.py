@@ -1,0 +1,377 @@
+"""Graphs and QK tables as text for a terminal, 100 columns wide. Nothing here reads or prints.
+
+Wherever a list is cut, one line says how much was left out, so that what is shown adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from circuit_tracer_qk.components import Component
+from circuit_tracer_qk.demo import (
+    Carrier,
+    StrongEdge,
+    carriers,
+    predictions,
+    source_position,
+    strongest_edges,
+)
+from circuit_tracer_qk.graph import ResidualGraph
+from circuit_tracer_qk.host import compute_graph_scores, edge_influence
+from circuit_tracer_qk.qk import QKRow, QKTable
+
+WIDTH = 100
+LOOKED = 0.1
+"""A head that pays a key less attention than this can hardly be said to have looked there."""
+CANCELLED = 0.1
+"""A score below this part of its terms' absolute sum has no meaningful shares."""
+
+FOOTNOTE = [
+    "c4/17: feature 17 of the dictionary that reads checkpoint 4, the residual stream entering block",
+    "L4 (layer 3 in circuit-tracer's node ids). b_dec: the dictionary's bias. error: what it misses.",
+    "A part of the score that is the same for every key does not change where the head looks.",
+]
+
+
+# Words and columns --------------------------------------------------------------------------------
+
+
+def cut(text: str, width: int) -> str:
+    """``text`` on one line, at most ``width`` columns."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: max(width - 2, 0)] + ".."
+
+
+def wrap(cells: Iterable[str], indent: str = "  ", gap: str = "  ") -> list[str]:
+    """Cells side by side, wrapped between them."""
+    lines: list[str] = []
+    for cell in cells:
+        if lines and len(lines[-1]) + len(gap) + len(cell) <= WIDTH:
+            lines[-1] += gap + cell
+        else:
+            lines.append(indent + cell)
+    return lines
+
+
+def token_name(tokens: Sequence[str], position: int) -> str:
+    """``6 ' Sally'``: a position and its token, quoted because its spaces matter."""
+    return f"{position} {tokens[position]!r}"
+
+
+def percent(value: float) -> str:
+    """A share in percent: one digit after the point only below ten."""
+    digits = 1 if abs(value) < 0.0995 else 0
+    return f"{100 * value:.{digits}f} %"
+
+
+def feature_name(component: Component) -> str:
+    """``c4/17`` for a feature, "" for the kinds of which there is one per position."""
+    return "" if component.feature is None else f"c{component.checkpoint}/{component.feature}"
+
+
+def component_name(component: Component) -> str:
+    """A component in one phrase: the feature and its label, or the label of another kind."""
+    return f"{feature_name(component)} {component.label}".strip()
+
+
+# A QK table ---------------------------------------------------------------------------------------
+
+
+def prompt_lines(tokens: Sequence[str], marks: Mapping[int, str] | None = None) -> list[str]:
+    """The prompt's tokens with their positions, some of them marked."""
+    marks = marks or {}
+    cells = (
+        token_name(tokens, p) + (f" <-{marks[p]}" if p in marks else "") for p in range(len(tokens))
+    )
+    return [f"prompt, {len(tokens)} tokens", *wrap(cells)]
+
+
+def qk_lines(
+    table: QKTable, row: QKRow, tokens: Sequence[str], top: int = 20, note: str = ""
+) -> list[str]:
+    """One table: the score, the row it competes in, marginals, pairs, block totals.
+
+    Args:
+        table: the head's table at one query and key.
+        row: the same head's row at that query.
+        tokens: the prompt's tokens.
+        top: how many keys, components of each side and pairs to list.
+        note: said after the title, e.g. how the key was chosen.
+    """
+    query, key = table.query_position, table.key_position
+    title = f"L{table.layer}H{table.head}: query {token_name(tokens, query)}"
+    title += f" -> key {token_name(tokens, key)}"
+    lines = [title + note, ""]
+    if table.masked:
+        lines.append(f"  score      masked: key {key} lies outside this head's attention window,")
+        lines.append("             so its score never enters the softmax and has no terms here")
+        return [*lines, "", *row_lines(row, tokens, key, top)]
+    visible = row.scores_raw[~row.scores.isinf()]
+    lines.append(f"  attention  {float(row.pattern[key]):.3f}")
+    lines.append(f"  score      {table.score:+.3f}")
+    if table.score_capped != table.score:
+        gain = table.score_capped / table.score if table.score else 1.0
+        lines[-1] += f" before the soft-cap, {table.score_capped:+.3f} after it (x {gain:.3f})"
+    others = f"  mean       {float(visible.mean()):+.3f}"
+    lines.append(f"{others} over the {count(len(visible), 'key')} in view")
+    lines += ["", *row_lines(row, tokens, key, min(top, 8))]
+    lines += ["", *marginal_lines(table, 0, top), "", *marginal_lines(table, 1, top)]
+    lines += ["", *pair_lines(table, top), "", *block_lines(table)]
+    return lines
+
+
+def row_lines(row: QKRow, tokens: Sequence[str], marked: int, top: int) -> list[str]:
+    """The keys that one query attended to most, the marked one always among them."""
+    query = len(row.pattern) - 1
+    visible = (~row.scores.isinf()).nonzero().flatten().tolist()
+    order = sorted(visible, key=lambda p: -float(row.pattern[p]))
+    shown = order[:top]
+    if marked in visible and marked not in shown:
+        shown = [*order[: top - 1], marked]
+    capped = bool((row.scores[visible] != row.scores_raw[visible]).any())
+    lines = [
+        f"where the head looks from {token_name(tokens, query)} (softmax: only differences between "
+        "scores count)",
+        "    pattern     score  " + ("  capped  key" if capped else "key"),
+    ]
+    for p in shown:
+        line = f"   {float(row.pattern[p]):8.3f}  {float(row.scores_raw[p]):+8.3f}  "
+        line += f"{float(row.scores[p]):+8.3f}  " if capped else ""
+        line += token_name(tokens, p) + ("   <- this key" if p == marked else "")
+        lines.append(cut_line(line))
+    if len(shown) < len(visible):
+        rest = max(1 - float(row.pattern[shown].sum()), 0.0)
+        pad = " " * (12 if not capped else 22)
+        lines.append(f"   {rest:8.3f}{pad}rest: {count(len(visible) - len(shown), 'key')}")
+    if len(visible) <= query:
+        hidden = query + 1 - len(visible)
+        lines.append(
+            f"     masked  {count(hidden, 'earlier key')}, outside this head's attention window"
+        )
+    return lines
+
+
+def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
+    """What each component of one side adds to the score, all components of the other summed.
+
+    The kinds that are no features are always shown.
+    """
+    components = (table.query, table.key)[side]
+    values = (table.query_marginal, table.key_marginal)[side].tolist()
+    order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
+    features = [i for i in order if components[i].kind == "feature"]
+    left_out = set(features[top:])
+    own, other = ("query", "key") if side == 0 else ("key", "query")
+    lines = [
+        f"{own} side: what each component at the {own} adds (all components at the {other} summed)",
+        "       value   share  kind       feature   activation  label",
+    ]
+    share = _share(table.score, sum(map(abs, values)))
+    for i in order:
+        if i in left_out:
+            continue
+        c = components[i]
+        activation = "" if c.activation is None else f"{c.activation:.3f}"
+        line = f"  {values[i]:+10.3f}  {share(values[i])}  {c.kind:9}  {feature_name(c):8}"
+        label = c.label if c.label != c.kind else ""
+        lines.append(cut_line(f"{line}  {activation:>10}  {label}"))
+    if left_out:
+        rest = sum(values[i] for i in left_out)
+        lines.append(
+            f"  {rest:+10.3f}  {share(rest)}  rest: {count(len(left_out), 'smaller feature')}"
+        )
+    total = sum(values)
+    return [*lines, f"  {total:+10.3f}  {share(total)}  sum = score"]
+
+
+def pair_lines(table: QKTable, top: int) -> list[str]:
+    """The largest single terms. They mislead where many small ones add up: see the rest."""
+    terms = table.top(top)
+    share = _share(table.score, float(table.terms.abs().sum()))
+    n = table.terms.numel()
+    lines = [
+        f"pairs: the {len(terms)} largest of {n} terms" if n > len(terms) else f"pairs: all {n}",
+        "       value   share  query component                        key component",
+    ]
+    for query, key, value in terms:
+        names = f"{cut(component_name(query), 37):37}  {cut(component_name(key), 37)}"
+        lines.append(f"  {value:+10.3f}  {share(value)}  {names}".rstrip())
+    rest = float(table.terms.sum()) - sum(value for *_, value in terms)
+    if n > len(terms):
+        lines.append(
+            f"  {rest:+10.3f}  {share(rest)}  rest: {count(n - len(terms), 'smaller term')}"
+        )
+    total = float(table.terms.sum())
+    return [*lines, f"  {total:+10.3f}  {share(total)}  sum = score"]
+
+
+def block_lines(table: QKTable) -> list[str]:
+    """Block totals, and how much of the score features explain."""
+    queries = list(dict.fromkeys(a for a, _ in table.blocks))
+    keys = list(dict.fromkeys(b for _, b in table.blocks))
+    lines = ["block totals (query kinds down, key kinds across)"]
+    lines.append(" " * 12 + "".join(f"{k:>11}" for k in [*keys, "sum"]))
+    columns = {k: sum(table.blocks[q, k] for q in queries) for k in keys}
+    for q in queries:
+        cells = [table.blocks[q, k] for k in keys]
+        lines.append(f"  {q:10}" + "".join(f"{v:+11.3f}" for v in [*cells, sum(cells)]))
+    totals = [*columns.values(), sum(columns.values())]
+    lines.append(f"  {'sum':10}" + "".join(f"{v:+11.3f}" for v in totals))
+    if ("feature", "feature") in table.blocks:
+        explained = table.blocks["feature", "feature"]
+        share = _share(table.score, float(table.terms.abs().sum()))(explained).strip()
+        of = f", {share} of the score" if share else ""
+        lines.append(f"  features x features: {explained:+.3f} of {table.score:+.3f}{of}")
+    size = float(table.terms.abs().sum())
+    if size and abs(table.score) < CANCELLED * size:
+        lines.append(
+            f"  the terms cancel (their absolute values sum to {size:.3f}): shares would mislead"
+        )
+    return lines
+
+
+def _share(score: float, size: float):
+    """A value as a share of the score; blank where terms of ``size`` nearly cancel in it."""
+
+    def share(value: float) -> str:
+        if abs(score) < CANCELLED * size or score == 0:
+            return " " * 6
+        return f"{100 * value / score:4.0f} %"
+
+    return share
+
+
+def cut_line(line: str) -> str:
+    """A line cut at the page's width."""
+    return (line if len(line) <= WIDTH else line[: WIDTH - 2] + "..").rstrip()
+
+
+def count(n: int, noun: str) -> str:
+    """``1 key``, ``2 keys``."""
+    return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
+# A graph ------------------------------------------------------------------------------------------
+
+
+def node_name(graph: ResidualGraph, node: int) -> str:
+    """A node as position, token and what it stands for."""
+    record = graph.record
+    tokens, n_pos = record.token_strings, graph.n_pos
+    node -= graph.n_features
+    if node < 0:
+        selected = int(graph.selected_features[node])
+        layer, position, feature = graph.active_features[selected].tolist()
+        what = f"c{layer + 1}/{feature} {record.names(layer + 1, feature)}"
+        return f"{token_name(tokens, position)} {what}"
+    slot, position = divmod(node, n_pos)
+    if slot < graph.cfg.n_layers:
+        return f"{token_name(tokens, position)} c{slot + (not record.resid_pre)} error"
+    if slot == graph.cfg.n_layers:
+        return f"{token_name(tokens, position)} token"
+    target = graph.logit_targets[node - (graph.cfg.n_layers + 1) * n_pos]
+    return f"logit {target.token_str!r}"
+
+
+def prediction_lines(predicted: Iterable[tuple[str, float]]) -> list[str]:
+    """The likeliest next tokens."""
+    return [
+        "the model's next token",
+        *wrap((f"{token!r} {p:.3f}" for token, p in predicted), gap="   "),
+    ]
+
+
+def edge_lines(graph: ResidualGraph, edges: Sequence[StrongEdge], title: str) -> list[str]:
+    """Edges with what carried them: heads by |total|, residual and MLP parts."""
+    if not edges:
+        return [title, "  none"]
+    lines = [title, "  influence    weight  block  from -> to"]
+    for source, target, influence, edge in edges:
+        block = "-" if edge.layer is None else f"L{edge.layer}"
+        names = f"{node_name(graph, source)} -> {node_name(graph, target)}"
+        line = f"  {percent(influence):>9}  {edge.weight:+8.3f}  {block:>5}  "
+        lines.append(line + cut(names, WIDTH - len(line)))
+        lines.append(" " * 11 + "= " + _carried(edge.residual, edge.mlp, edge.heads.total))
+    return lines
+
+
+def _carried(residual: float, mlp: float, heads: Tensor, most: int = 3) -> str:
+    order = heads.abs().argsort(descending=True).tolist()
+    parts = [f"{name} {part:+.3f}" for name, part in (("residual", residual), ("MLP", mlp)) if part]
+    parts += [f"H{h} {float(heads[h]):+.3f}" for h in order[:most] if float(heads[h])]
+    rest = order[most:]
+    if rest and bool(heads[rest].any()):
+        parts.append(f"{count(len(rest), 'other head')} {float(heads[rest].sum()):+.3f}")
+    return "  ".join(parts)
+
+
+def carrier_lines(found: Sequence[Carrier], title: str, top: int) -> list[str]:
+    """The heads that carried edges between two positions."""
+    if not found:
+        return [title, "  none: no edge joins these positions"]
+    lines = [
+        title,
+        "  head    influence  attention  agrees   (agrees: part that has the sign of its edge)",
+    ]
+    for c in found[:top]:
+        name = f"L{c.layer}H{c.head}"
+        line = f"  {name:6}  {percent(c.influence):>9}  {c.attention:9.3f}  {percent(c.along):>6}"
+        lines.append(line)
+    rest = found[top:]
+    if rest:
+        total = percent(sum(c.influence for c in rest))
+        lines.append(f"  {'rest':6}  {total:>9}  {count(len(rest), 'head')}")
+    return lines
+
+
+def story_lines(graph: ResidualGraph, decode: Callable[[int], str]) -> list[str]:
+    """The demo's account of a graph: prediction, strongest edges, heads, and why they looked.
+
+    Args:
+        graph: any residual graph.
+        decode: token id to text.
+    """
+    tokens, last = graph.record.token_strings, graph.n_pos - 1
+    influence = edge_influence(graph)
+    replacement, completeness = compute_graph_scores(graph)
+    predicted = [(decode(token), p) for token, p in predictions(graph)]
+    nodes = f"{graph.n_features} features of {len(graph.active_features)} active"
+    lines = [
+        *prompt_lines(tokens),
+        "",
+        *prediction_lines(predicted),
+        "",
+        f"attribution graph: {nodes}; replacement score {replacement:.2f}, completeness "
+        f"{completeness:.2f}",
+        "influence below: the share of what reaches the logits that runs through an edge or head",
+        "",
+        *edge_lines(
+            graph,
+            strongest_edges(graph, influence, 8, across=True),
+            "strongest edges across positions, and what carried each (H5: head 5 of the block)",
+        ),
+        "",
+        *edge_lines(
+            graph,
+            strongest_edges(graph, influence, 4, across=False),
+            "strongest edges within a position",
+        ),
+    ]
+    key = source_position(graph, influence)
+    if key is None:
+        return lines
+    found = carriers(graph, influence, last, key)
+    copied = tokens[key] == predicted[0][0]
+    what = "name-copying heads: they" if copied else "heads that"
+    title = (
+        f"{what} carried {token_name(tokens, key)} to the last position, {last} {tokens[last]!r}"
+    )
+    lines += ["", *carrier_lines(found, title, 6)]
+    for carrier in found[:2]:
+        table = graph.qk(carrier.layer, carrier.head, last, key)
+        row = graph.qk_row(carrier.layer, carrier.head, last)
+        looked = "why it looked there" if carrier.attention >= LOOKED else "it hardly looked there"
+        lines += ["", "-" * WIDTH, *qk_lines(table, row, tokens, 5, f"   ({looked})")]
+    return [*lines, "", *FOOTNOTE]
