@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import circuit_tracer_qk
 from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import check_folder
+from circuit_tracer_qk.files import check_folder, check_names
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.graph import ResidualGraph
@@ -35,9 +35,6 @@ PROGRAM = "circuit-tracer-qk"
 SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 DEMO_PORT = 8041
 MINIATURES = {"sae": "miniature-sae", "wcc": "miniature-wcc"}
-SLUG = re.compile(r"[A-Za-z0-9_.-]+")
-RESERVED = (".", "..", "graph-metadata")  # the last is the folder's own list of graphs
-NP_MODEL = re.compile(r"[A-Za-z0-9_-]+")
 HEAD = re.compile(r"(?:L(\d+)H)?(\d+)(?::q(-?\d+))?(?::k(-?\d+))?", re.IGNORECASE)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DONE, MISTAKE, INTERRUPTED, PIPE_CLOSED = 0, 2, 130, 141
@@ -272,7 +269,7 @@ def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be 0 to 1.")
     _check_prompt(args.prompt)
     if files is not None:
-        _check_names(files[0], args.np_model)
+        check_names(files[0], args.np_model)
         _probe_folder(Path(files[1]))
     elif slug is not None or folder is not None:
         print("warning: graph files need both --slug and --graph_file_dir", file=sys.stderr)
@@ -396,17 +393,12 @@ def _run(args: argparse.Namespace) -> tuple[QK, list[str]]:
     model = _load(args.model, args.dictionaries or MINIATURES["sae"])
 
     from circuit_tracer_qk import host
-    from circuit_tracer_qk.components import decompose
-    from circuit_tracer_qk.frozen import freeze
-    from circuit_tracer_qk.heads import Heads, read_blocks
-    from circuit_tracer_qk.qk import QK
+    from circuit_tracer_qk.attribution import explain
 
     with _hushed():
-        run = freeze(model.transformer, model.ensure_tokenized(prompt))
-    parts = decompose(run, model.dictionaries, model.zero_positions)
-    heads = Heads(read_blocks(model.transformer, run.n_pos), run)
+        qk = explain(prompt, model)
     decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
-    return QK(parts, heads, model.dictionaries.label), [decode(t) for t in run.tokens]
+    return qk, [decode(t) for t in qk.heads.run.tokens]
 
 
 def _load(model: str | None, dictionaries: str, dtype: str = "float32") -> ResidualModel:
@@ -446,18 +438,6 @@ def _show(lines: Sequence[str]) -> None:
 def _check_prompt(prompt: str) -> None:
     if not prompt:
         raise UserError("the prompt is empty: give at least one token of text with -p.")
-
-
-def _check_names(slug: str, np_model: str | None) -> None:
-    if not SLUG.fullmatch(slug) or slug in RESERVED:
-        raise UserError(
-            f"the slug {slug!r} cannot name a graph's file: use letters, digits, '_', '.' and '-' "
-            f"only, and none of {', '.join(RESERVED)}."
-        )
-    if np_model is not None and not NP_MODEL.fullmatch(np_model):
-        raise UserError(
-            f"--np-model {np_model!r} is no Neuronpedia model id: use letters, digits, '_' and '-'."
-        )
 
 
 def _probe_folder(folder: Path) -> None:

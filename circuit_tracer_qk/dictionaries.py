@@ -89,6 +89,54 @@ class Dictionary:
         return pre.relu()
 
 
+def feature_index(checkpoint: int, feature: int) -> int | None:
+    """The Cantor index of (checkpoint - 1, feature), by which circuit-tracer's page knows a feature.
+
+    Features of checkpoint 0 have none.
+    """
+    x, y = checkpoint - 1, feature
+    return None if x < 0 else (x + y) * (x + y + 1) // 2 + y
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureExamples:
+    """The features' JSON in a dictionary folder: ``features.zip``, else ``features/``.
+
+    Files are named by :func:`feature_index`.
+    """
+
+    folder: Path
+
+    def read(self, checkpoint: int, feature: int) -> bytes | None:
+        """One feature's JSON as stored, None without one.
+
+        Raises:
+            UserError: ``features.zip`` cannot be read.
+        """
+        index = feature_index(checkpoint, feature)
+        if index is None:
+            return None
+        if self._archive is not None:
+            try:
+                return self._archive.read(f"{index}.json")
+            except KeyError:
+                pass
+            except zipfile.BadZipFile as error:
+                raise UserError(f"{self.folder / 'features.zip'} is damaged: {error}") from error
+        path = self.folder / "features" / f"{index}.json"
+        return path.read_bytes() if path.is_file() else None
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile | None:
+        path = self.folder / "features.zip"
+        if not path.is_file():
+            return None
+        try:
+            return zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{path} is not a zip archive: {error}") from error
+
+
 @dataclass(frozen=True, eq=False)
 class DictionarySet:
     """Dictionaries at several checkpoints of one model, with their features' labels and examples.
@@ -169,27 +217,16 @@ class DictionarySet:
         return (labels[feature] or "") if 0 <= feature < len(labels) else ""
 
     def examples(self, checkpoint: int, feature: int) -> bytes | None:
-        """The feature's JSON as stored in ``features.zip`` or ``features/``, None without one.
-
-        Its name is the Cantor index of (checkpoint - 1, feature), so that features of checkpoint 0
-        have none.
+        """The feature's JSON, None without one; see :class:`FeatureExamples`.
 
         Raises:
             UserError: ``features.zip`` cannot be read.
         """
-        if self.folder is None or checkpoint < 1:
-            return None
-        x, y = checkpoint - 1, feature
-        name = f"{(x + y) * (x + y + 1) // 2 + y}.json"
-        if self._archive is not None:
-            try:
-                return self._archive.read(name)
-            except KeyError:
-                pass
-            except zipfile.BadZipFile as error:
-                raise UserError(f"{self.folder / 'features.zip'} is damaged: {error}") from error
-        path = self.folder / "features" / name
-        return path.read_bytes() if path.is_file() else None
+        return None if self._examples is None else self._examples.read(checkpoint, feature)
+
+    @cached_property
+    def _examples(self) -> FeatureExamples | None:
+        return None if self.folder is None else FeatureExamples(self.folder)
 
     @cached_property
     def _labels(self) -> dict[str, list[str | None]]:
@@ -203,16 +240,6 @@ class DictionarySet:
         if not isinstance(labels, dict) or not all(isinstance(v, list) for v in labels.values()):
             raise UserError(f'{path} should map layers to lists of labels: {{"0": ["label", ...]}}')
         return labels
-
-    @cached_property
-    def _archive(self) -> zipfile.ZipFile | None:
-        path = None if self.folder is None else self.folder / "features.zip"
-        if path is None or not path.is_file():
-            return None
-        try:
-            return zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path} is not a zip archive: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from torch import Tensor
 from circuit_tracer_qk.components import Checkpoint, Decomposition
 from circuit_tracer_qk.heads import AttentionBlock, Heads, MLPBlock
 
+TILE = 512  # sources weighted by attention at once: they stay in the processor's cache
+
 
 class Targets(NamedTuple):
     """Targets across one block, in rows.
@@ -63,8 +65,9 @@ def pull_mlp(
     if mlp is None:
         return torch.zeros_like(y)
     run = heads.run
-    scales = run.scale("ln2", layer), run.scale("ln2_post", layer)
-    return mlp.pull(y, positions, run.mlp_input[layer], *scales)
+    here, row = positions.unique(return_inverse=True)  # the MLP's slope is needed nowhere else
+    scales = run.scale("ln2", layer)[here], run.scale("ln2_post", layer)[here]
+    return mlp.pull(y, row, run.mlp_input[layer][here], *scales)
 
 
 class BlockEdges:
@@ -92,7 +95,7 @@ class BlockEdges:
 
         Returns:
             (n_targets, n_sources) edge weights; zero where the source lies after the target or
-            outside every head's window. Memory beyond the result: one (n_sources, d_model).
+            outside every head's window. Memory beyond the result is that of the targets.
         """
         block, sources = self.heads.block(self.layer), self.sources
         pattern = self.heads.run.pattern[self.layer]
@@ -105,11 +108,13 @@ class BlockEdges:
         for p, count in zip(places.tolist(), counts.tolist(), strict=True):
             rows = slice(row, row + count)
             row += count
-            seen = slice(sources.starts[block.first_key(p)], sources.starts[p + 1])
-            attention = pattern[:, p, sources.position[seen]].T
-            attention = attention.reshape(len(attention), block.n_kv, -1, 1)
-            weighted = (self.values[seen, :, None] * attention).flatten(1)
-            out[rows, seen] = z[rows] @ weighted.T
+            attention = pattern[:, p].T.reshape(len(sources.starts) - 1, block.n_kv, -1, 1)
+            end = sources.starts[p + 1]
+            for start in range(sources.starts[block.first_key(p)], end, TILE):
+                tile = slice(start, min(start + TILE, end))
+                seen = attention[sources.position[tile]]
+                weighted = (self.values[tile, :, None] * seen).flatten(1)
+                out[rows, tile] = z[rows] @ weighted.T
             here = sources.at(p)
             out[rows, here] += local[rows] @ self.vectors[here].T
         return out

@@ -1,13 +1,17 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and what they may be called."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from pathlib import Path
 
 from circuit_tracer_qk.errors import UserError
+
+LISTING = "graph-metadata.json"
+"""The file in which circuit-tracer lists a folder's graphs."""
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -54,3 +58,21 @@ def check_folder(path: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"the folder {path} cannot be written to: choose another.")
     return path
+
+
+def check_names(slug: str, np_model: str | None) -> None:
+    """Refuse names that cannot stand for a graph's file, or that Neuronpedia does not take.
+
+    Raises:
+        UserError: which characters are allowed.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", slug) or slug in (".", "..", Path(LISTING).stem):
+        raise UserError(
+            f"the slug {slug!r} cannot name a graph: use letters, digits, '_', '.' and '-' only, "
+            f"and not '.', '..' or {Path(LISTING).stem!r}."
+        )
+    if np_model is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", np_model):
+        raise UserError(
+            f"the Neuronpedia model id {np_model!r} is not one: Neuronpedia takes letters, "
+            "digits, '_' and '-' only."
+        )

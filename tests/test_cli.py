@@ -166,7 +166,7 @@ OUT = ("-d", "dictionaries", "-p", "x")
         (("attribute", *OUT, "--server", "-o", "g.pt"), "--server needs both --slug"),
         (("attribute", *OUT, "--slug", "a/b", "--graph_file_dir", "g"), "the slug 'a/b'"),
         (("attribute", *OUT, "--slug", "", "--graph_file_dir", "g"), "the slug ''"),
-        (("attribute", *OUT, "--slug", "graph-metadata", "--graph_file_dir", "g"), "none of ., .."),
+        (("attribute", *OUT, "--slug", "graph-metadata", "--graph_file_dir", "g"), "not '.', '..' or"),
         (("attribute", *OUT, "--slug", "a", "--graph_file_dir", "g", "--np-model", "a/b"), "'a/b'"),
         (("attribute", *OUT, "-o", "."), "is a folder"),
         (("attribute", *OUT, "-o", "file/graph.pt"), "file cannot be written to (Not a directory)"),
