@@ -75,8 +75,8 @@ class ActiveFeatures:
         reads = self.checkpoint[nodes]
         for c in reads.unique().tolist():
             at = (reads == c).nonzero().squeeze(1)
-            decoder = self.decoders[c, checkpoint].to(out.dtype)
-            out[at] = self.activation[nodes[at], None] * decoder[self.row[nodes[at]]]
+            decoder = self.decoders[c, checkpoint][self.row[nodes[at]]].to(out.dtype)
+            out[at] = decoder * self.activation[nodes[at], None]
         return out
 
 

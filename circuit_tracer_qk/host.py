@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from circuit_tracer.attribution.targets import AttributionTargets
 from circuit_tracer.frontend.graph_models import Metadata, Model, Node, QParams
-from circuit_tracer.frontend.utils import add_graph_metadata
 from circuit_tracer.graph import (
     Graph,
     PruneResult,
@@ -172,7 +171,6 @@ __all__ = [
     "Node",
     "PruneResult",
     "QParams",
-    "add_graph_metadata",
     "compute_graph_scores",
     "decoder",
     "edge_influence",

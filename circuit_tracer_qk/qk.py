@@ -21,6 +21,8 @@ from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomp
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.heads import Heads
 
+RUN = 16  # neighbouring positions projected at once: bounds memory, and stays in the cache
+
 Label = Callable[[int, int], str]
 """(checkpoint, feature) -> a short label, "" where there is none."""
 
@@ -122,12 +124,12 @@ class TopTerms(NamedTuple):
     key_index: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class QK:
     """QK attributions of one run, for any head and any pair of positions.
 
     Projected components are kept for the most recent positions, so that the keys of a query and
-    the queries of a key share them.
+    the queries of a key share them; so are the lists that name them.
 
     Attributes:
         parts: the run's components.
@@ -141,10 +143,12 @@ class QK:
     label: Label
     keep_bytes: int = 256 << 20
     _projected: OrderedDict[tuple[int, int, int, int], Tensor] = field(default_factory=OrderedDict)
+    _kept_bytes: int = 0
 
     def __post_init__(self) -> None:
         # whole q and k of a layer serve every pair of its positions
-        object.__setattr__(self, "_whole", lru_cache(maxsize=4)(self.heads.whole))
+        self._whole = lru_cache(maxsize=4)(self.heads.whole)
+        self._listed = lru_cache(maxsize=1024)(self._list)
 
     def check(self, layer: int, head: int, query: int, key: int | None = None) -> None:
         """Refuse indices that do not exist.
@@ -233,6 +237,9 @@ class QK:
 
     def components(self, layer: int, position: int, side: int) -> list[Component]:
         """The components of checkpoint ``layer`` at a position, the map's constant last."""
+        return list(self._listed(layer, position, side))
+
+    def _list(self, layer: int, position: int, side: int) -> list[Component]:
         checkpoint = self.parts.at(layer)
         part = checkpoint.at(position)
         features = self.parts.features
@@ -262,7 +269,7 @@ class QK:
 
     def _scores(self, layer: int, head: int, query: int, keys: Tensor) -> Tensor:
         block = self.heads.block(layer)
-        q, k = self._whole(layer)  # type: ignore[attr-defined]
+        q, k = self._whole(layer)
         return k[keys.to(k.device), block.group(head)] @ q[query, head] / block.attn_scale
 
     def _images(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
@@ -274,26 +281,35 @@ class QK:
         for key in wanted:
             self._projected.move_to_end(key)
         images = [self._projected[key] for key in wanted]
-        size = sum(t.numel() * t.element_size() for t in self._projected.values())
-        while size > self.keep_bytes and len(self._projected) > len(wanted):
-            dropped = self._projected.popitem(last=False)[1]
-            size -= dropped.numel() * dropped.element_size()
+        while self._kept_bytes > self.keep_bytes and len(self._projected) > len(wanted):
+            self._kept_bytes -= self._projected.popitem(last=False)[1].nbytes
         return images
 
     def _project(self, positions: list[int], layer: int, head: int, side: int) -> None:
         checkpoint = self.parts.at(layer)
-        parts = [checkpoint.at(p) for p in positions]
-        vectors = torch.cat([checkpoint.vectors(part) for part in parts])
-        counts = [part.stop - part.start for part in parts]
-        device = vectors.device
-        places = torch.tensor(positions, device=device).repeat_interleave(
-            torch.tensor(counts, device=device)
-        )
         project = (self.heads.queries, self.heads.keys)[side]
-        images = project(layer, vectors, places, head).split(counts)
+        constants = None
         if self.heads.has_constants(layer):
-            at = torch.tensor(positions, device=device)
-            constants = self.heads.constants(layer, at)[side][:, head]
-            images = [torch.cat([image, c[None]]) for image, c in zip(images, constants)]
-        for position, image in zip(positions, images, strict=True):
-            self._projected[side, layer, head, position] = image
+            at = torch.tensor(positions, device=checkpoint.position.device)
+            constants = dict(zip(positions, self.heads.constants(layer, at)[side][:, head]))
+        for run in _runs(positions):
+            part = slice(checkpoint.starts[run.start], checkpoint.starts[run.stop])
+            images = project(layer, checkpoint.vectors(part), checkpoint.position[part], head)
+            for p in run:
+                here = checkpoint.at(p)
+                image = images[here.start - part.start : here.stop - part.start]
+                # its own memory, so that dropping it frees it
+                image = image.clone() if constants is None else torch.cat([image, constants[p][None]])
+                self._projected[side, layer, head, p] = image
+                self._kept_bytes += image.nbytes
+
+
+def _runs(positions: list[int]) -> list[range]:
+    """Ascending positions as ranges of at most ``RUN`` neighbours."""
+    runs: list[range] = []
+    for p in positions:
+        if runs and runs[-1].stop == p and len(runs[-1]) < RUN:
+            runs[-1] = range(runs[-1].start, p + 1)
+        else:
+            runs.append(range(p, p + 1))
+    return runs

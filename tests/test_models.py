@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained import weight_conversions
 
-from circuit_tracer_qk import models
+from circuit_tracer_qk import conversion, models
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.models import load_transformer
 
@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = dict(GATED)
 NEOX_SIZES: dict[str, Any] = dict(NEOX)
 WIDE: dict[str, Any] = COMMON | {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
 
-# What the shared matrix leaves out: one entry for each further fact of `models.build_config`.
+# What the shared matrix leaves out: one entry for each further fact of `conversion.build_config`.
 EXTRA: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gpt2-scaled-by-layer": lambda: transformers.GPT2Config(
         vocab_size=97,
@@ -204,7 +204,7 @@ def test_equal_buffers_are_shared_and_only_those(tiny):
 
 def test_long_contexts_are_capped():
     config = transformers.LlamaConfig(**dict(SIZES, max_position_embeddings=131072))
-    assert models.build_config(config, "LlamaForCausalLM").n_ctx == models.MAX_CONTEXT
+    assert models.build_config(config, "LlamaForCausalLM").n_ctx == conversion.MAX_CONTEXT
 
 
 def test_nothing_is_printed_and_logging_is_left_alone(tiny, capfd):

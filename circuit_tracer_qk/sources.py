@@ -1,0 +1,238 @@
+"""Where a model is, and reading what Hugging Face stores there: config, tokenizer, weights.
+
+What cannot be attributed exactly is refused here by name, before its weights are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from circuit_tracer_qk.errors import UserError
+
+ALIBI = "its attention adds ALiBi position biases, which QK attributions do not decompose"
+REFUSED = {
+    "bloom": ALIBI,
+    "mpt": ALIBI,
+    "t5": "its attention adds relative position biases and it is an encoder-decoder",
+    "mt5": "its attention adds relative position biases and it is an encoder-decoder",
+    "gpt_oss": "its attention has sinks, a softmax term that no key carries",
+    "olmo2": "it norms only after attention and MLP, with a QK norm over whole vectors",
+    "olmo3": "it norms only after attention and MLP, with a QK norm over whole vectors",
+}
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+MODALITIES = ("vision_config", "audio_config")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    "spiece.model",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from.
+
+    Attributes:
+        path: what Hugging Face loads: an absolute folder or a hub id.
+        title: the name for people: the folder's name or the hub id.
+        local: whether ``path`` is a folder.
+        revision: the hub revision; None for a folder.
+    """
+
+    path: str
+    title: str
+    local: bool
+    revision: str | None = None
+
+    @classmethod
+    def find(cls, name: str) -> Source:
+        """Tells a folder from a hub id from a TransformerLens name."""
+        from transformer_lens.loading_from_pretrained import get_official_model_name
+
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            folder = folder.resolve()
+            return cls(str(folder), folder.name, local=True)
+        hub_id, _, revision = name.partition("@")
+        is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) and not hub_id.startswith(".")
+        if folder.exists() or not is_id:
+            raise UserError(
+                f"{name} is not a folder; give an existing Hugging Face folder, a hub id "
+                "org/name[@revision] or a TransformerLens name such as gpt2."
+            )
+        try:
+            hub_id = get_official_model_name(hub_id)
+        except ValueError as error:
+            if "/" not in hub_id:
+                raise UserError(
+                    f"{name} is neither a folder nor a name that TransformerLens knows; give an "
+                    "existing Hugging Face folder or a hub id org/name[@revision]."
+                ) from error
+        return cls(hub_id, hub_id, local=False, revision=revision or None)
+
+    def load(self, loader: Callable[..., Any], **options: Any) -> Any:
+        """Calls a ``from_pretrained``: from the disk if it can, else from the hub."""
+        load = functools.partial(loader, self.path, revision=self.revision, **options)
+        if self.local:
+            return load(local_files_only=True)
+        try:
+            return load(local_files_only=True)
+        except (OSError, ValueError):
+            return load()
+
+    def failure(self, what: str, error: Exception) -> UserError:
+        """The user's message for a hub request that failed, or for a file that is broken."""
+        from huggingface_hub import errors
+
+        causes = (error, error.__cause__, error.__context__)
+        if self.local:
+            return UserError(f"The {what} of {self.path} cannot be read: {first_line(error)}.")
+        if any(isinstance(c, errors.RevisionNotFoundError) for c in causes):
+            return UserError(f"{self.title} has no revision {self.revision} on the hub.")
+        if any(isinstance(c, errors.GatedRepoError) for c in causes):
+            return UserError(
+                f"{self.title} is gated on the hub; accept its terms there and run "
+                "`huggingface-cli login`, or give a local folder."
+            )
+        if any(isinstance(c, errors.RepositoryNotFoundError) for c in causes):
+            return UserError(
+                f"{self.title} is not on the hub (or is private); check the name, run "
+                "`huggingface-cli login`, or give a local folder."
+            )
+        if any(isinstance(c, errors.LocalEntryNotFoundError) for c in causes):
+            return UserError(
+                f"The {what} of {self.title} is not in the local cache and the Hugging Face hub "
+                "cannot be reached; check the name and the network, or give a local folder."
+            )
+        return UserError(f"The {what} of {self.title} cannot be loaded: {first_line(error)}.")
+
+
+def read_config(source: Source) -> Any:
+    """The Hugging Face configuration of ``source``."""
+    from transformers import AutoConfig
+
+    if source.local and not (Path(source.path) / "config.json").is_file():
+        raise UserError(
+            f"The folder {source.path} has no config.json; give a folder written by Hugging "
+            "Face's save_pretrained, or a hub id org/name."
+        )
+    try:
+        return source.load(AutoConfig.from_pretrained)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise source.failure("config.json", error) from error
+
+
+def architecture_of(source: Source, config: Any) -> str:
+    """The class that Hugging Face's AutoModelForCausalLM makes of ``config``, if not refused."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or kind
+    reason = REFUSED.get(kind)
+    if reason is None and any((getattr(config, name, None) or 0) > 1 for name in EXPERTS):
+        reason = "it is a mixture of experts, whose routing has no fixed MLP"
+    if reason is None and any(getattr(config, name, None) for name in MODALITIES):
+        reason = "it is multimodal; save its language model alone as a text-only folder"
+    if reason is None and getattr(config, "use_bidirectional_attention", False):
+        reason = "its attention is bidirectional"
+    if reason is None and getattr(config, "quantization_config", None):
+        reason = "its weights are quantised; use the unquantised model"
+    if reason is not None:
+        raise UserError(f"{source.title} ({architecture}) is not supported: {reason}.")
+    return architecture
+
+
+def read_tokenizer(source: Source) -> Any | None:
+    """The tokenizer, with a BOS put in front by default as TransformerLens wants it; else None."""
+    from transformers import AutoTokenizer
+
+    if source.local and not any((Path(source.path) / f).exists() for f in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = source.load(AutoTokenizer.from_pretrained)
+        # TransformerLens loads the tokenizer a second time by name, without its revision, unless
+        # it was made this way.
+        if tokenizer.bos_token is not None and not getattr(tokenizer, "add_bos_token", False):
+            tokenizer = source.load(AutoTokenizer.from_pretrained, add_bos_token=True)
+    except Exception as error:
+        raise source.failure("tokenizer", error) from error
+    return tokenizer
+
+
+def read_weights(source: Source, config: Any, dtype: torch.dtype) -> Any:
+    """Hugging Face's model on the CPU in ``dtype``, every weight found, of its shape, finite."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = source.load(
+            AutoModelForCausalLM.from_pretrained,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:
+        broken = _broken_file(source)
+        if broken is not None:
+            raise UserError(
+                f"{broken} is truncated or not a safetensors file; copy or download it again."
+            ) from error
+        raise source.failure("weights", error) from error
+    if info["mismatched_keys"]:
+        key = sorted(info["mismatched_keys"])[0]
+        found = _stored_shape(source, key)
+        raise UserError(
+            f"The weight {key} of {source.title} should have shape "
+            f"{list(model.state_dict()[key].shape)} by its config.json, found {found}; the "
+            "configuration and the weights do not belong together."
+        )
+    if info["missing_keys"]:
+        raise UserError(
+            f"The weight {sorted(info['missing_keys'])[0]} is missing from {source.title}; copy "
+            "or download the model again."
+        )
+    for key, tensor in model.named_parameters():
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+            raise UserError(
+                f"The weight {key} of {source.title} contains NaN or infinity; copy or download "
+                "the model again."
+            )
+    return model.eval().requires_grad_(False)
+
+
+def _broken_file(source: Source) -> Path | None:
+    """The first safetensors file of a folder whose header or length is wrong."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(source.path).glob("*.safetensors")) if source.local else ():
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file
+    return None
+
+
+def _stored_shape(source: Source, key: str) -> list[int] | str:
+    """The shape under which a folder stores the weight ``key`` (a prefix may be absent there)."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(source.path).glob("*.safetensors")) if source.local else ():
+        with safe_open(file, "pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118 - not a dict
+                if key == stored or key.endswith("." + stored):
+                    return tensors.get_slice(stored).get_shape()
+    return "another"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
