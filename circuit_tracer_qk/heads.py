@@ -414,11 +414,11 @@ class Heads:
             x = x * gain / (tau if head is None else tau[:, head])[..., None]
         return b.rotate(x, positions)
 
-    def whole(self, layer: int) -> tuple[Tensor, Tensor]:
+    def whole(self, layer: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """q and k of the whole residual stream, (n_pos, n_heads, d_head) and (n_pos, n_kv, ...)."""
         everywhere = torch.arange(self.run.n_pos, device=self.run.residual.device)
-        q_const, k_const = self.constants(layer, everywhere)
-        x = self.run.residual[layer]
+        q_const, k_const = self.constants(layer, everywhere, dtype)
+        x = self.run.residual[layer].to(q_const.dtype)
         return (
             self.queries(layer, x, everywhere) + q_const,
             self.keys(layer, x, everywhere) + k_const,

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -146,8 +147,11 @@ class QK:
     _kept_bytes: int = 0
 
     def __post_init__(self) -> None:
+        # float32 products that cancel are off by more than 1e-5 of a score made of a few terms, so
+        # scores and single tables are contracted in float64 where the device has it
+        self._wide = torch.float64 if self.heads.run.residual.device.type != "mps" else None
         # whole q and k of a layer serve every pair of its positions
-        self._whole = lru_cache(maxsize=4)(self.heads.whole)
+        self._whole = lru_cache(maxsize=4)(partial(self.heads.whole, dtype=self._wide))
         self._listed = lru_cache(maxsize=1024)(self._list)
 
     def check(self, layer: int, head: int, query: int, key: int | None = None) -> None:
@@ -163,8 +167,11 @@ class QK:
             ("query position", query, n_pos),
             ("key position", 0 if key is None else key, n_pos),
         ):
-            if not isinstance(value, int) or not 0 <= value < limit:
-                raise UserError(f"{name} {value} is out of range: it must be 0 to {limit - 1}.")
+            if not hasattr(value, "__index__") or not 0 <= index(value) < limit:
+                raise UserError(
+                    f"{name} {value} is out of range: it must be a whole number from 0 to "
+                    f"{limit - 1}."
+                )
         if key is not None and key > query:
             raise UserError(
                 f"key position {key} is after query position {query}: attention is causal, "
@@ -179,9 +186,10 @@ class QK:
         """
         self.check(layer, head, query, key)
         block = self.heads.block(layer)
-        q = self._images(layer, head, [query], side=0)[0]
-        k = self._images(layer, block.group(head), [key], side=1)[0]
+        q = self._image(layer, head, query, 0, self._wide)
+        k = self._image(layer, block.group(head), key, 1, self._wide)
         score = self._scores(layer, head, query, torch.tensor([key]))
+        terms = q @ k.T / block.attn_scale
         return QKTable(
             layer=layer,
             head=head,
@@ -192,7 +200,7 @@ class QK:
             masked=key < block.first_key(query),
             query=self.components(layer, query, side=0),
             key=self.components(layer, key, side=1),
-            terms=q @ k.T / block.attn_scale,
+            terms=terms.to(self.heads.run.residual.dtype),
         )
 
     def row(self, layer: int, head: int, query: int) -> QKRow:
@@ -206,7 +214,8 @@ class QK:
         raw = self._scores(layer, head, query, torch.arange(query + 1))
         scores = block.cap(raw).clone()
         scores[: block.first_key(query)] = -torch.inf
-        return QKRow(scores, self.heads.run.pattern[layer, head, query, : query + 1], raw)
+        pattern = self.heads.run.pattern[layer, head, query, : query + 1]
+        return QKRow(scores.to(pattern.dtype), pattern, raw.to(pattern.dtype))
 
     def top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
         """The ``n`` largest terms for every visible key of a query: one product, no tables kept.
@@ -229,7 +238,7 @@ class QK:
         positions = torch.arange(keys.start, keys.stop)
         return TopTerms(
             positions,
-            self._scores(layer, head, query, positions),
+            self._scores(layer, head, query, positions).to(flat.dtype),
             flat.gather(1, at),
             at // width,
             at % width,
@@ -272,6 +281,21 @@ class QK:
         q, k = self._whole(layer)
         return k[keys.to(k.device), block.group(head)] @ q[query, head] / block.attn_scale
 
+    def _image(
+        self, layer: int, head: int, position: int, side: int, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Projected components of one position, (n_components, d_head), in ``dtype``; not kept."""
+        checkpoint = self.parts.at(layer)
+        part = checkpoint.at(position)
+        vectors = checkpoint.vectors(part)
+        vectors = vectors.to(dtype or vectors.dtype)
+        project = (self.heads.queries, self.heads.keys)[side]
+        image = project(layer, vectors, checkpoint.position[part], head)
+        if not self.heads.has_constants(layer):
+            return image
+        at = torch.tensor([position], device=image.device)
+        return torch.cat([image, self.heads.constants(layer, at, dtype)[side][:, head]])
+
     def _images(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         """Projected components of several positions, each (n_components, d_head), kept."""
         wanted = [(side, layer, head, p) for p in at]
@@ -291,15 +315,17 @@ class QK:
         constants = None
         if self.heads.has_constants(layer):
             at = torch.tensor(positions, device=checkpoint.position.device)
-            constants = dict(zip(positions, self.heads.constants(layer, at)[side][:, head]))
+            constants = dict(
+                zip(positions, self.heads.constants(layer, at)[side][:, head], strict=True)
+            )
         for run in _runs(positions):
             part = slice(checkpoint.starts[run.start], checkpoint.starts[run.stop])
             images = project(layer, checkpoint.vectors(part), checkpoint.position[part], head)
             for p in run:
                 here = checkpoint.at(p)
                 image = images[here.start - part.start : here.stop - part.start]
-                # its own memory, so that dropping it frees it
-                image = image.clone() if constants is None else torch.cat([image, constants[p][None]])
+                # a copy: dropping it later frees its memory, whatever became of its neighbours
+                image = torch.cat([image] if constants is None else [image, constants[p][None]])
                 self._projected[side, layer, head, p] = image
                 self._kept_bytes += image.nbytes
 
