@@ -82,7 +82,7 @@ def load_transformer(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = Source.find(str(name))
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    with _quiet(), torch.no_grad():
+    with _quiet(bars=not source.local), torch.no_grad():
         if source.path.startswith(TRANSFORMER_LENS_ONLY):
             model = _by_transformer_lens(source, None, exact)
         else:
@@ -226,17 +226,22 @@ class Reference:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the libraries' notices while a model loads and leaves logging as it was."""
+def _quiet(bars: bool) -> Iterator[None]:
+    """Silences the libraries' notices while a model loads and leaves logging as it was.
+
+    Args:
+        bars: keep the progress bars, for what may be downloaded.
+    """
     import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as hf_logging
 
     handlers = logging.root.handlers[:]
     verbosity, hub_verbosity = hf_logging.get_verbosity(), hub_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
+    silenced = hf_logging.is_progress_bar_enabled() and not bars
     hf_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    if silenced:
+        hf_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -244,6 +249,6 @@ def _quiet() -> Iterator[None]:
     finally:
         hf_logging.set_verbosity(verbosity)
         hub_logging.set_verbosity(hub_verbosity)
-        if bars:
+        if silenced:
             hf_logging.enable_progress_bar()
         logging.root.handlers[:] = handlers
