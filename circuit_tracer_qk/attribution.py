@@ -9,7 +9,7 @@ from torch import Tensor
 
 from circuit_tracer_qk import host
 from circuit_tracer_qk.components import Decomposition, decompose
-from circuit_tracer_qk.dictionaries import DictionarySet
+from circuit_tracer_qk.dictionaries import RESID_PRE, DictionarySet
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.frozen import freeze
 from circuit_tracer_qk.graph import ResidualGraph
@@ -98,7 +98,7 @@ def attribute(
         attribution_targets: which logits, as in ``circuit_tracer.attribute``.
         max_n_logits, desired_logit_prob: how many logits when they are not named.
         batch_size: target rows taken at once; bounds memory.
-        max_feature_nodes: keep the features of the largest influence; None keeps all.
+        max_feature_nodes: keep the features of the largest influence; None or 0 keeps all.
         offload: accepted as in ``circuit_tracer.attribute``; there is no backward pass through
             the sequence, so nothing needs to be offloaded.
         verbose: show progress.
@@ -113,8 +113,8 @@ def attribute(
         UserError: a prompt, targets or dictionaries that cannot be attributed exactly.
     """
     del offload, update_interval
-    if batch_size < 1 or (max_feature_nodes is not None and max_feature_nodes < 1):
-        raise UserError("batch_size and max_feature_nodes must be at least 1.")
+    if batch_size < 1 or (max_feature_nodes or 1) < 0:
+        raise UserError("batch_size must be at least 1 and max_feature_nodes not negative.")
     if isinstance(model, ResidualModel):
         check_graph_set(model.dictionaries, model.cfg.n_layers)
     parts, heads = _read(prompt, model)
@@ -122,15 +122,16 @@ def attribute(
     targets = host.logit_targets(
         attribution_targets=attribution_targets,
         logits=run.logits,
-        unembed=transformer.unembed.W_U.to(run.logits.dtype),
+        unembed=transformer.unembed.W_U.T.to(run.logits.dtype),
         tokenizer=model.tokenizer,
         max_n_logits=max_n_logits,
         desired_logit_prob=desired_logit_prob,
     )
     directions = logit_directions(transformer, run, targets.logit_vectors)
-    resid_pre = model.dictionaries.hook == "hook_resid_pre"
+    # counted by resid_post where checkpoint n_layers needs a slot; checkpoint 0 never does
+    resid_pre = model.dictionaries.hook == RESID_PRE and run.n_layers not in parts.biases
     sweep = Sweep(transformer, parts, heads, directions, resid_pre, batch_size, verbose)
-    selected = sweep.select(targets.logit_probabilities.to(run.logits), max_feature_nodes)
+    selected = sweep.select(targets.logit_probabilities.to(run.logits), max_feature_nodes or None)
     filled = sweep.fill(selected)
 
     nodes = parts.features.checkpoint > 0

@@ -237,7 +237,10 @@ class DictionarySet:
             labels = json.loads(path.read_bytes())
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(labels, dict) or not all(isinstance(v, list) for v in labels.values()):
+        if not isinstance(labels, dict) or not all(
+            isinstance(v, list) and all(isinstance(name, str | None) for name in v)
+            for v in labels.values()
+        ):
             raise UserError(f'{path} should map layers to lists of labels: {{"0": ["label", ...]}}')
         return labels
 

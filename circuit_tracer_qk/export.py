@@ -24,7 +24,7 @@ from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.dictionaries import FeatureExamples, feature_index
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import LISTING, check_folder, check_names, write_atomically
-from circuit_tracer_qk.graph import EdgeParts, ResidualGraph
+from circuit_tracer_qk.graph import EdgeParts, ResidualGraph, load_graph
 from circuit_tracer_qk.qk import QKTable
 
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
@@ -34,13 +34,13 @@ PROJECTED = 10  # entries of each of a node's lists for Neuronpedia
 
 
 def create_graph_files(
-    graph: ResidualGraph,
+    graph: ResidualGraph | str | Path,
     slug: str,
     output_path: str | Path,
-    scan: str | None = None,
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
     *,
+    scan: str | None = None,
     qk: bool = True,
     max_tables: int = 512,
     max_bytes: int = 24 << 20,
@@ -55,7 +55,7 @@ def create_graph_files(
     are fewer than ``max_tables`` and they take less than ``max_bytes``.
 
     Args:
-        graph: of :func:`circuit_tracer_qk.attribute`.
+        graph: of :func:`circuit_tracer_qk.attribute`, or where one was saved.
         slug: names the file ``<slug>.json``.
         output_path: the folder, made if need be; the page server's data folder.
         scan: names the folder of the features' examples; the dictionaries' own if left out.
@@ -76,6 +76,8 @@ def create_graph_files(
     for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0 <= value <= 1:
             raise UserError(f"{name} is {value}: it must be between 0 and 1.")
+    if isinstance(graph, str | Path):
+        graph = load_graph(graph)
     folder = check_folder(output_path)
     _read_listing(folder)  # a damaged one is refused before any work
     scan_name = _folder_name(scan or host.graph_scan(graph))
@@ -125,7 +127,8 @@ def create_graph_files(
 def _folder_name(scan: str) -> str:
     """A scan as the name of a folder: a hub id's slash becomes two hyphens."""
     safe = re.sub(r"[^A-Za-z0-9_.-]", "-", scan.replace("/", "--"))
-    return safe if safe.strip(".") else "features"
+    # its own folder also where the scan is called like one of the files beside it
+    return safe if safe.strip(".") and not safe.endswith(".json") else f"features-{safe}"
 
 
 @dataclass(frozen=True)
@@ -208,9 +211,7 @@ class _Kept(NamedTuple):
 
 def _prune(graph: ResidualGraph, node_threshold: float, edge_threshold: float) -> _Kept:
     """circuit-tracer's pruning; unlinked features and errors and links of weight 0 are left out."""
-    node_mask, edge_mask, influence = host.prune_graph(
-        graph=graph, node_threshold=node_threshold, edge_threshold=edge_threshold
-    )
+    node_mask, edge_mask, influence = host.prune(graph, node_threshold, edge_threshold)
     edge_mask = edge_mask & (graph.adjacency_matrix != 0) & node_mask & node_mask[:, None]
     targets, sources = edge_mask.nonzero(as_tuple=True)
     n_always = graph.n_pos + len(graph.logit_targets)  # tokens and logits stay without links too

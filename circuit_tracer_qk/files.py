@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from circuit_tracer_qk.errors import UserError
@@ -17,19 +19,34 @@ LISTING = "graph-metadata.json"
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Replace a file in one step: a full disk or a kill leaves the old one as it was.
 
-    The bytes go to a temporary file beside ``path``, to the disk, and then into its place.
-
     Raises:
         UserError: the file cannot be written; names it and the reason.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    write_together({Path(path): data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Replace files that belong together: all are on the disk before the first takes its place.
+
+    The bytes go to temporary files beside their targets, to the disk, and then into their places.
+
+    Raises:
+        UserError: a file cannot be written; names it and the reason, and nothing has changed.
+    """
+    temporaries = {
+        path: path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp") for path in files
+    }
+    path = next(iter(files))
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, temporary in temporaries.items():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            with open(temporary, "xb") as file:
+                file.write(files[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
@@ -37,8 +54,9 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             "the disk or choose another folder."
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # only there if something failed
-            temporary.unlink()
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):  # only there if something failed
+                temporary.unlink()
 
 
 def check_folder(path: str | Path) -> Path:

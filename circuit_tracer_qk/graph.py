@@ -19,9 +19,9 @@ from torch import Tensor
 from circuit_tracer_qk import host
 from circuit_tracer_qk.edges import Parts, Targets, edge_parts
 from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import write_atomically
+from circuit_tracer_qk.files import write_together
 from circuit_tracer_qk.qk import QK, QKRow, QKTable, TopTerms
-from circuit_tracer_qk.record import Record, beside, load_record, save_record
+from circuit_tracer_qk.record import Record, beside, load_record, record_bytes
 
 
 class HeadLoadings(NamedTuple):
@@ -94,7 +94,7 @@ class ResidualGraph(host.Graph):
     def _qk(self) -> QK:
         return QK(self.record.parts, self.record.heads, self.record.names)
 
-    def to_pt(self, path: str) -> None:
+    def to_pt(self, path: str | Path) -> None:
         """Save the graph, and beside it what explains its edges and scores.
 
         The ``.pt`` stays loadable by circuit-tracer; :func:`circuit_tracer_qk.load_graph` brings
@@ -105,9 +105,8 @@ class ResidualGraph(host.Graph):
         """
         stock = io.BytesIO()
         host.save_stock(self, stock)
-        # the companion first: a .pt on disk always has its own
-        save_record(self.record, beside(path), _fingerprint(self))
-        write_atomically(Path(path), stock.getvalue())
+        record = record_bytes(self.record, _fingerprint(self))
+        write_together({beside(path): record, Path(path): stock.getvalue()})
 
     @property
     def n_features(self) -> int:

@@ -7,7 +7,8 @@ versions, and its functions are called with keyword arguments.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,31 @@ def graph_scan(graph: Graph) -> str:
     return scan if isinstance(scan, str) else "-".join(scan)
 
 
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """circuit-tracer's scores allocate in the default dtype and need the adjacency's float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def prune(graph: Graph, node_threshold: float, edge_threshold: float) -> PruneResult:
+    """circuit-tracer's pruning: masks of the nodes and edges kept, and cumulative influence."""
+    with _float32_by_default():
+        return prune_graph(
+            graph=graph, node_threshold=node_threshold, edge_threshold=edge_threshold
+        )
+
+
+def graph_scores(graph: Graph) -> tuple[float, float]:
+    """circuit-tracer's replacement and completeness score."""
+    with _float32_by_default():
+        return compute_graph_scores(graph=graph)
+
+
 def edge_influence(graph: Graph) -> Tensor:
     """(n_nodes, n_nodes) share of what reaches the logits that runs through each edge."""
     weights = graph.adjacency_matrix.new_zeros(len(graph.adjacency_matrix))
@@ -57,10 +83,6 @@ def tokenize(
     Raises:
         UserError: an empty prompt, text for a model without a tokenizer, or what is no prompt.
     """
-    try:
-        from circuit_tracer.replacement_model.common import ensure_tokenized
-    except ImportError:  # older trees keep it on the model's class
-        ensure_tokenized = _ensure_tokenized_of_class
     empty = "The prompt is empty: give at least one token of text."
     if isinstance(prompt, str):
         if not prompt:
@@ -70,39 +92,64 @@ def tokenize(
                 "This model has no tokenizer, so a text prompt cannot be read: give token ids, or "
                 "add the tokenizer's files to the model's folder."
             )
+        try:
+            ids = torch.tensor(tokenizer(prompt, add_special_tokens=False).input_ids)
+        except (TypeError, UnicodeError):  # half a surrogate pair, or bytes that were no UTF-8
+            raise UserError("The prompt is not valid Unicode text: check its encoding.") from None
     else:
-        ids = torch.as_tensor(prompt)
-        if ids.numel() == 0:
-            raise UserError(empty)
-        if ids.is_floating_point() or ids.ndim > 2 or (ids.ndim == 2 and len(ids) > 1):
+        try:
+            ids = torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError):
             raise UserError(
-                f"The prompt must be one sequence of integer token ids, not {ids.dtype} of shape "
-                f"{list(ids.shape)}."
-            )
-        prompt = ids.reshape(-1).long()
-    if tokenizer is None:
-        assert isinstance(prompt, Tensor)
-        return prompt.to(device)
+                f"The prompt must be text or integer token ids, not {type(prompt).__name__} such "
+                f"as {str(prompt)[:40]!r}."
+            ) from None
+    if ids.numel() == 0:
+        raise UserError(empty)
+    whole = not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
+    if not whole or ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) > 1):
+        raise UserError(
+            f"The prompt must be one sequence of integer token ids, not {ids.dtype} of shape "
+            f"{list(ids.shape)}."
+        )
+    ids = ids.reshape(-1).long()
+    return ids.to(device) if tokenizer is None else _with_bos(ids, tokenizer, device, model_name)
+
+
+def _with_bos(ids: Tensor, tokenizer: Any, device: Any, model_name: str) -> Tensor:
+    """circuit-tracer's rule for the first token, on (n_pos,) ids."""
     try:
-        return ensure_tokenized(
-            prompt=prompt, tokenizer=tokenizer, device=device, model_name=model_name
+        from circuit_tracer.replacement_model.common import ensure_tokenized
+    except ImportError:  # older trees keep it on the model's class
+        ensure_tokenized = _ensure_tokenized_of_class
+    alone = len(ids) == 1  # which circuit-tracer squeezes away: two of them, and one off again
+    try:
+        tokens = ensure_tokenized(
+            prompt=ids.repeat(2) if alone else ids,
+            tokenizer=tokenizer,
+            device=device,
+            model_name=model_name,
         )
     except StopIteration:  # its search for a special token to put in front found none
         raise UserError(
             "This model's tokenizer has no special token to put in front of the prompt: give "
             "token ids that begin with one."
         ) from None
+    except AssertionError as error:  # gemma-3-it wants its chat prefix
+        raise UserError(f"The prompt does not suit {model_name}: {error}") from None
+    return tokens[:-1] if alone else tokens
 
 
-def _ensure_tokenized_of_class(*, prompt: Any, tokenizer: Any, device: Any, model_name: str):
+def _ensure_tokenized_of_class(
+    *, prompt: Tensor, tokenizer: Any, device: Any, model_name: str
+) -> Tensor:
     from types import SimpleNamespace
 
-    from circuit_tracer import ReplacementModel
+    from circuit_tracer.replacement_model import replacement_model_transformerlens as home
 
     cfg = SimpleNamespace(device=device, model_name=model_name)
-    return ReplacementModel.ensure_tokenized(  # type: ignore[attr-defined]
-        SimpleNamespace(tokenizer=tokenizer, cfg=cfg), prompt
-    )
+    model = SimpleNamespace(tokenizer=tokenizer, cfg=cfg)
+    return home.TransformerLensReplacementModel.ensure_tokenized(model, prompt)  # type: ignore
 
 
 class _Ids:
@@ -134,13 +181,29 @@ def logit_targets(
 ) -> AttributionTargets:
     """circuit-tracer's choice of logits: their tokens, probabilities and demeaned columns.
 
+    Args:
+        attribution_targets, max_n_logits, desired_logit_prob: as in ``circuit_tracer.attribute``.
+        logits: (d_vocab,) of the last position.
+        unembed: (d_vocab, d_model), the orientation that circuit-tracer tells by its first size
+            even where the two are equal.
+        tokenizer: the model's, or None.
+
     Raises:
         UserError: targets that circuit-tracer refuses.
     """
     if max_n_logits < 1:
         raise UserError(f"max_n_logits is {max_n_logits}: it must be at least 1.")
+    if isinstance(attribution_targets, Tensor) and (
+        attribution_targets.ndim != 1
+        or attribution_targets.numel() == 0
+        or attribution_targets.is_floating_point()
+    ):
+        raise UserError(
+            "attribution_targets must be a list of token ids, not a tensor of shape "
+            f"{list(attribution_targets.shape)} and {attribution_targets.dtype}."
+        )
     try:
-        return AttributionTargets(
+        targets = AttributionTargets(
             attribution_targets=attribution_targets,
             logits=logits,
             unembed_proj=unembed,
@@ -148,8 +211,14 @@ def logit_targets(
             max_n_logits=min(max_n_logits, len(logits)),
             desired_logit_prob=desired_logit_prob,
         )
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, IndexError, RuntimeError) as error:
         raise UserError(f"attribution_targets cannot be used: {error}") from error
+    if targets.logit_vectors.shape[1:] != unembed.shape[1:]:
+        raise UserError(
+            f"attribution_targets have vectors of width {targets.logit_vectors.shape[-1]}, and the "
+            f"model's is {unembed.shape[1]}: give directions of the residual stream."
+        )
+    return targets
 
 
 def save_stock(graph: Graph, file: Any) -> None:
@@ -171,14 +240,14 @@ __all__ = [
     "Node",
     "PruneResult",
     "QParams",
-    "compute_graph_scores",
     "decoder",
     "edge_influence",
     "graph_arguments",
     "graph_scan",
+    "graph_scores",
     "load_stock",
     "logit_targets",
-    "prune_graph",
+    "prune",
     "save_stock",
     "tokenize",
 ]

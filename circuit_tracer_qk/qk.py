@@ -152,6 +152,7 @@ class QK:
         self._wide = torch.float64 if self.heads.run.residual.device.type != "mps" else None
         # whole q and k of a layer serve every pair of its positions
         self._whole = lru_cache(maxsize=4)(partial(self.heads.whole, dtype=self._wide))
+        self._exact = lru_cache(maxsize=256)(self._image)
         self._listed = lru_cache(maxsize=1024)(self._list)
 
     def check(self, layer: int, head: int, query: int, key: int | None = None) -> None:
@@ -186,8 +187,8 @@ class QK:
         """
         self.check(layer, head, query, key)
         block = self.heads.block(layer)
-        q = self._image(layer, head, query, 0, self._wide)
-        k = self._image(layer, block.group(head), key, 1, self._wide)
+        q = self._exact(layer, head, query, side=0)
+        k = self._exact(layer, block.group(head), key, side=1)
         score = self._scores(layer, head, query, torch.tensor([key]))
         terms = q @ k.T / block.attn_scale
         return QKTable(
@@ -214,7 +215,7 @@ class QK:
         raw = self._scores(layer, head, query, torch.arange(query + 1))
         scores = block.cap(raw).clone()
         scores[: block.first_key(query)] = -torch.inf
-        pattern = self.heads.run.pattern[layer, head, query, : query + 1]
+        pattern = self.heads.run.pattern[layer, head, query, : query + 1].clone()
         return QKRow(scores.to(pattern.dtype), pattern, raw.to(pattern.dtype))
 
     def top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
@@ -281,20 +282,18 @@ class QK:
         q, k = self._whole(layer)
         return k[keys.to(k.device), block.group(head)] @ q[query, head] / block.attn_scale
 
-    def _image(
-        self, layer: int, head: int, position: int, side: int, dtype: torch.dtype | None
-    ) -> Tensor:
-        """Projected components of one position, (n_components, d_head), in ``dtype``; not kept."""
+    def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
+        """Projected components of one position, (n_components, d_head), as wide as can be."""
         checkpoint = self.parts.at(layer)
         part = checkpoint.at(position)
         vectors = checkpoint.vectors(part)
-        vectors = vectors.to(dtype or vectors.dtype)
+        vectors = vectors.to(self._wide or vectors.dtype)
         project = (self.heads.queries, self.heads.keys)[side]
         image = project(layer, vectors, checkpoint.position[part], head)
         if not self.heads.has_constants(layer):
             return image
         at = torch.tensor([position], device=image.device)
-        return torch.cat([image, self.heads.constants(layer, at, dtype)[side][:, head]])
+        return torch.cat([image, self.heads.constants(layer, at, self._wide)[side][:, head]])
 
     def _images(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         """Projected components of several positions, each (n_components, d_head), kept."""

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from circuit_tracer_qk.components import ActiveFeatures, Decomposition
 from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import write_atomically
 from circuit_tracer_qk.frozen import FrozenRun
 from circuit_tracer_qk.heads import AttentionBlock, Heads, Norm
 
@@ -57,25 +56,23 @@ class Record:
 
 
 def beside(path: str | Path) -> Path:
-    """Where the record of a graph saved at ``path`` lies: beside it, ``.qk.safetensors``."""
-    return Path(path).with_suffix(".qk.safetensors")
+    """Where the record of a graph saved at ``path`` lies: ``graph.pt.qk.safetensors``."""
+    return Path(f"{path}.qk.safetensors")
 
 
-def save_record(record: Record, path: Path, fingerprint: list[float | int]) -> None:
-    """Write a record whole or not at all.
+def record_bytes(record: Record, fingerprint: list[float | int]) -> bytes:
+    """A record as a safetensors file.
 
     Args:
+        record: what to save.
         fingerprint: of the graph that it belongs to.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     tensors, facts = _flatten(record)
     facts["fingerprint"] = fingerprint
-    metadata = {"format": FORMAT, "facts": json.dumps(facts, ensure_ascii=False)}
+    metadata = {"format": FORMAT, "facts": json.dumps(facts)}
     # clones: safetensors refuses tensors that share memory
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, metadata))
+    return save(tensors, metadata)
 
 
 def load_record(path: Path, device: str | torch.device) -> tuple[Record, list[float | int]]:

@@ -19,7 +19,7 @@ from circuit_tracer_qk.demo import (
     strongest_edges,
 )
 from circuit_tracer_qk.graph import ResidualGraph
-from circuit_tracer_qk.host import compute_graph_scores, edge_influence
+from circuit_tracer_qk.host import edge_influence, graph_scores
 from circuit_tracer_qk.qk import QKRow, QKTable
 
 WIDTH = 100
@@ -335,7 +335,7 @@ def story_lines(graph: ResidualGraph, decode: Callable[[int], str]) -> list[str]
     """
     tokens, last = graph.record.token_strings, graph.n_pos - 1
     influence = edge_influence(graph)
-    replacement, completeness = compute_graph_scores(graph)
+    replacement, completeness = graph_scores(graph)
     predicted = [(decode(token), p) for token, p in predictions(graph)]
     nodes = f"{graph.n_features} features of {len(graph.active_features)} active"
     lines = [

@@ -81,7 +81,7 @@ def load_model(
     Raises:
         UserError: whatever cannot be loaded exactly, with the reason and the way out.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     if dictionaries is None:
         if model is not None:
             raise UserError(
@@ -112,3 +112,14 @@ def load_model(
         name = str(transformer.cfg.model_name)
         zero_positions = slice(0, 4 if "gemma-3" in name and name.endswith("-it") else 1)
     return ResidualModel(transformer, dictionaries, zero_positions)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device named, if it is there; else cuda, else cpu."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device {device} cannot be used here ({reason}): use cpu.") from error
+    return found

@@ -186,7 +186,7 @@ class Sweep:
         place[self.n_features :] = torch.arange(n, n + n_others, device=selected.device)
 
         total = n + n_others + n_logits
-        adjacency = torch.zeros(total, total, device=selected.device)
+        adjacency = torch.zeros(total, total, dtype=torch.float32, device=selected.device)
         pulls = run.residual.new_zeros(n + n_logits, run.residual.shape[-1])
         extra = {
             kind: run.residual.new_zeros(n + n_logits, self.n_pos) for kind in (BIAS, POSITION)

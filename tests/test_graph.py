@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("some words", "no tokenizer"),
         (torch.zeros(2, 3, dtype=torch.long), r"one sequence.*\[2, 3\]"),
         ([0.5, 1.0], "integer token ids"),
+        ([True, False], "integer token ids"),
+        (None, "text or integer token ids, not NoneType"),
+        ([1, "a"], "text or integer token ids, not list"),
     ],
 )
 def test_a_bad_prompt_is_one_sentence(case: Case, prompt: object, message: str) -> None:
@@ -84,13 +89,47 @@ def test_edges_that_cannot_be(case: Case) -> None:
 
 def test_options_out_of_range(case: Case) -> None:
     options: dict[str, Any]
-    for options in ({"batch_size": 0}, {"max_feature_nodes": 0}, {"max_n_logits": 0}):
-        with pytest.raises(ctqk.UserError, match="at least 1"):
+    for options in ({"batch_size": 0}, {"max_feature_nodes": -1}, {"max_n_logits": 0}):
+        with pytest.raises(ctqk.UserError, match="at least 1|must be at least"):
             ctqk.attribute(case.ids, case.model, **options)
-    with pytest.raises(ctqk.UserError, match="attribution_targets"):
-        ctqk.attribute(case.ids, case.model, attribution_targets=torch.tensor([400]))
+    targets: Any
+    for targets in (
+        torch.tensor([400]),
+        torch.tensor([5.0]),
+        torch.tensor([[5, 6]]),
+        torch.tensor([], dtype=torch.long),
+        [("x", 0.5, torch.randn(7))],
+    ):
+        with pytest.raises(ctqk.UserError, match="attribution_targets"):
+            ctqk.attribute(case.ids, case.model, attribution_targets=targets)
     with pytest.raises(ctqk.UserError, match="load_model"):
         ctqk.attribute(case.ids, object())  # type: ignore[arg-type]
+
+
+def test_the_tokenizer_decides_what_a_prompt_is() -> None:
+    """On the miniature, which has one: a single id gets its BOS; what is no text is refused."""
+    model = ctqk.load_model(device="cpu")
+    for prompt in ([7], torch.tensor(7)[None], torch.tensor([[7]])):
+        assert model.ensure_tokenized(prompt).tolist() == [1, 7]
+    with pytest.raises(ctqk.UserError, match="1 token after"):
+        ctqk.attribute([1], model)
+    with pytest.raises(ctqk.UserError, match="not valid Unicode"):
+        ctqk.attribute("\ud83d", model)
+
+
+def test_a_default_dtype_changes_nothing(case: Case) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        graph = ctqk.attribute(case.ids, case.model, max_n_logits=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(graph.adjacency_matrix, case.graph.adjacency_matrix)
+
+
+def test_a_device_that_is_not_there() -> None:
+    for device in ("xyz", "cuda:7"):
+        with pytest.raises(ctqk.UserError, match="cannot be used here"):
+            ctqk.load_model(device=device)
 
 
 # Which dictionaries make a graph
@@ -107,6 +146,41 @@ def test_a_set_without_the_last_checkpoint_makes_logits_cross_the_last_block(
     assert edge.layer == 2
     assert edge.weight == pytest.approx(float(graph.adjacency_matrix[logit, source]), rel=1e-4)
     assert edge.heads.total.any()
+
+
+def test_checkpoints_from_0_to_the_last_have_their_slots(gpt2: Path, tmp_path: Path) -> None:
+    """With a dictionary at n_layers, error slots are counted from checkpoint 1; 0 needs none."""
+    folder = write_sae(tmp_path / "d", 24, [0, 1, 2, 3], hook=PRE)
+    graph = ctqk.attribute(prompt_ids("gpt2"), ctqk.load_model(gpt2, dictionaries=folder))
+    logit, last = len(graph.adjacency_matrix) - 1, graph.n_pos - 1
+    tokens = graph.n_features + 3 * graph.n_pos
+    assert not graph.adjacency_matrix[logit, tokens : tokens + graph.n_pos].any()
+    error = graph.n_features + 2 * graph.n_pos + last  # of checkpoint 3
+    weight = float(graph.adjacency_matrix[logit, error])
+    assert weight != 0 and graph.edge(error, logit).weight == pytest.approx(weight, rel=1e-5)
+
+
+def test_a_vocabulary_as_wide_as_the_model(tmp_path: Path) -> None:
+    """circuit-tracer tells the unembedding's orientation by its shape; a square one has none."""
+    from reference import Reference
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=24,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        tie_word_embeddings=False,
+    )
+    hf_model = AutoModelForCausalLM.from_config(config).eval()
+    hf_model.save_pretrained(tmp_path / "model")
+    folder = write_sae(tmp_path / "d", 24, [0])
+    model = ctqk.load_model(tmp_path / "model", dictionaries=folder, dtype=torch.float64)
+    graph = ctqk.attribute([1, 5, 7], model, max_n_logits=1)
+    reference = Reference(hf_model)
+    theirs = reference.logit_direction(reference.run([1, 5, 7]), graph.logit_targets[0].vocab_idx)
+    assert torch.allclose(graph.record.logit_rows[0], theirs, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("layers", [[0, 2], [1, 2], [2]])
@@ -234,7 +308,7 @@ def test_a_saved_graph_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_saved_files_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
-    path, second = tmp_path / "g.pt", tmp_path / "g.qk.safetensors"
+    path, second = tmp_path / "g.pt", tmp_path / "g.pt.qk.safetensors"
     with pytest.raises(ctqk.UserError, match="no graph file"):
         ctqk.load_graph(path)
     case.graph.to_pt(str(path))
@@ -259,5 +333,40 @@ def test_saved_files_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
 
 def test_a_graph_that_cannot_be_written(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ctqk.UserError, match="nowhere"):
-        case.graph.to_pt(str(tmp_path / "nowhere" / "g.pt"))
-    assert list(tmp_path.iterdir()) == []
+        case.graph.to_pt(tmp_path / "nowhere" / "g.pt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ctqk.UserError, match="it is a folder"):
+        case.graph.to_pt(tmp_path / "folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_full_disk_leaves_both_old_files(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two files does not fit, neither is replaced."""
+    path = tmp_path / "g.pt"
+    case.graph.to_pt(path)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    other = ctqk.attribute([*case.ids, 5], case.model)
+    real, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ctqk.UserError, match="No space left"):
+        other.to_pt(path)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    ctqk.load_graph(path)
+
+
+def test_graphs_side_by_side_keep_their_own_records(case: Case, tmp_path: Path) -> None:
+    other = ctqk.attribute([*case.ids, 5], case.model)
+    for a, b in (("h.1", "h.2"), ("k", "k.pt"), ("x.bin", "x.pt")):
+        case.graph.to_pt(tmp_path / a)
+        other.to_pt(tmp_path / b)
+        assert ctqk.load_graph(tmp_path / a).n_pos == len(case.ids)
+        assert ctqk.load_graph(tmp_path / b).n_pos == len(case.ids) + 1
