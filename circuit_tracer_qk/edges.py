@@ -59,15 +59,33 @@ class Parts(NamedTuple):
 
 
 def pull_mlp(
-    heads: Heads, mlp: MLPBlock | None, layer: int, y: Tensor, positions: Tensor
+    heads: Heads,
+    mlp: MLPBlock | None,
+    layer: int,
+    y: Tensor,
+    positions: Tensor,
+    hidden: Tensor | None = None,
 ) -> Tensor:
-    """(n, d_model) ``M^T y`` of rows at given positions, at the block's true MLP input."""
+    """``M^T y`` of rows at given positions, at the block's true MLP input.
+
+    Args:
+        heads: the heads of the run.
+        mlp: the block's MLP; None where it has none.
+        layer: the block.
+        y: (n, d_model) gradients at its output.
+        positions: (n,) the position of each row.
+        hidden: (n, d_mlp) ``mlp.read_back`` of the rows, where it is known already.
+
+    Returns:
+        (n, d_model)
+    """
     if mlp is None:
         return torch.zeros_like(y)
     run = heads.run
+    if hidden is None:
+        hidden = mlp.read_back(y, run.scale("ln2_post", layer)[positions])
     here, row = positions.unique(return_inverse=True)  # the MLP's slope is needed nowhere else
-    scales = run.scale("ln2", layer)[here], run.scale("ln2_post", layer)[here]
-    return mlp.pull(y, row, run.mlp_input[layer][here], *scales)
+    return mlp.pull(hidden, row, run.mlp_input[layer][here], run.scale("ln2", layer)[here])
 
 
 class BlockEdges:

@@ -288,23 +288,28 @@ class MLPBlock:
             pre = pre.detach().requires_grad_()
             return torch.autograd.grad(self.act(pre).sum(), pre)[0]
 
-    def pull(
-        self, y: Tensor, positions: Tensor, x: Tensor, scale: Tensor, post_scale: Tensor
-    ) -> Tensor:
+    def read_back(self, y: Tensor, post_scale: Tensor) -> Tensor:
+        """(n, d_mlp): gradients (n, d_model) at the block's output, at the MLP's hidden layer.
+
+        ``post_scale`` (n,) is the post-norm's denominator of each row; the result is linear in
+        ``y / post_scale``, so rows along one decoder vector share it up to a factor.
+        """
+        return self.post.pull(y, post_scale) @ self.W_out.T
+
+    def pull(self, hidden: Tensor, positions: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         """M^T y: the MLP's vector-Jacobian product, per position, batched over rows.
 
         Args:
-            y: (n, d_model) gradients at the block's output.
+            hidden: (n, d_mlp) gradients ``y`` at the hidden layer, of :meth:`read_back`.
             positions: (n,) the position of each row.
             x: (n_pos, d_model) the MLP's input; M is its Jacobian there.
-            scale, post_scale: (n_pos,) frozen denominators of ln2 and the post-norm.
+            scale: (n_pos,) frozen denominators of ln2.
 
         Returns:
             (n, d_model). The derivative is the MLP's true local one; the norms' denominators are
             constants (method, section 3).
         """
         n = self.ln2.apply(x, scale)
-        hidden = self.post.pull(y, post_scale[positions]) @ self.W_out.T
         if self.W_gate is None:
             slope = self._slope(n @ self.W_in + self.b_in)
             g = (hidden * slope[positions]) @ self.W_in.T

@@ -24,12 +24,13 @@ from circuit_tracer_qk.components import (
     Decomposition,
 )
 from circuit_tracer_qk.edges import BlockEdges, Targets, pull_mlp
-from circuit_tracer_qk.heads import Heads, read_mlp
+from circuit_tracer_qk.heads import Heads, MLPBlock, read_mlp
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 KEEP_BYTES = 1 << 30  # edge rows kept from the influence sweep rather than computed again
+SHARED_BYTES = 1 << 28  # decoder vectors read back through an MLP once for all positions
 
 
 class Rows(NamedTuple):
@@ -115,13 +116,28 @@ class Sweep:
         block = BlockEdges(self.parts, self.heads, layer)
         mlp = read_mlp(self.model.blocks[layer], self.parts.run.residual.dtype)
         features = self.parts.features
+        shared = None if mlp is None else self._read_back_once(mlp, checkpoint, len(nodes))
         for chunk in nodes.split(self.batch_size):
             if len(chunk) == 0:
                 continue
-            positions = features.position[chunk + self.skipped]
-            y = features.vectors(chunk + self.skipped, checkpoint)
-            m = pull_mlp(self.heads, mlp, layer, y, positions)
+            at = chunk + self.skipped
+            positions, hidden = features.position[at], None
+            y = features.vectors(at, checkpoint)
+            if shared is not None:
+                post_scale = self.parts.run.scale("ln2_post", layer)[positions]
+                hidden = shared[features.row[at]] * (features.activation[at] / post_scale)[:, None]
+            m = pull_mlp(self.heads, mlp, layer, y, positions, hidden)
             yield Rows(chunk, block.sources, block.rows(Targets(positions, y, m)), m)
+
+    def _read_back_once(self, mlp: MLPBlock, checkpoint: int, n_targets: int) -> Tensor | None:
+        """(n_distinct, d_mlp) decoder vectors at the MLP's hidden layer, shared by the positions
+        at which a feature is active; None where few features recur, or they take too much room."""
+        decoder = self.parts.features.decoders[checkpoint, checkpoint]
+        size = len(decoder) * mlp.W_out.shape[0] * self.directions.element_size()
+        if 4 * len(decoder) > 3 * n_targets or size > SHARED_BYTES:
+            return None
+        decoder = decoder.to(self.directions.dtype)
+        return mlp.read_back(decoder, decoder.new_ones(len(decoder)))
 
     def logit_rows(self) -> Rows:
         """Rows of the logits: from their own checkpoint, or across the last block without one."""

@@ -117,6 +117,19 @@ def test_the_tokenizer_decides_what_a_prompt_is() -> None:
         ctqk.attribute("\ud83d", model)
 
 
+def test_sharing_decoder_vectors_changes_nothing(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features that recur go back through the MLP once, or each time: the same edges."""
+    from circuit_tracer_qk import sweep
+
+    monkeypatch.setattr(sweep, "SHARED_BYTES", 0)
+    graph = ctqk.attribute(case.ids, case.model, max_n_logits=3)
+    scale = case.graph.adjacency_matrix.abs().max()
+    difference = (graph.adjacency_matrix - case.graph.adjacency_matrix).abs().max()
+    assert 0 < float(difference) < 1e-6 * float(scale)
+
+
 def test_a_default_dtype_changes_nothing(case: Case) -> None:
     torch.set_default_dtype(torch.float64)
     try:

@@ -220,7 +220,8 @@ def measure_edges(n_pos: int, repeats: int, sample: int) -> list[Row]:
     whole = len(targets) / len(sampled)
     theirs = {batch: [whole * s for s in times] for batch, times in seconds.items()}
     best = min(theirs, key=lambda batch: median(theirs[batch]))
-    shape = f"{len(targets)} targets x {len(parts.at(LAYER).kind)} sources"
+    distinct = len(parts.features.decoders[LAYER + 1, LAYER + 1])
+    shape = f"{len(targets)} targets ({distinct} distinct) x {len(parts.at(LAYER).kind)} sources"
     goal = f"target: at least {TARGET_RATIOS[n_pos]:g}x" if n_pos in TARGET_RATIOS else ""
     name = f"edges, {n_pos} tokens"
     return [
