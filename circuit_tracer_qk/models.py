@@ -13,7 +13,7 @@ import gc
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ def load_transformer(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    check: Callable[[HookedTransformer], None] | None = None,
 ) -> HookedTransformer:
     """Loads a model whose logits are Hugging Face's.
 
@@ -67,6 +68,8 @@ def load_transformer(
         dtype: float32, float64, bfloat16 or float16. The 16-bit ones are compared with Hugging
             Face in float32 and rounded afterwards.
         device: where the model goes; default cuda if there is one, else cpu.
+        check: called with the model while it is still exact (float32 or float64, on the CPU),
+            to refuse it.
 
     Returns:
         The unprocessed model (nothing folded, nothing centred) in eval mode, its parameters
@@ -87,6 +90,8 @@ def load_transformer(
             model = _by_transformer_lens(source, None, exact)
         else:
             model = _converted(source, exact)
+        if check is not None:
+            check(model)
     return _finish(model, dtype, device)
 
 
