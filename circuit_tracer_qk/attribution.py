@@ -157,7 +157,7 @@ def attribute(
             input_string=decode(run.tokens),
             input_tokens=run.tokens,
             logit_targets=targets.logit_targets,
-            logit_probabilities=targets.logit_probabilities.float(),
+            logit_probabilities=targets.logit_probabilities.to(filled.adjacency),
             vocab_size=transformer.cfg.d_vocab,
             active_features=torch.stack(
                 [active.checkpoint[nodes] - 1, active.position[nodes], active.feature[nodes]], 1
