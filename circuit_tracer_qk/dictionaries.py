@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ def feature_index(checkpoint: int, feature: int) -> int | None:
     """
     x, y = checkpoint - 1, feature
     return None if x < 0 else (x + y) * (x + y + 1) // 2 + y
+
+
+def indexed_feature(index: int) -> tuple[int, int]:
+    """The (checkpoint, feature) that a Cantor index stands for."""
+    diagonal = (isqrt(8 * index + 1) - 1) // 2
+    feature = index - diagonal * (diagonal + 1) // 2
+    return diagonal - feature + 1, feature
 
 
 @dataclass(frozen=True, eq=False)

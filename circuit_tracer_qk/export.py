@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +20,16 @@ from tqdm import tqdm
 
 from circuit_tracer_qk import __version__, host
 from circuit_tracer_qk.components import Component
-from circuit_tracer_qk.dictionaries import FeatureExamples, feature_index
 from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.feature_files import folder_name, write_features
 from circuit_tracer_qk.files import LISTING, check_folder, check_names, write_atomically
 from circuit_tracer_qk.graph import EdgeParts, ResidualGraph, load_graph
 from circuit_tracer_qk.qk import QKTable
+from circuit_tracer_qk.tables import TOP_TERMS, Names, row_document, table_document
+from circuit_tracer_qk.written import encode, rest, rounded
 
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
-MARGINALS_LISTED = 20  # a table's largest marginals on either side
 PROJECTED = 10  # entries of each of a node's lists for Neuronpedia
 
 
@@ -44,7 +44,7 @@ def create_graph_files(
     qk: bool = True,
     max_tables: int = 512,
     max_bytes: int = 24 << 20,
-    top_terms: int = 50,
+    top_terms: int = TOP_TERMS,
     np_model: str | None = None,
 ) -> Path:
     """Write a graph for circuit-tracer's page, with head loadings and QK attributions.
@@ -80,10 +80,11 @@ def create_graph_files(
         graph = load_graph(graph)
     folder = check_folder(output_path)
     _read_listing(folder)  # a damaged one is refused before any work
-    scan_name = _folder_name(scan or host.graph_scan(graph))
+    scan_name = folder_name(graph, scan)
 
     kept = _prune(graph, node_threshold, edge_threshold)
-    names = _Names(graph, {node.node_id for node in kept.nodes.values()})
+    names = Names(graph.input_tokens.tolist(), {node.node_id for node in kept.nodes.values()})
+    _mention_nodes(graph, kept, names)
     parts = graph.edges(kept.sources, kept.targets)
     model = host.Model(
         metadata=host.Metadata(
@@ -113,82 +114,12 @@ def create_graph_files(
             graph, kept, parts, nodes, names, (max_tables, max_bytes), top_terms
         )
     path = folder / f"{slug}.json"
-    data = _encode(document, path)
-    _write_features(graph, folder / scan_name, names.features.values(), scan_name)
+    data = encode(document, str(path))
+    write_features(graph, folder / scan_name, names.features.values(), scan_name)
     write_atomically(path, data)
     # the local page finds the file by its name, also where Neuronpedia's slug differs
     _update_listing(folder, document["metadata"] | {"slug": slug})
     return path
-
-
-# Names --------------------------------------------------------------------------------------------
-
-
-def _folder_name(scan: str) -> str:
-    """A scan as the name of a folder: a hub id's slash becomes two hyphens."""
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "-", scan.replace("/", "--"))
-    # its own folder also where the scan is called like one of the files beside it
-    return safe if safe.strip(".") and not safe.endswith(".json") else f"features-{safe}"
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Ids of components as nodes, and every feature that the files mention.
-
-    Attributes:
-        graph: the graph.
-        nodes: ids of the nodes written.
-        features: (checkpoint, feature) by Cantor index.
-    """
-
-    graph: ResidualGraph
-    nodes: set[str]
-    features: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        selected = self.graph.active_features[self.graph.selected_features]
-        for layer, position, feature in selected.tolist():
-            if f"{layer}_{feature}_{position}" in self.nodes:
-                self.mention(layer + 1, feature)
-
-    def mention(self, checkpoint: int, feature: int) -> int | None:
-        """The Cantor index of a feature, which is noted."""
-        index = feature_index(checkpoint, feature)
-        if index is not None:
-            self.features[index] = checkpoint, feature
-        return index
-
-    def node_id(self, c: Component) -> str:
-        """The id that a component has, or would have, as a node."""
-        layer = c.checkpoint - 1
-        if c.kind == "feature":
-            return f"{layer}_{c.feature}_{c.position}"
-        if c.kind == "error":
-            return f"{layer}_-1_{c.position}"
-        if c.kind == "embedding":
-            return f"E_{int(self.graph.input_tokens[c.position])}_{c.position}"
-        if c.kind == "position":
-            return f"E_position_{c.position}"
-        return f"{layer}_bias_{c.label.split()[0]}_{c.position}"
-
-    def outsider(self, c: Component) -> dict[str, Any]:
-        """A component that is no node of the graph, in the form of one, for Neuronpedia."""
-        types = {"feature": "cross layer transcoder", "error": "mlp reconstruction error"}
-        index = {"error": -1}.get(c.kind)
-        if c.feature is not None:
-            index = self.mention(c.checkpoint, c.feature)
-        out = {
-            "node_id": self.node_id(c),
-            "jsNodeId": self.node_id(c),
-            "feature": index,
-            "feature_type": types.get(c.kind, "bias"),
-            "layer": "E" if c.kind == "position" else str(c.checkpoint - 1),
-            "ctx_idx": c.position,
-            "clerp": c.label,
-        }
-        if c.activation is not None:
-            out["activation"] = _round(c.activation)
-        return out
 
 
 # Nodes and links ----------------------------------------------------------------------------------
@@ -240,7 +171,7 @@ def _nodes(
     probabilities = graph.logit_probabilities.tolist()
 
     def node(i: int) -> host.Node:
-        share = _round(influence[i]) if math.isfinite(influence[i]) else None
+        share = rounded(influence[i]) if math.isfinite(influence[i]) else None
         if i < graph.n_features:
             layer, position, feature = selected[i]
             made = host.Node.feature_node(
@@ -248,7 +179,7 @@ def _nodes(
                 pos=position,
                 feat_idx=feature,
                 influence=share,
-                activation=_round(activations[i]),
+                activation=rounded(activations[i]),
             )
             return made.model_copy(update={"clerp": record.names(layer + 1, feature)})
         if i < tokens:
@@ -268,11 +199,20 @@ def _nodes(
             vocab_idx=vocab_idx,
             token=token,
             target_logit=i == logits,
-            token_prob=_round(probabilities[i - logits]),
+            token_prob=rounded(probabilities[i - logits]),
             num_layers=n_layers,
         )
 
     return {i: node(i) for i in indices}
+
+
+def _mention_nodes(graph: ResidualGraph, kept: _Kept, names: Names) -> None:
+    """Note the features that are nodes."""
+    selected = graph.active_features[graph.selected_features].tolist()
+    for i in kept.nodes:
+        if i < graph.n_features:
+            layer, _, feature = selected[i]
+            names.mention(layer + 1, feature)
 
 
 def _links(kept: _Kept, found: EdgeParts) -> list[dict[str, Any]]:
@@ -301,9 +241,9 @@ def _links(kept: _Kept, found: EdgeParts) -> list[dict[str, Any]]:
     )
     links = []
     for source, target, weight, layer, residual, mlp, n, carried in columns:
-        weight, residual, mlp = _round(weight), _round(residual), _round(mlp)
+        weight, residual, mlp = rounded(weight), rounded(residual), rounded(mlp)
         listed = list(zip(*carried, strict=True))[:n]
-        loadings = [[h, _round(t), _round(d), _round(p)] for h, t, d, p in listed]
+        loadings = [[h, rounded(t), rounded(d), rounded(p)] for h, t, d, p in listed]
         links.append(
             {
                 "source": kept.nodes[source].node_id,
@@ -313,7 +253,7 @@ def _links(kept: _Kept, found: EdgeParts) -> list[dict[str, Any]]:
                 "residual": residual,
                 "mlp": mlp,
                 "head_loadings": loadings,
-                "head_loadings_rest": _rest(weight, [residual, mlp, *(t for _, t, *_ in loadings)]),
+                "head_loadings_rest": rest(weight, [residual, mlp, *(t for _, t, *_ in loadings)]),
             }
         )
     return links
@@ -336,7 +276,7 @@ def _attributions(
     kept: _Kept,
     found: EdgeParts,
     nodes: dict[int, dict[str, Any]],
-    names: _Names,
+    names: Names,
     limits: tuple[int, int],
     top_terms: int,
 ) -> dict[str, Any]:
@@ -452,7 +392,7 @@ class _Written:
     """
 
     graph: ResidualGraph
-    names: _Names
+    names: Names
     top_terms: int
     tables: dict[_Place, dict[str, Any]] = field(default_factory=dict)
     rows: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
@@ -460,9 +400,12 @@ class _Written:
 
     def draft(self, place: _Place, table: QKTable) -> _Draft:
         """What writing a table takes."""
-        row = None if place[:3] in self.rows else self._row(*place[:3])
-        made = self._table(place, table)
-        return _Draft(made, row, sum(len(_encode(part)) for part in (made, row) if part))
+        row = None
+        if place[:3] not in self.rows:
+            row = row_document(*place[:3], self.graph.qk_row(*place[:3]))
+        pattern = float(self.graph.record.heads.run.pattern[place])
+        made = table_document(table, pattern, self.names, self.top_terms)
+        return _Draft(made, row, sum(len(encode(part)) for part in (made, row) if part))
 
     def add(self, place: _Place, draft: _Draft) -> None:
         """Write a table, and note the features that it mentions."""
@@ -474,91 +417,9 @@ class _Written:
             if listed["kind"] == "feature":
                 self.names.mention(listed["checkpoint"], listed["feature"])
 
-    def _row(self, layer: int, head: int, query: int) -> dict[str, Any]:
-        row = self.graph.qk_row(layer, head, query)
-        scores = [_round(s) if math.isfinite(s) else None for s in row.scores.tolist()]
-        pattern = [_round(p) for p in row.pattern.tolist()]
-        return {"layer": layer, "head": head, "query": query, "scores": scores, "pattern": pattern}
-
-    def _table(self, place: _Place, table: QKTable) -> dict[str, Any]:
-        """A table's largest terms and marginals.
-
-        Identities, as written: score = the listed terms + rest = the listed marginals of either
-        side + that side's rest.
-        """
-        terms = table.terms.double().cpu()
-        score = _round(table.score)
-        chosen = _largest(terms.flatten(), self.top_terms)
-        rows, columns = (chosen // terms.shape[1]).tolist(), (chosen % terms.shape[1]).tolist()
-        values = [_round(value) for value in terms.flatten()[chosen].tolist()]
-        query, at_row, query_rest = self._side(table.query, terms.sum(1), rows, score)
-        key, at_column, key_rest = self._side(table.key, terms.sum(0), columns, score)
-        pattern = self.graph.record.heads.run.pattern[place]
-        return {
-            **place._asdict(),
-            "score": score,
-            "score_capped": _round(table.score_capped),
-            "pattern": _round(float(pattern)),
-            "query_components": query,
-            "query_rest": query_rest,
-            "key_components": key,
-            "key_rest": key_rest,
-            "terms": [
-                [at_row[i], at_column[j], value]
-                for i, j, value in zip(rows, columns, values, strict=True)
-            ],
-            "rest": _rest(score, values),
-            "blocks": {f"{a}|{b}": _round(value) for (a, b), value in table.blocks.items()},
-        }
-
-    def _side(
-        self, components: list[Component], marginals: Tensor, used: list[int], score: float
-    ) -> tuple[list[dict[str, Any]], dict[int, int], float]:
-        """The components to list, by |marginal|: those used, the largest, and all but features.
-
-        Returns:
-            The list, where each listed component went, and the sum of the marginals left out.
-        """
-        most = min(MARGINALS_LISTED, len(components))
-        others = [i for i, c in enumerate(components) if c.kind != "feature"]
-        chosen = {*used, *others, *marginals.abs().topk(most).indices.tolist()}
-        values = marginals.tolist()
-        order = sorted(chosen, key=lambda i: (-abs(values[i]), i))
-        listed = [self._component(components[i], values[i]) for i in order]
-        rest = _rest(score, [entry["marginal"] for entry in listed])
-        return listed, {i: at for at, i in enumerate(order)}, rest
-
-    def _component(self, c: Component, marginal: float) -> dict[str, Any]:
-        out: dict[str, Any] = {
-            "kind": c.kind,
-            "checkpoint": c.checkpoint,
-            "feature": c.feature,
-            "position": c.position,
-            "activation": None if c.activation is None else _round(c.activation),
-            "label": c.label,
-            "marginal": _round(marginal),
-        }
-        node_id = self.names.node_id(c)
-        if node_id in self.names.nodes:
-            out["node_id"] = node_id
-        index = None if c.feature is None else feature_index(c.checkpoint, c.feature)
-        if index is not None:
-            out["id"] = index
-        return out
-
-
-def _largest(values: Tensor, n: int) -> Tensor:
-    """Indices of the ``n`` largest by absolute value, and of a fifth as many of either sign."""
-    few = min(-(-n // 5), len(values))
-    either = torch.cat([(sign * values).topk(few).indices for sign in (1, -1)])
-    of_sign = torch.cat([values[either[:few]] > 0, values[either[few:]] < 0])
-    chosen = torch.cat([values.abs().topk(min(n, len(values))).indices, either[of_sign]]).unique()
-    chosen = chosen[values[chosen] != 0]
-    return chosen[values[chosen].abs().argsort(descending=True, stable=True)]
-
 
 def _projection(
-    tables: Sequence[QKTable], names: _Names, outsiders: dict[str, dict[str, Any]]
+    tables: Sequence[QKTable], names: Names, outsiders: dict[str, dict[str, Any]]
 ) -> dict[str, list[list[Any]]]:
     """A node's tables summed over heads, in the form that Neuronpedia's viewer shows.
 
@@ -580,58 +441,46 @@ def _projection(
 
     def known(c: Component) -> str:
         node_id = names.node_id(c)
-        if node_id not in names.nodes and node_id not in outsiders:
-            outsiders[node_id] = names.outsider(c)
+        if not names.is_node(c) and node_id not in outsiders:
+            outsiders[node_id] = _outsider(c, names)
         return node_id
 
     return {
         "pair_wise_contributors": [
-            [known(queries[i // len(keys)]), known(keys[i % len(keys)]), _round(value)]
+            [known(queries[i // len(keys)]), known(keys[i % len(keys)]), rounded(value)]
             for i, value in top(terms.flatten())
         ],
         "top_q_marginal_contributors": [
-            [known(queries[i]), _round(value)] for i, value in top(terms.sum(1))
+            [known(queries[i]), rounded(value)] for i, value in top(terms.sum(1))
         ],
         "top_k_marginal_contributors": [
-            [known(keys[i]), _round(value)] for i, value in top(terms.sum(0))
+            [known(keys[i]), rounded(value)] for i, value in top(terms.sum(0))
         ],
     }
+
+
+def _outsider(c: Component, names: Names) -> dict[str, Any]:
+    """A component that is no node of the graph, in the form of one, for Neuronpedia."""
+    types = {"feature": "cross layer transcoder", "error": "mlp reconstruction error"}
+    index = {"error": -1}.get(c.kind)
+    if c.feature is not None:
+        index = names.mention(c.checkpoint, c.feature)
+    node_id = names.node_id(c)
+    out = {
+        "node_id": node_id,
+        "jsNodeId": node_id,
+        "feature": index,
+        "feature_type": types.get(c.kind, "bias"),
+        "layer": "E" if c.kind == "position" else str(c.checkpoint - 1),
+        "ctx_idx": c.position,
+        "clerp": c.label,
+    }
+    if c.activation is not None:
+        out["activation"] = rounded(c.activation)
+    return out
 
 
 # Files --------------------------------------------------------------------------------------------
-
-
-def _write_features(
-    graph: ResidualGraph, folder: Path, features: Iterable[tuple[int, int]], scan: str
-) -> None:
-    """Write every feature's examples, or an empty form where there are none."""
-    check_folder(folder)
-    stored = graph.record.dictionary_folder
-    examples = None if stored is None else FeatureExamples(Path(stored))
-    for checkpoint, feature in tqdm(
-        sorted(features), "Feature examples", leave=False, delay=2, disable=None
-    ):
-        data = None if examples is None else examples.read(checkpoint, feature)
-        path = folder / f"{feature_index(checkpoint, feature)}.json"
-        data = data or _encode(_without_examples(feature, scan))
-        if not path.is_file() or path.read_bytes() != data:
-            write_atomically(path, data)
-
-
-def _without_examples(feature: int, scan: str) -> dict[str, Any]:
-    """A feature of which nothing is known, in the form of circuit-tracer's ``feature_models``."""
-    return {
-        "transcoder_id": scan,
-        "index": feature,
-        "examples_quantiles": [],
-        "top_logits": [],
-        "bottom_logits": [],
-        "act_min": 0.0,
-        "act_max": 1.0,
-        "quantile_values": [],
-        "histogram": [],
-        "activation_frequency": 0.0,
-    }
 
 
 def _read_listing(folder: Path) -> dict[str, Any]:
@@ -662,31 +511,4 @@ def _update_listing(folder: Path, metadata: dict[str, Any]) -> None:
     """Put a graph into the folder's list, in place of one with its slug."""
     listing = _read_listing(folder)
     others = [graph for graph in listing["graphs"] if graph.get("slug") != metadata["slug"]]
-    write_atomically(folder / LISTING, _encode(listing | {"graphs": [*others, metadata]}))
-
-
-def _encode(document: dict[str, Any], path: Path | None = None) -> bytes:
-    """Compact UTF-8 JSON.
-
-    Raises:
-        UserError: a number that JSON cannot hold.
-    """
-    try:
-        text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except ValueError as error:
-        raise UserError(
-            f"{path or 'the graph'} cannot be written: the graph holds NaN or infinite numbers; "
-            "run the model in float32."
-        ) from error
-    # half a surrogate pair, which a damaged label may hold, becomes the escape that JSON has for it
-    return text.encode("utf-8", "backslashreplace")
-
-
-def _round(value: float) -> float:
-    """A number with seven significant digits, what float32 holds."""
-    return float(f"{value:.7g}")
-
-
-def _rest(whole: float, listed: Iterable[float]) -> float:
-    """What is missing from ``listed``, as written, to ``whole``, as written."""
-    return float(f"{math.fsum((whole, *(-value for value in listed))):.12g}")
+    write_atomically(folder / LISTING, encode(listing | {"graphs": [*others, metadata]}))

@@ -1,0 +1,65 @@
+"""The files of features' examples that the page reads, one for every feature it may show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from circuit_tracer_qk import host
+from circuit_tracer_qk.dictionaries import FeatureExamples, feature_index
+from circuit_tracer_qk.files import check_folder, write_atomically
+from circuit_tracer_qk.graph import ResidualGraph
+from circuit_tracer_qk.written import encode
+
+
+def folder_name(graph: ResidualGraph, scan: str | None = None) -> str:
+    """The name of the folder that a graph's features lie in.
+
+    Args:
+        scan: in place of the dictionaries' own name; a hub id's slash becomes two hyphens.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "-", (scan or host.graph_scan(graph)).replace("/", "--"))
+    # its own folder also where the scan is called like one of the files beside it
+    return safe if safe.strip(".") and not safe.endswith(".json") else f"features-{safe}"
+
+
+def write_features(
+    graph: ResidualGraph, folder: Path, features: Iterable[tuple[int, int]], scan: str
+) -> None:
+    """Write the examples of every (checkpoint, feature), or an empty form where there are none."""
+    check_folder(folder)
+    examples = stored_examples(graph)
+    for checkpoint, feature in tqdm(
+        sorted(features), "Feature examples", leave=False, delay=2, disable=None
+    ):
+        data = None if examples is None else examples.read(checkpoint, feature)
+        path = folder / f"{feature_index(checkpoint, feature)}.json"
+        data = data or encode(_without_examples(feature, scan))
+        if not path.is_file() or path.read_bytes() != data:
+            write_atomically(path, data)
+
+
+def stored_examples(graph: ResidualGraph) -> FeatureExamples | None:
+    """The examples beside a graph's dictionaries, None where it does not know their folder."""
+    stored = graph.record.dictionary_folder
+    return None if stored is None else FeatureExamples(Path(stored))
+
+
+def _without_examples(feature: int, scan: str) -> dict[str, Any]:
+    """A feature of which nothing is known, in the form of circuit-tracer's ``feature_models``."""
+    return {
+        "transcoder_id": scan,
+        "index": feature,
+        "examples_quantiles": [],
+        "top_logits": [],
+        "bottom_logits": [],
+        "act_min": 0.0,
+        "act_max": 1.0,
+        "quantile_values": [],
+        "histogram": [],
+        "activation_frequency": 0.0,
+    }

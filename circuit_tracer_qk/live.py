@@ -1,0 +1,61 @@
+"""QK tables of graphs in memory, computed when the page asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from threading import Lock
+
+from circuit_tracer_qk.dictionaries import indexed_feature
+from circuit_tracer_qk.feature_files import folder_name, stored_examples
+from circuit_tracer_qk.graph import ResidualGraph
+from circuit_tracer_qk.tables import Names, row_document, table_document
+from circuit_tracer_qk.written import encode
+
+
+class LiveGraphs:
+    """Graphs that answer for any head and any pair of positions; safe to ask from many threads.
+
+    Args:
+        graphs: by the slug that their file has.
+    """
+
+    def __init__(self, graphs: Mapping[str, ResidualGraph]) -> None:
+        self._graphs = dict(graphs)
+        self._examples = {folder_name(g): stored_examples(g) for g in self._graphs.values()}
+        self._lock = Lock()  # a graph keeps what it projected, and archives have one position
+
+    @property
+    def slugs(self) -> tuple[str, ...]:
+        """The graphs that can be asked."""
+        return tuple(self._graphs)
+
+    def table(self, slug: str, layer: int, head: int, query: int, key: int) -> bytes:
+        """A table and its attention row, in the form they have in graph files.
+
+        Returns:
+            JSON {"table", "row"}; the table is null where the key is masked.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        graph = self._graphs[slug]
+        with self._lock:
+            table, row = graph.qk(layer, head, query, key), graph.qk_row(layer, head, query)
+        document = None
+        if not table.masked:
+            names = Names(graph.input_tokens.tolist())
+            document = table_document(table, float(row.pattern[key]), names)
+        return encode({"table": document, "row": row_document(layer, head, query, row)})
+
+    def examples(self, scan: str, index: int) -> bytes | None:
+        """The examples of a feature that no file was written for.
+
+        Args:
+            scan: the name of the features' folder.
+            index: the feature's Cantor index.
+        """
+        examples = self._examples.get(scan)
+        if examples is None:
+            return None
+        with self._lock:
+            return examples.read(*indexed_feature(index))

@@ -1,0 +1,170 @@
+"""QK tables and attention rows as they are written to graph files and sent to the page.
+
+``graph.schema.json`` describes both (``table`` and ``row``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.components import Component
+from circuit_tracer_qk.dictionaries import feature_index
+from circuit_tracer_qk.qk import QKRow, QKTable
+from circuit_tracer_qk.written import rest, rounded
+
+MARGINALS_LISTED = 20  # a table's largest marginals on either side, all of whose terms are written
+TOP_TERMS = 50
+
+
+@dataclass(frozen=True)
+class Names:
+    """Ids of components as nodes, and every feature that was mentioned.
+
+    Attributes:
+        tokens: the prompt's token ids.
+        nodes: ids of the nodes written; None where every component may be one.
+        features: (checkpoint, feature) by Cantor index; grows.
+    """
+
+    tokens: Sequence[int]
+    nodes: Collection[str] | None = None
+    features: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def mention(self, checkpoint: int, feature: int) -> int | None:
+        """The Cantor index of a feature, which is noted."""
+        index = feature_index(checkpoint, feature)
+        if index is not None:
+            self.features[index] = checkpoint, feature
+        return index
+
+    def node_id(self, c: Component) -> str:
+        """The id that a component has, or would have, as a node."""
+        layer = c.checkpoint - 1
+        if c.kind == "feature":
+            return f"{layer}_{c.feature}_{c.position}"
+        if c.kind == "error":
+            return f"{layer}_-1_{c.position}"
+        if c.kind == "embedding":
+            return f"E_{self.tokens[c.position]}_{c.position}"
+        if c.kind == "position":
+            return f"E_position_{c.position}"
+        return f"{layer}_bias_{c.label.split()[0]}_{c.position}"
+
+    def is_node(self, c: Component) -> bool:
+        """Whether a component is a node of the graph, or may be one where that is not known."""
+        if self.nodes is None:
+            return c.kind not in ("bias", "position")
+        return self.node_id(c) in self.nodes
+
+
+def table_document(
+    table: QKTable, pattern: float, names: Names, top_terms: int = TOP_TERMS
+) -> dict[str, Any]:
+    """A table's largest terms and marginals.
+
+    Identities, as written: score = the listed terms + rest = the listed marginals of either side
+    + that side's rest. ``grid`` holds every term between the first components of either list.
+
+    Args:
+        table: of a key that is not masked.
+        pattern: the attention that the key got.
+        names: gets the features mentioned.
+        top_terms: how many terms to list, by absolute value.
+    """
+    terms = table.terms.double().cpu()
+    score = rounded(table.score)
+    chosen = _largest(terms.flatten(), top_terms)
+    rows, columns = (chosen // terms.shape[1]).tolist(), (chosen % terms.shape[1]).tolist()
+    values = [rounded(value) for value in terms.flatten()[chosen].tolist()]
+    row_order, column_order = (
+        _listed(side, marginals, used)
+        for side, marginals, used in (
+            (table.query, terms.sum(1), rows),
+            (table.key, terms.sum(0), columns),
+        )
+    )
+    at_row = {i: at for at, i in enumerate(row_order)}
+    at_column = {i: at for at, i in enumerate(column_order)}
+    grid = terms[row_order[:MARGINALS_LISTED]][:, column_order[:MARGINALS_LISTED]]
+    return {
+        "layer": table.layer,
+        "head": table.head,
+        "query": table.query_position,
+        "key": table.key_position,
+        "score": score,
+        "score_capped": rounded(table.score_capped),
+        "pattern": rounded(pattern),
+        **_side("query", table.query, terms.sum(1), row_order, names, score),
+        **_side("key", table.key, terms.sum(0), column_order, names, score),
+        "terms": [
+            [at_row[i], at_column[j], value]
+            for i, j, value in zip(rows, columns, values, strict=True)
+        ],
+        "rest": rest(score, values),
+        "grid": [[rounded(value) for value in row] for row in grid.tolist()],
+        "blocks": {f"{a}|{b}": rounded(value) for (a, b), value in table.blocks.items()},
+    }
+
+
+def row_document(layer: int, head: int, query: int, row: QKRow) -> dict[str, Any]:
+    """One head's attention from one query; masked scores are None."""
+    scores = [rounded(s) if math.isfinite(s) else None for s in row.scores.tolist()]
+    pattern = [rounded(p) for p in row.pattern.tolist()]
+    return {"layer": layer, "head": head, "query": query, "scores": scores, "pattern": pattern}
+
+
+def _largest(values: Tensor, n: int) -> Tensor:
+    """Indices of the ``n`` largest by absolute value, and of a fifth as many of either sign."""
+    few = min(-(-n // 5), len(values))
+    either = torch.cat([(sign * values).topk(few).indices for sign in (1, -1)])
+    of_sign = torch.cat([values[either[:few]] > 0, values[either[few:]] < 0])
+    chosen = torch.cat([values.abs().topk(min(n, len(values))).indices, either[of_sign]]).unique()
+    chosen = chosen[values[chosen] != 0]
+    return chosen[values[chosen].abs().argsort(descending=True, stable=True)]
+
+
+def _listed(components: list[Component], marginals: Tensor, used: list[int]) -> list[int]:
+    """The components to list, by |marginal|: those used, the largest, and all but features."""
+    most = min(MARGINALS_LISTED, len(components))
+    others = [i for i, c in enumerate(components) if c.kind != "feature"]
+    chosen = {*used, *others, *marginals.abs().topk(most).indices.tolist()}
+    values = marginals.tolist()
+    return sorted(chosen, key=lambda i: (-abs(values[i]), i))
+
+
+def _side(
+    name: str,
+    components: list[Component],
+    marginals: Tensor,
+    order: list[int],
+    names: Names,
+    score: float,
+) -> dict[str, Any]:
+    """One side's listed components, and the sum of the marginals left out."""
+    listed = [_component(components[i], float(marginals[i]), names) for i in order]
+    missing = rest(score, [entry["marginal"] for entry in listed])
+    return {f"{name}_components": listed, f"{name}_rest": missing}
+
+
+def _component(c: Component, marginal: float, names: Names) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "kind": c.kind,
+        "checkpoint": c.checkpoint,
+        "feature": c.feature,
+        "position": c.position,
+        "activation": None if c.activation is None else rounded(c.activation),
+        "label": c.label,
+        "marginal": rounded(marginal),
+    }
+    if names.is_node(c):
+        out["node_id"] = names.node_id(c)
+    index = None if c.feature is None else feature_index(c.checkpoint, c.feature)
+    if index is not None:
+        out["id"] = index
+    return out
