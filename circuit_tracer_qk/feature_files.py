@@ -38,7 +38,7 @@ def write_features(
     ):
         data = None if examples is None else examples.read(checkpoint, feature)
         path = folder / f"{feature_index(checkpoint, feature)}.json"
-        data = data or encode(_without_examples(feature, scan))
+        data = data or encode(without_examples(feature, scan))
         if not path.is_file() or path.read_bytes() != data:
             write_atomically(path, data)
 
@@ -49,7 +49,7 @@ def stored_examples(graph: ResidualGraph) -> FeatureExamples | None:
     return None if stored is None else FeatureExamples(Path(stored))
 
 
-def _without_examples(feature: int, scan: str) -> dict[str, Any]:
+def without_examples(feature: int, scan: str) -> dict[str, Any]:
     """A feature of which nothing is known, in the form of circuit-tracer's ``feature_models``."""
     return {
         "transcoder_id": scan,

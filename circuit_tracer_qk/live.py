@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from threading import Lock
 
 from circuit_tracer_qk.dictionaries import indexed_feature
-from circuit_tracer_qk.feature_files import folder_name, stored_examples
+from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
 from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.tables import Names, row_document, table_document
 from circuit_tracer_qk.written import encode
@@ -48,14 +48,15 @@ class LiveGraphs:
         return encode({"table": document, "row": row_document(layer, head, query, row)})
 
     def examples(self, scan: str, index: int) -> bytes | None:
-        """The examples of a feature that no file was written for.
+        """A feature's examples, or an empty form where none are stored; None in other scans.
 
         Args:
             scan: the name of the features' folder.
             index: the feature's Cantor index.
         """
-        examples = self._examples.get(scan)
-        if examples is None:
+        if scan not in self._examples:
             return None
+        examples, (checkpoint, feature) = self._examples[scan], indexed_feature(index)
         with self._lock:
-            return examples.read(*indexed_feature(index))
+            stored = examples and examples.read(checkpoint, feature)
+        return stored or encode(without_examples(feature, scan))
