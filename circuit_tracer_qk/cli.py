@@ -127,6 +127,7 @@ def _add_demo(commands: Any) -> None:
         help=f"port, or the next free one (default: {DEMO_PORT})",
     )
     add("--no-serve", action="store_true", help="end after writing the graph files")
+    _add_serving(parser)
     _add_verbose(parser)
     parser.set_defaults(run=_demo)
 
@@ -161,6 +162,7 @@ def _add_attribute(commands: Any, host: list[argparse.ArgumentParser]) -> None:
         help="Write QK attributions and head loadings into the graph files (default: True).",
     )
     add("--np-model", metavar="ID", help="Neuronpedia's model id, for files to be uploaded there.")
+    _add_serving(parser)
     _add_verbose(parser)
     parser.set_defaults(run=_attribute)
 
@@ -195,8 +197,25 @@ def _add_start_server(commands: Any, host: list[argparse.ArgumentParser]) -> Non
         help="serve a folder of graph files",
         description="Serve a folder of graph files until interrupted.",
     )
+    _add_serving(parser)
     _add_verbose(parser)
     parser.set_defaults(run=_start_server)
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--host",
+        metavar="ADDR",
+        default="127.0.0.1",
+        help="address to serve on; everyone who reaches it can read and save the graphs "
+        "(default: 127.0.0.1, this machine alone)",
+    )
+    add(
+        "--online",
+        action="store_true",
+        help="let the page ask circuit-tracer's own hosts for feature examples that no folder holds",
+    )
 
 
 def _add_verbose(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +259,7 @@ def _attribute(args: argparse.Namespace) -> None:
     )
     print(f"graph files written to {written}")
     if args.server:
-        _serve(folder, args.port, slug)
+        _serve(args, folder, args.port, slug, graph)
 
 
 def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
@@ -278,7 +297,8 @@ def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
     if args.server:
         from circuit_tracer_qk.server import check_port
 
-        check_port(args.port)
+        check_port(args.port, args.host)
+        _check_page()
     return files
 
 
@@ -314,7 +334,8 @@ def _demo(args: argparse.Namespace) -> None:
     if not args.no_serve:
         from circuit_tracer_qk.server import next_free_port
 
-        next_free_port(args.port)
+        next_free_port(args.port, args.host)
+        _check_page()
     model = _load(None, dictionaries)
     with _hushed():
         graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)
@@ -328,7 +349,7 @@ def _demo(args: argparse.Namespace) -> None:
     _show(["", f"any head at any two positions: {PROGRAM} qk --help"])
     _show([f"graph files written to {written}"])
     if not args.no_serve:
-        _serve(args.output, next_free_port(args.port), slug)
+        _serve(args, args.output, next_free_port(args.port, args.host), slug, graph)
 
 
 def _start_server(args: argparse.Namespace) -> None:
@@ -337,7 +358,7 @@ def _start_server(args: argparse.Namespace) -> None:
             f"{args.graph_file_dir} holds no graph files (no graph-metadata.json): write some with "
             "`attribute --slug NAME --graph_file_dir DIR`."
         )
-    _serve(args.graph_file_dir, args.port)
+    _serve(args, args.graph_file_dir, args.port)
 
 
 # Parts of commands --------------------------------------------------------------------------------
@@ -416,15 +437,41 @@ def _write_files(
         return circuit_tracer_qk.create_graph_files(graph, slug, folder, qk=qk, **options)
 
 
-def _serve(folder: str, port: int, slug: str | None = None) -> None:
-    """Serve until interrupted, which is how serving ends."""
-    server = circuit_tracer_qk.serve(folder, port=port)
-    page = "" if slug is None else f"/index.html?slug={slug}"
+def _serve(
+    args: argparse.Namespace,
+    folder: str,
+    port: int,
+    slug: str | None = None,
+    graph: ResidualGraph | None = None,
+) -> None:
+    """Serve until interrupted, which is how serving ends.
+
+    Args:
+        slug, graph: the graph to open, which answers for any head and any pair of positions.
+    """
+    from circuit_tracer_qk.server import is_public
+
+    live, page = None, ""
+    if slug is not None and graph is not None:
+        from circuit_tracer_qk.live import LiveGraphs
+
+        live, page = LiveGraphs({slug: graph}), f"/index.html?slug={slug}"
+    server = circuit_tracer_qk.serve(
+        folder, port=port, host=args.host, online=args.online, live=live
+    )
     try:
+        if is_public(args.host):
+            print(
+                f"warning: everyone who reaches port {port} of this machine can read and save the "
+                "graphs",
+                file=sys.stderr,
+            )
         _show([f"open {server.url}{page}   (Ctrl+C ends)"])
         while True:
             time.sleep(1)
     except KeyboardInterrupt:
+        pass
+    finally:
         server.stop()
 
 
@@ -438,6 +485,14 @@ def _show(lines: Sequence[str]) -> None:
 def _check_prompt(prompt: str) -> None:
     if not prompt:
         raise UserError("the prompt is empty: give at least one token of text with -p.")
+
+
+def _check_page() -> None:
+    """Refuse a page that our panel does not fit into."""
+    from circuit_tracer_qk import host_cli, page
+
+    page.read_page(host_cli.assets())
+    page.panel_folder()
 
 
 def _probe_folder(folder: Path) -> None:

@@ -187,7 +187,9 @@ def _nodes(
             layer = slot + first_layer
             made = host.Node.error_node(layer=layer, pos=position, influence=share)
             ids = {"node_id": f"{layer}_-1_{position}", "jsNodeId": f"{layer}_-1-{position}"}
-            return made.model_copy(update=ids)
+            # the page would call it an MLP's
+            clerp = f"Err: residual “{record.token_strings[position]}”"
+            return made.model_copy(update=ids | {"clerp": clerp})
         if i < logits:
             position = i - tokens
             return host.Node.token_node(

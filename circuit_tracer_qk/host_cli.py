@@ -1,4 +1,4 @@
-"""circuit-tracer's command line and page server: the part of the host that loads without torch.
+"""circuit-tracer's command line and page: the part of the host that loads without torch.
 
 :mod:`circuit_tracer_qk.host` has the rest. Here too features are detected, never versions.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
+
+from circuit_tracer_qk.errors import UserError
 
 
 class _Captured(BaseException):
@@ -121,14 +124,16 @@ def known_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def serve(*, data_dir: str, port: int) -> Any:
-    """Start circuit-tracer's own page server in a thread; it has ``stop()``.
+def assets() -> Path:
+    """The folder of the installed circuit-tracer's page.
 
-    It listens on this machine alone where this host's server can be told to, else, as
-    circuit-tracer's does, on every interface.
+    Raises:
+        UserError: there is none.
     """
-    from circuit_tracer.frontend.local_server import serve
-
-    offered = {"data_dir": data_dir, "port": port, "host": "127.0.0.1", "address": "127.0.0.1"}
-    accepted = inspect.signature(serve).parameters
-    return serve(**{name: value for name, value in offered.items() if name in accepted})
+    spec = find_spec("circuit_tracer")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (found := Path(folder, "frontend", "assets")).is_dir():
+            return found
+    raise UserError(
+        "circuit-tracer is installed without its page (frontend/assets): install it again."
+    )

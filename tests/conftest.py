@@ -7,9 +7,10 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import browsing
 import pytest
 import torch
 
@@ -40,8 +41,24 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def browser() -> Iterator[browsing.Browser]:
+    """The system's browser; skips without one, fails instead in CI."""
+    with browsing.launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def watch(browser: browsing.Browser) -> Iterator[browsing.Watch]:
+    """A page in a wide window: no console error and no request to another machine may come of it."""
+    with browsing.opened(browser) as watch:
+        yield watch
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the worst errors: identities down, architectures across."""
+    """Print what was skipped, and the worst errors: identities down, architectures across."""
+    for line in dict.fromkeys(browsing.skipped):
+        terminalreporter.write_line(line)
     if not worst_errors:
         return
     identities = list(dict.fromkeys(identity for identity, _ in worst_errors))

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, host_cli, report
+from circuit_tracer_qk import UserError, cli, host_cli, report
 from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.qk import QKRow, QKTable
 from circuit_tracer_qk.server import next_free_port
@@ -213,6 +214,74 @@ def test_taken_port(run, tmp_path):
     assert not (tmp_path / "g").exists()
 
 
+@pytest.mark.parametrize("command", ["demo", "attribute"])
+def test_page_and_host_are_checked_before_the_model(run, tmp_path, monkeypatch, command):
+    def changed() -> Path:
+        raise UserError("circuit-tracer's page has changed")
+
+    monkeypatch.setattr(ctqk, "load_model", None)
+    argv = ["demo", "-o", tmp_path / "g", "--port", next_free_port(18341)]
+    if command == "attribute":
+        argv = ["attribute", *OUT, "--slug", "a", "--graph_file_dir", tmp_path / "g", "--server"]
+        argv += ["--port", next_free_port(18341)]
+    assert "'192.0.2.1' is no address" in run(*argv, "--host", "192.0.2.1").refusal
+    monkeypatch.setattr(host_cli, "assets", changed)
+    assert "page has changed" in run(*argv).refusal
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "public", "online"),
+    [
+        ([], False, False),
+        (["--online"], False, True),
+        (["--host", "127.0.0.1"], False, False),
+        (["--host", "0.0.0.0", "--online"], True, True),
+    ],
+)
+def test_start_server(run, tmp_path, monkeypatch, flags, public, online):
+    (tmp_path / "graph-metadata.json").write_text('{"graphs": []}')
+    port, configs = next_free_port(18241), []
+    monkeypatch.setattr(cli.time, "sleep", asking(port, configs))
+    result = run("start-server", "--graph_file_dir", tmp_path, "--port", port, *flags)
+    assert result.status == cli.DONE
+    assert result.out == f"open http://127.0.0.1:{port}   (Ctrl+C ends)\n"
+    assert configs == [{"live": [], "online": online, "version": ctqk.__version__}]
+    warning = f"warning: everyone who reaches port {port} of this machine can read and save"
+    assert result.err.startswith(warning) if public else result.err == ""
+    assert len(result.err.splitlines()) == public
+
+
+def asking(port: int, configs: list[object]) -> Callable[[float], None]:
+    """Reads the server's configuration and interrupts, in place of ``time.sleep``."""
+
+    def ask(seconds: float) -> None:
+        url = f"http://127.0.0.1:{port}/qk/config.json"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            configs.append(json.loads(answer.read()))
+        raise KeyboardInterrupt
+
+    return ask
+
+
+@pytest.mark.parametrize("command", ["attribute", "start-server"])
+def test_flags_of_newer_and_other_hosts(run, tmp_path, monkeypatch, command):
+    """A host with flags of our names gives way to ours; its folder of features is taken."""
+    theirs = host_cli.known_parser(command)
+    theirs.add_argument("--features_dir")
+    theirs.add_argument("--host", type=int, default=5)
+    monkeypatch.setattr(host_cli, "_installed_parser", lambda command: theirs)
+    (tmp_path / "graph-metadata.json").write_text('{"graphs": []}')
+    port, configs = next_free_port(18291), []
+    monkeypatch.setattr(cli.time, "sleep", asking(port, configs))
+    argv = ["--features_dir", "features", "--host", "localhost", "--port", port]
+    if command == "start-server":
+        assert run(command, "--graph_file_dir", tmp_path, *argv).status == cli.DONE
+        assert configs
+    else:
+        assert "-d/--dictionaries is missing" in run(command, "-p", "x", *argv).refusal
+
+
 def test_interrupt_is_quiet(run, monkeypatch):
     def interrupted(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
@@ -355,9 +424,11 @@ def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_pat
     served = []
 
     def look(seconds: float) -> None:
-        url = f"http://127.0.0.1:{next_port}/data/graph-metadata.json"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            served.append(json.loads(answer.read()))
+        table = "qk/table/demo-wcc?layer=1&head=0&query=9&key=5"
+        for path in ("data/graph-metadata.json", "qk/config.json", table):
+            url = f"http://127.0.0.1:{next_port}/{path}"
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                served.append(json.loads(answer.read()))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.time, "sleep", look)
@@ -368,7 +439,9 @@ def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_pat
     finally:
         other.stop()
     assert result.status == cli.DONE
-    assert served[0]["graphs"]
+    listing, config, table = served
+    assert listing["graphs"] and config["live"] == ["demo-wcc"]
+    assert table["row"]
     assert f"open http://127.0.0.1:{next_port}/index.html?slug=demo-wcc" in result.out
 
 

@@ -1,0 +1,116 @@
+// Numbers, names and colours of the panel. Every number is signed, so colour never carries the sign alone.
+window.utilQk = (function(){
+  var glyphs = {feature: '●', bias: '▬', error: '◆', embedding: '■', position: '▲'}
+
+  // Decimals with which every number of a list is written, so that what is seen adds up.
+  function digits(values){
+    var max = d3.max(values, d => Math.abs(d)) || 1
+    return d3.clamp(0, 4 - Math.floor(Math.log10(max)), 6)
+  }
+
+  function signed(value, nDigits=3){
+    var str = Math.abs(value).toFixed(nDigits)
+    return (value < 0 && +str != 0 ? '-' : '+') + str
+  }
+
+  // A share may exceed 100 % or be negative: parts cancel.
+  function percent(part, whole){
+    var share = part/whole*100
+    if (!isFinite(share)) return ''
+    return (Math.abs(share) < 9999 ? share.toFixed(0) : share.toExponential(1)).replace(/^-0$/, '0') + ' %'
+  }
+
+  function headName({layer, head}){
+    return `L${layer}H${head}`
+  }
+
+  function placeName({layer, head, query, key}){
+    return `${headName({layer, head})}:q${query}:k${key}`
+  }
+
+  function parsePlace(str){
+    var match = /^\s*L(\d+)H(\d+):q(\d+):k(\d+)\s*$/i.exec(str || '')
+    if (!match) return null
+    var [layer, head, query, key] = match.slice(1).map(d => +d)
+    return {layer, head, query, key}
+  }
+
+  // Text of other people's inside a sentence of ours: right-to-left text stays in its place.
+  function isolate(text){
+    return `\u2068${text}\u2069`
+  }
+
+  // " Aunt" at 14 as 14 “ Aunt”; the quotes show where the token begins and ends.
+  function tokenName(data, position){
+    var token = data.metadata.prompt_tokens[position]
+    return token === undefined ? `${position}` : `${position} “${isolate(token)}”`
+  }
+
+  // Features are named as in the rest of the page: by the layer whose output they read.
+  function featureName({checkpoint, feature}){
+    return checkpoint ? `L${checkpoint - 1}/${feature}` : `L0 input/${feature}`
+  }
+
+  function nodeName(node){
+    if (node.feature_type != 'cross layer transcoder') return utilCg.layerLocationLabel(node.layer, node.probe_location_idx)
+    return `L${node.layer}/${util.cantorUnpair(node.feature)[1]}`
+  }
+
+  function nodeGlyph(node){
+    return utilCg.featureTypeToText(node.feature_type)
+  }
+
+  function componentLabel(data, component){
+    if (component.kind == 'error') return `error: ${tokenName(data, component.position)}`
+    if (component.kind == 'bias') return `bias ${component.label}`
+    return isolate(component.label || '(no label)')
+  }
+
+  var color = {positive: '#1b7837', negative: '#762a83', none: '#bbb'}
+
+  function colorOf(value){
+    return value > 0 ? color.positive : value < 0 ? color.negative : color.none
+  }
+
+  // A bar to the right of a middle line where positive, to its left where negative.
+  function addBar(sel, max, {width=44, height=9}={}){
+    var x = d => d.value/(max || 1)*width/2
+    var svg = sel.append('svg.qk-bar').at({width, height, 'aria-hidden': 'true'})
+    svg.append('path').at({d: `M${width/2},0V${height}`, stroke: '#999'})
+    svg.append('rect').at({
+      x: d => width/2 + Math.min(0, x(d)),
+      y: 1,
+      width: d => Math.abs(x(d)),
+      height: height - 2,
+      fill: d => colorOf(d.value),
+    })
+    return svg
+  }
+
+  // Text that the style may cut off, whole in its title
+  function addText(sel, tag, textFn){
+    return sel.append(tag).at({title: textFn}).text(textFn)
+  }
+
+  return {
+    glyphs,
+    digits,
+    signed,
+    percent,
+    headName,
+    placeName,
+    parsePlace,
+    isolate,
+    tokenName,
+    featureName,
+    nodeName,
+    nodeGlyph,
+    componentLabel,
+    color,
+    colorOf,
+    addBar,
+    addText,
+  }
+})()
+
+window.init?.()

@@ -1,0 +1,118 @@
+// What carried the chosen edge: one signed bar a head, and the parts that no head carried.
+window.initQkHeads = function({data, cgSel, qk}){
+  var sel = cgSel.select('.qk-heads').html('')
+  var titleSel = sel.append('div.qk-title').at({id: 'qk-heads-title'})
+  var listSel = sel.append('div.qk-list').at({role: 'listbox', 'aria-labelledby': 'qk-heads-title'})
+  var footSel = sel.append('div.qk-foot')
+
+  function render(){
+    var {link} = qk.state
+    titleSel.html('')
+    titleSel.append('b').text('Heads ')
+    listSel.html('')
+    footSel.html('')
+    if (!link) return listSel.append('div.qk-state').text('Choose an edge: the heads that carried it appear here.')
+
+    var {sourceNode, targetNode} = link
+    titleSel.append('span')
+      .text(`${utilQk.tokenName(data, sourceNode.ctx_idx)} → ${utilQk.tokenName(data, targetNode.ctx_idx)}` +
+        (link.layer == null ? '' : `, through block L${link.layer}`))
+
+    var parts = qk.data.parts(link)
+    if (!qk.data.isResidual(link)) return listSel.append('div.qk-state').text('This link has no head loadings.')
+    if (link.layer == null) {
+      listSel.append('div.qk-state').text('A logit edge: the logit reads the last residual stream directly, no block and no head lies between.')
+    } else if (sourceNode.ctx_idx == targetNode.ctx_idx) {
+      listSel.append('div.qk-state').text('A same-position edge: the residual stream and the MLP carry it, and heads that attend to their own position.')
+    }
+
+    if (!parts.length) return
+    var headerSel = listSel.append('div.qk-columns').at({'aria-hidden': 'true'})
+    headerSel.append('span.qk-head-name').text('head')
+    headerSel.append('span.qk-value').text('total')
+    headerSel.append('span.qk-share').text('(share)')
+    headerSel.append('span.qk-bar').st({width: barWidth()}).text('')
+    headerSel.append('span.qk-attends').text('pattern')
+
+    var max = d3.max(parts, d => Math.max(Math.abs(d.total), Math.abs(d.direct || 0), Math.abs(d.total - (d.direct || 0))))
+    var nDigits = utilQk.digits(parts.map(d => d.total).concat(link.weight))
+    var rowSel = listSel.appendMany('div.qk-row', parts)
+      .classed('is-head', d => d.kind == 'head')
+      .at({'data-part': d => d.kind, 'data-value': d => d.total, role: d => d.kind == 'head' ? 'option' : 'presentation'})
+    rowSel.append('span.qk-head-name').text(d => d.name)
+    rowSel.append('span.qk-value').text(d => utilQk.signed(d.total, nDigits))
+    rowSel.append('span.qk-share').text(d => `(${utilQk.percent(d.total, link.weight)})`)
+    rowSel.call(addBars, max)
+    rowSel.filter(d => d.kind == 'head').append('span.qk-attends')
+      .text(d => d3.format('.3f')(d.pattern))
+
+    rowSel.filter(d => d.kind == 'head')
+      .at({
+        'data-qk': 'head',
+        'data-layer': d => d.layer,
+        'data-head': d => d.head,
+        tabindex: -1,
+        title: d => `${d.name} ${utilQk.signed(d.total, nDigits)}: ${utilQk.signed(d.direct, nDigits)} direct, ` +
+          `${utilQk.signed(d.total - d.direct, nDigits)} via the block’s MLP; its pattern from query to key is ${d3.format('.3f')(d.pattern)}`,
+      })
+      .on('click', (ev, d) => qk.selectHead({layer: d.layer, head: d.head, query: targetNode.ctx_idx, key: sourceNode.ctx_idx}))
+
+    footSel.append('span').text('sum = weight ')
+    footSel.append('b').text(utilQk.signed(link.weight, nDigits))
+      .at({'data-qk': 'sum', 'data-of': 'heads', 'data-value': link.weight, 'data-parts': d3.sum(parts, d => d.total)})
+    if (parts.some(d => d.kind == 'head')) {
+      footSel.call(addKey, 'direct', false)
+      footSel.call(addKey, 'via the MLP', true)
+    }
+    markSelected()
+  }
+
+  // Upper half: the direct part, filled. Lower half: via the MLP, hatched. The line: the total.
+  function addBars(rowSel, max){
+    var width = barWidth(), height = 14
+    var x = value => value/(max || 1)*width/2
+    var svg = rowSel.append('svg.qk-bar').at({width, height, 'aria-hidden': 'true'})
+    svg.append('path').at({d: `M${width/2},0V${height}`, stroke: '#999'})
+    svg.each(function(d){
+      var svgSel = d3.select(this)
+      var isHead = d.kind == 'head'
+      var halves = isHead ? [d.direct, d.total - d.direct] : [d.total]
+      halves.forEach((value, i) => svgSel.append('rect').at({
+        x: width/2 + Math.min(0, x(value)),
+        y: isHead ? 1 + i*6 : 3,
+        width: Math.abs(x(value)),
+        height: isHead ? 6 : 8,
+        fill: i ? `url(#qk-hatch-${value > 0 ? 'positive' : 'negative'})` : isHead ? utilQk.colorOf(value) : '#999',
+      }))
+      svgSel.append('path').at({
+        d: `M${width/2 + x(d.total)},0V${height}`, stroke: '#000', strokeWidth: 1.5,
+      })
+    })
+  }
+
+  function barWidth(){
+    return d3.clamp(40, listSel.node().clientWidth - 214, 150)
+  }
+
+  function addKey(sel, text, isHatched){
+    var keySel = sel.append('span.qk-key')
+    keySel.append('svg').at({width: 14, height: 8}).append('rect')
+      .at({width: 14, height: 8, fill: isHatched ? 'url(#qk-hatch-positive)' : utilQk.color.positive})
+    keySel.append('span').text(` ${text}`)
+  }
+
+  function markSelected(){
+    var {place} = qk.state
+    var isSelected = d => d.kind == 'head' && place?.layer == d.layer && place?.head == d.head
+    var headSel = listSel.selectAll('.qk-row').classed('is-selected', isSelected)
+      .filter(d => d.kind == 'head')
+    var none = !headSel.filter(isSelected).size()
+    headSel.at({'aria-selected': isSelected, tabindex: (d, i) => isSelected(d) || none && !i ? 0 : -1})
+  }
+
+  qk.fns.edge.push(render)
+  qk.fns.resize.push(render)
+  qk.fns.head.push(markSelected)
+}
+
+window.init?.()

@@ -1,0 +1,132 @@
+// Every touch of the page that the panel sits in: what it fetches, what it shows as HTML, how it
+// keeps its address, and how many rows it draws. Loaded after its scripts and before it starts.
+window.qkPage = (function(){
+  var nativeFetch = window.fetch.bind(window)
+  var config = nativeFetch('./qk/config.json', {cache: 'no-cache'}).then(d => d.json())
+  var savedKeys = ['qk', 'qkEdge', 'qkTokens', 'qkView']
+
+  // Requests to other machines end here unless the server was started with --online.
+  window.fetch = async function(input, init){
+    var url = new URL(input.url || input, window.location)
+    if (url.origin != window.location.origin){
+      if ((await config).online) return nativeFetch(input, init)
+      return new Response(null, {status: 404, statusText: 'offline'})
+    }
+    if (url.pathname.startsWith('/save_graph/')) init = withSelection(init)
+    return nativeFetch(input, init)
+  }
+
+  // The page saves a fixed list of parameters; the panel's selection joins them.
+  function withSelection(init){
+    var body = JSON.parse(init.body)
+    savedKeys.forEach(key => {
+      var value = util.params.get(key)
+      if (value) body.qParams[key] = value
+    })
+    return {...init, body: JSON.stringify(body)}
+  }
+
+  // Graphs and features are asked for again with their ETag, where the page would show a stale
+  // copy; a feature of which nothing is stored is a state, not an error.
+  var nativeGetFile = util.getFile
+  var files = new Map()
+  util.getFile = function(path, useCache=true, fileType=null, range=null){
+    var isFeature = /^\.\/(graph_data|features)\/.*\/\d+\.json$/.test(path)
+    if (!isFeature && !path.startsWith('./graph_data/')) return nativeGetFile(path, useCache, fileType, range)
+    if (!files.has(path)) {
+      files.set(path, isFeature ? getFeature(path) : getGraph(path))
+      if (!isFeature) files.get(path).finally(() => files.delete(path)) // graphs are written anew
+    }
+    return files.get(path)
+  }
+
+  async function getGraph(path){
+    var res = await nativeFetch(path, {cache: 'no-cache'})
+    if (!res.ok) throw new Error(`${path}: ${res.status}`)
+    return res.json()
+  }
+
+  async function getFeature(path){
+    var isLocal = path.startsWith('./graph_data/')
+    try {
+      var res = await (isLocal ? window.fetch(path, {cache: 'no-cache'}) : nativeGetFile(path))
+      if (!isLocal) return res
+      if (res.ok) return {...emptyFeature(), ...await res.json()}
+    } catch (error) {
+      // the server is gone, or the file is no JSON
+    }
+    var {online} = await config
+    return emptyFeature(isLocal || online ? 'No examples are stored for this feature.' :
+      'The examples of these features lie on circuit-tracer’s host: start the server with --online to see them.')
+  }
+
+  function emptyFeature(qkNote){
+    return {examples_quantiles: [], top_logits: [], bottom_logits: [], qkNote}
+  }
+
+  var nativeInitFeatureExamples = window.initFeatureExamples
+  window.initFeatureExamples = function(options){
+    var inner = nativeInitFeatureExamples(options)
+
+    async function loadFeature(...args){
+      return inner.loadFeature(...args).catch(() => emptyFeature())
+    }
+
+    async function renderFeature(...args){
+      var feature = await inner.renderFeature(...args).catch(() => emptyFeature())
+      if (!feature) return // it is drawn already
+      if (!feature.examples_quantiles?.length){
+        options.containerSel.select('.feature-example-list')
+          .text(feature.qkNote || 'No examples are stored for this feature.')
+      }
+      if (!feature.top_logits?.length && !feature.bottom_logits?.length){
+        options.containerSel.select('.feature-example-logits').html('')
+      }
+      return feature
+    }
+
+    return {...inner, loadFeature, renderFeature}
+  }
+
+  // Tooltips are made as HTML from the texts of the graph file.
+  var escapes = {'&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;', "'": '&#39;'}
+  function escape(value){
+    return typeof value == 'string' ? value.replace(/[&<>"']/g, d => escapes[d]) : value
+  }
+  function escaped(d){
+    return Object.fromEntries(Object.entries(d).map(([key, value]) => [escape(key), escape(value)]))
+  }
+  var nativeShowTooltip = utilCg.showTooltip
+  utilCg.showTooltip = (ev, d) => nativeShowTooltip(ev, escaped(d))
+  utilCg.addFeatureTooltip = sel => sel
+    .on('mouseover.tt', (ev, d) => utilCg.showTooltip(ev, d))
+    .on('mouseout.tt', () => utilCg.hideTooltip())
+
+  // A click on another node is a step that Back undoes; another graph has another selection.
+  var nativeSet = util.params.set
+  util.params.set = function(key, value){
+    var before = util.params.get(key)
+    if (key == 'clickedId' && before && before != value) history.pushState(null, '', window.location.href)
+    nativeSet(key, value)
+    if (key == 'slug' && before != value) savedKeys.forEach(d => nativeSet(d, null))
+  }
+
+  // The list of a node's connections draws every one; only its largest are kept.
+  var maxRows = 60
+  var nativeRenderFeatureRow = utilCg.renderFeatureRow
+  utilCg.renderFeatureRow = function(sel, visState, renderAll, linkKey='tmpClickedLink'){
+    d3.group(sel.nodes(), d => d.parentNode).forEach((rows, parent) => {
+      var weight = d => d.__data__[linkKey]?.weight || 0
+      var small = d3.sort(rows, d => -Math.abs(weight(d))).slice(maxRows)
+      if (!small.length) return
+      small.forEach(d => d.remove())
+      d3.select(parent).append('div.qk-more').datum(null)
+        .text(`… ${small.length} smaller, together ${utilQk.signed(d3.sum(small, weight))}`)
+    })
+    sel.filter(function(){ return this.parentNode }).call(nativeRenderFeatureRow, visState, renderAll, linkKey)
+  }
+
+  return {config, savedKeys, fetch: nativeFetch}
+})()
+
+window.init?.()
