@@ -1,195 +1,210 @@
-// The part of d3-jetpack's surface that circuit-tracer's page uses, for d3 7. Loaded right after d3.
+// What circuit-tracer's page needs of d3-jetpack, written for it anew. Loaded right after d3.
+
+// Elements by 'tag.class#id', attributes and styles by camelCase names, places
 ;(function(){
   var proto = d3.selection.prototype
 
-  // Selections -------------------------------------------------------------------------------------
-
-  // 'div.row.big#first' as tag, classes and id
-  function parseTag(str){
-    var [, tag, rest] = /^([^.#]*)(.*)$/.exec(str)
-    var classes = (rest.match(/\.[^.#]+/g) || []).map(d => d.slice(1))
-    var id = rest.match(/#[^.#]+/)?.[0].slice(1)
-    return {tag: tag || 'div', classes, id}
+  function parseName(name){
+    var [tag, ...parts] = name.split(/(?=[.#])/)
+    var named = mark => parts.filter(d => d[0] == mark).map(d => d.slice(1))
+    return {tag, classes: named('.'), id: named('#')[0]}
   }
 
-  function toCreator(name){
-    if (typeof name == 'function' || !/[.#]/.test(name)) return name
-    var {tag, classes, id} = parseTag(name)
+  // d3's own creator makes the element, in its parent's namespace.
+  function creator(name){
+    if (typeof name == 'function') return name
+    var {tag, classes, id} = parseName(name)
     var create = d3.creator(tag)
+    if (!classes.length && !id) return create
     return function(){
-      var node = create.apply(this, arguments)
+      var node = create.call(this)
       if (classes.length) node.setAttribute('class', classes.join(' '))
-      if (id) node.setAttribute('id', id)
+      if (id) node.id = id
       return node
     }
   }
 
   var nativeAppend = proto.append
   proto.append = function(name){
-    return nativeAppend.call(this, toCreator(name))
+    return nativeAppend.call(this, creator(name))
   }
 
+  // The first such element below each, appended where there is none
   proto.selectAppend = function(name){
-    var {tag, classes, id} = parseTag(name)
+    var {tag, classes, id} = parseName(name)
     var selector = tag + classes.map(d => '.' + CSS.escape(d)).join('') + (id ? '#' + CSS.escape(id) : '')
-    var create = toCreator(name)
-    create = typeof create == 'function' ? create : d3.creator(create)
+    var create = creator(name)
     return this.select(function(){
       return this.querySelector(selector) || this.appendChild(create.apply(this, arguments))
     })
   }
 
+  // One element for each datum, after what is there; data may be an iterable or a function of the parent's
   proto.appendMany = function(name, data){
-    return this.selectAll(null).data(data).join(enter => enter.append(toCreator(name)))
+    return this.selectAll(null).data(data).enter().append(name)
   }
 
+  // Each parent once, with its own datum
   proto.parent = function(){
-    var seen = new Set()
-    return this
-      .filter(function(){ return !seen.has(this.parentNode) && seen.add(this.parentNode) })
-      .select(function(){ return this.parentNode })
+    return d3.selectAll(new Set(this.nodes().map(d => d.parentNode).filter(d => d)))
   }
 
-  // Attributes and styles --------------------------------------------------------------------------
+  var hyphenate = name => name.replace(/[A-Z]/g, d => '-' + d.toLowerCase())
 
-  // SVG keeps the case of these; every other camelCase name is one with hyphens.
-  var keptCase = new Set(('viewBox preserveAspectRatio gradientUnits gradientTransform spreadMethod patternUnits ' +
-    'patternTransform patternContentUnits clipPathUnits markerWidth markerHeight markerUnits refX refY textLength ' +
-    'lengthAdjust startOffset pathLength tableValues stdDeviation').split(' '))
-  var unitless = new Set(('opacity zIndex zoom flex flexGrow flexShrink order fontWeight lineHeight fillOpacity strokeOpacity ' +
-    'stopOpacity columns columnCount tabSize orphans widows').split(' '))
-  var hyphenate = str => str.replace(/[A-Z]/g, d => '-' + d.toLowerCase())
-  var attributeName = str => keptCase.has(str) ? str : hyphenate(str)
+  // strokeWidth and whatever else is a CSS property as well has hyphens as an attribute; viewBox has not.
+  var attributeName = memoize(name =>
+    name in document.documentElement.style || /^(aria|data)[A-Z]/.test(name) ? hyphenate(name) : name)
+  var styleName = memoize(name => name.startsWith('--') ? name : hyphenate(name))
+  var takesNumber = memoize(name => CSS.supports(name, '2'))
+
+  function memoize(fn){
+    var known = new Map()
+    return key => {
+      if (!known.has(key)) known.set(key, fn(key))
+      return known.get(key)
+    }
+  }
 
   proto.at = function(name, value){
-    if (typeof name == 'object') {
-      Object.entries(name).forEach(([key, d]) => this.attr(attributeName(key), d))
-      return this
-    }
-    return arguments.length == 1 ? this.attr(attributeName(name)) : this.attr(attributeName(name), value)
+    if (typeof name != 'string') return setEach(this, name, this.at)
+    var attribute = attributeName(name)
+    return arguments.length < 2 ? this.attr(attribute) : this.attr(attribute, value)
   }
 
+  // Numbers are pixels unless the property takes plain ones, as opacity does.
   proto.st = function(name, value){
-    if (typeof name == 'object') {
-      Object.entries(name).forEach(([key, d]) => setStyle(this, key, d))
-      return this
-    }
-    return arguments.length == 1 ? this.style(hyphenate(name)) : setStyle(this, name, value)
+    if (typeof name != 'string') return setEach(this, name, this.st)
+    var style = styleName(name)
+    if (arguments.length < 2) return this.style(style)
+    if (takesNumber(style)) return this.style(style, value)
+    if (typeof value != 'function') return this.style(style, withUnit(value))
+    return this.style(style, function(d, i, nodes){ return withUnit(value.call(this, d, i, nodes)) })
   }
 
-  function setStyle(sel, name, value){
-    var withUnit = d => typeof d == 'number' && !unitless.has(name) ? d + 'px' : d
-    var style = name.startsWith('--') ? name : hyphenate(name)
-    return sel.style(style, typeof value != 'function' ? withUnit(value) : function(){
-      return withUnit(value.apply(this, arguments))
-    })
+  function withUnit(value){
+    return typeof value == 'number' ? value + 'px' : value
   }
 
-  // translate([x, y]), or translate(x, 0) and translate(y, 1) along one axis
-  proto.translate = function(xy, axis){
-    return this.each(function(){
-      var at = typeof xy == 'function' ? xy.apply(this, arguments) : xy
+  function setEach(sel, values, set){
+    Object.entries(values).forEach(([name, value]) => set.call(sel, name, value))
+    return sel
+  }
+
+  // To [x, y], or along one axis (0: x, 1: y) to a number
+  proto.translate = function(place, axis){
+    return this.each(function(d, i, nodes){
+      var at = typeof place == 'function' ? place.call(this, d, i, nodes) : place
       var [x, y] = axis === undefined ? at : axis ? [0, at] : [at, 0]
       if (this instanceof SVGElement) this.setAttribute('transform', `translate(${x},${y})`)
       else this.style.transform = `translate(${x}px,${y}px)`
     })
   }
+})()
 
-  // HTML -------------------------------------------------------------------------------------------
+// HTML: the page's own, with texts of graph files in it, which are anyone's. Only the elements and
+// attributes that the page writes are made; every other tag is shown as the text that it is.
+;(function(){
+  var tags = {
+    html: new Set(['a', 'b', 'br', 'code', 'div', 'i', 'span']),
+    svg: new Set(['linearGradient', 'stop']),
+  }
+  var attributes = {
+    html: new Set(['class', 'href', 'rel', 'style', 'target']),
+    svg: new Set(['id', 'x1', 'x2', 'y1', 'y2', 'gradientUnits', 'spreadMethod', 'offset', 'stop-color', 'stop-opacity']),
+  }
+  var styles = ['color', 'font-size']
 
-  // The page writes text of graph files as HTML. What it needs for its own markup stays, every other
-  // element becomes the text that it was written as; nothing that runs or loads survives.
-  var kept = new Set('a b br code div i span lineargradient stop'.split(' '))
-  var keptAttributes = new Set(('class id style title target rel offset stop-color stop-opacity x1 x2 y1 y2 ' +
-    'gradientunits spreadmethod').split(' '))
-
-  function sanitized(html){
-    var template = document.createElement('template') // inert: nothing in it loads or runs
-    template.innerHTML = html
-    clean(template.content)
-    return template.innerHTML
+  function sanitize(html, kind){
+    var known = new RegExp(`<(?!/?(${[...tags[kind]].join('|')})[\\t\\n\\f\\r />])`, 'gi')
+    var text = html.replace(known, '&lt;')
+    var template = document.createElement('template') // nothing in it loads or runs
+    template.innerHTML = kind == 'svg' ? `<svg>${text}</svg>` : text
+    var root = kind == 'svg' ? template.content.firstChild : template.content
+    root.querySelectorAll('*').forEach(node => clean(node, kind))
+    return Array.from(root.childNodes, d => document.importNode(d, true))
   }
 
-  function clean(parent){
-    Array.from(parent.childNodes).forEach(node => {
-      if (node.nodeType == Node.TEXT_NODE) return
-      if (node.nodeType != Node.ELEMENT_NODE || !kept.has(node.localName.toLowerCase())) {
-        return node.replaceWith(document.createTextNode(node.outerHTML ?? ''))
-      }
-      Array.from(node.attributes).forEach(({name, value}) => {
-        var isLink = node.localName == 'a' && name == 'href' && /^(https?:|\.{0,2}\/|#|[\w-]+(\/|$))/i.test(value)
-        if (!isLink && !keptAttributes.has(name.toLowerCase())) node.removeAttribute(name)
-      })
-      clean(node)
+  function clean(node, kind){
+    if (!tags[kind].has(node.localName)) return node.remove()
+    Array.from(node.attributes).forEach(({name, value}) => {
+      if (!attributes[kind].has(name) || name == 'href' && !isAddress(value)) node.removeAttribute(name)
+      else if (name == 'style') node.setAttribute(name, styles.map(d => `${d}:${node.style.getPropertyValue(d)}`).join(';'))
     })
   }
 
-  var nativeHtml = proto.html
-  proto.html = function(value){
+  // What the browser would open, as it understands it
+  function isAddress(value){
+    var link = document.createElement('a')
+    link.href = value
+    return link.protocol == 'http:' || link.protocol == 'https:'
+  }
+
+  var nativeHtml = d3.selection.prototype.html
+  d3.selection.prototype.html = function(value){
     if (!arguments.length) return nativeHtml.call(this)
-    var safe = d => d == null || d === '' ? d : sanitized(String(d))
-    return nativeHtml.call(this, typeof value != 'function' ? safe(value) : function(){
-      return safe(value.apply(this, arguments))
+    if (value == null || value === '') return nativeHtml.call(this, '')
+    return this.each(function(d, i, nodes){
+      var html = typeof value == 'function' ? value.call(this, d, i, nodes) : value
+      this.replaceChildren(...sanitize(String(html ?? ''), this instanceof SVGElement ? 'svg' : 'html'))
     })
   }
+})()
 
-  // Data and charts --------------------------------------------------------------------------------
-
+// Data and charts
+;(function(){
   d3.nestBy = function(array, key){
     return Array.from(d3.group(array, key), ([key, values]) => Object.assign(values, {key}))
   }
 
   d3.clamp = (min, value, max) => Math.max(min, Math.min(max, value))
 
-  // A chart in a container: layers over each other ('s' svg, 'd' div, 'c' canvas), scales and axes
-  d3.conventions = function({sel, totalWidth, totalHeight, width, height, margin, layers='s'} = {}){
-    sel = sel || d3.select('body')
+  // Layers that fill sel over each other, each with its origin inside the margins: 's' a group of an
+  // svg, 'd' a div, 'c' the context of a canvas
+  d3.conventions = function({sel=d3.select('body'), totalWidth, totalHeight, width, height, margin, layers='s'}={}){
     margin = {top: 20, right: 20, bottom: 20, left: 20, ...margin}
-    var node = sel.node()
-    totalWidth = totalWidth ?? (width === undefined ? node.offsetWidth : width + margin.left + margin.right)
-    totalHeight = totalHeight ?? (height === undefined ? node.offsetHeight : height + margin.top + margin.bottom)
-    width = Math.max(0, totalWidth - margin.left - margin.right)
-    height = Math.max(0, totalHeight - margin.top - margin.bottom)
-    var origin = [margin.left, margin.top]
+    var [marginX, marginY] = [margin.left + margin.right, margin.top + margin.bottom]
+    totalWidth = totalWidth ?? (width === undefined ? sel.node().offsetWidth : width + marginX)
+    totalHeight = totalHeight ?? (height === undefined ? sel.node().offsetHeight : height + marginY)
+    width = Math.max(0, totalWidth - marginX) // negative sizes are errors
+    height = Math.max(0, totalHeight - marginY)
 
-    var isStacked = layers.length > 1
-    if (isStacked) sel.st({position: 'relative'})
-    var place = isStacked ? {position: 'absolute', top: 0, left: 0} : {}
-    var make = {
-      s: () => sel.append('svg').at({width: totalWidth, height: totalHeight}).st({...place, pointerEvents: isStacked ? 'none' : null})
-        .append('g').translate(origin),
-      d: () => sel.append('div').st({...place, top: isStacked ? margin.top : null, left: isStacked ? margin.left : null, width, height}),
+    if (layers.length > 1 && getComputedStyle(sel.node()).position == 'static') sel.st({position: 'relative'})
+    var place = layers.length > 1 ? {position: 'absolute', left: 0, top: 0} : {}
+    var addLayer = {
+      s: () => sel.append('svg').at({width: totalWidth, height: totalHeight}).st(place)
+        .append('g').translate([margin.left, margin.top]),
+      d: () => sel.append('div').st({...place, width, height}).translate([margin.left, margin.top]),
       c: () => {
         var ratio = window.devicePixelRatio || 1
-        var canvas = sel.append('canvas').at({width: totalWidth*ratio, height: totalHeight*ratio})
-          .st({...place, width: totalWidth, height: totalHeight, pointerEvents: 'none'}).node()
-        var ctx = canvas.getContext('2d')
+        var ctx = sel.append('canvas').at({width: totalWidth*ratio, height: totalHeight*ratio})
+          .st({...place, width: totalWidth, height: totalHeight})
+          .node().getContext('2d')
         ctx.scale(ratio, ratio)
-        ctx.translate(...origin)
+        ctx.translate(margin.left, margin.top)
         return ctx
       },
     }
-    layers = Array.from(layers, d => make[d]())
-    var x = d3.scaleLinear().range([0, width])
-    var y = d3.scaleLinear().range([height, 0])
-    var c = {
-      sel, layers, margin, width, height, totalWidth, totalHeight, x, y,
-      svg: layers.find(d => d.node?.() instanceof SVGElement),
-      xAxis: d3.axisBottom(x),
-      yAxis: d3.axisLeft(y),
-    }
-    c.drawAxis = (svg=c.svg) => {
+
+    var c = {sel, margin, width, height, totalWidth, totalHeight}
+    c.layers = Array.from(layers, d => addLayer[d]())
+    c.svg = c.layers[layers.indexOf('s')]
+    c.x = d3.scaleLinear().range([0, width])
+    c.y = d3.scaleLinear().range([height, 0])
+    c.xAxis = d3.axisBottom(c.x)
+    c.yAxis = d3.axisLeft(c.y)
+    c.drawAxis = function(svg=c.svg){
       svg.append('g.axis.x').translate([0, height]).call(c.xAxis)
       svg.append('g.axis.y').call(c.yAxis)
     }
     return c
   }
 
-  d3.attachTooltip = function(sel, tooltipSel=d3.select('.tooltip'), fields=[]){
+  // One line of text for each function of the datum, beside the pointer
+  d3.attachTooltip = function(sel, tooltipSel=d3.select('.tooltip'), fieldFns=[]){
     sel
       .on('mouseover.attachTooltip', (ev, d) => {
         tooltipSel.classed('tooltip-hidden', false).html('')
-          .appendMany('div', fields.map(fn => fn(d))).text(d => d)
+          .appendMany('div', fieldFns.map(fn => fn(d))).text(d => d)
       })
       .on('mousemove.attachTooltip', ev => {
         var {width, height} = tooltipSel.node().getBoundingClientRect()
