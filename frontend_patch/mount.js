@@ -36,6 +36,7 @@
   var nativeInitConnections = window.initCgNodeConnections
   window.initCgNodeConnections = function(options){
     nativeInitConnections(options)
+    qkPage.limitConnections(options)
     window.initQkPanel(options)
   }
 })()

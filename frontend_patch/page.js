@@ -111,22 +111,35 @@ window.qkPage = (function(){
     if (key == 'slug' && before != value) savedKeys.forEach(d => nativeSet(d, null))
   }
 
-  // The list of a node's connections draws every one; only its largest are kept.
-  var maxRows = 60
-  var nativeRenderFeatureRow = utilCg.renderFeatureRow
-  utilCg.renderFeatureRow = function(sel, visState, renderAll, linkKey='tmpClickedLink'){
-    d3.group(sel.nodes(), d => d.parentNode).forEach((rows, parent) => {
-      var weight = d => d.__data__[linkKey]?.weight || 0
-      var small = d3.sort(rows, d => -Math.abs(weight(d))).slice(maxRows)
-      if (!small.length) return
-      small.forEach(d => d.remove())
-      d3.select(parent).append('div.qk-more').datum(null)
-        .text(`… ${small.length} smaller, together ${utilQk.signed(d3.sum(small, weight))}`)
+  // The list of a node's connections draws every one of them; only the largest are left in it.
+  // Called after the list is made, with the page's own arguments.
+  function limitConnections({renderAll, data, cgSel}){
+    var maxRows = 60
+    var sections = []
+
+    // before the list is drawn, which is called by name and so comes last
+    renderAll.clickedId.fns.push(() => {
+      sections = ['tmpClickedSourceLink', 'tmpClickedTargetLink'].map(key => [1, -1].map(sign => {
+        var nodes = data.nodes.filter(d => d[key]?.weight*sign > 0)
+        var small = d3.sort(nodes, d => -Math.abs(d[key].weight)).slice(maxRows)
+        var sum = d3.sum(small, d => d[key].weight)
+        small.forEach(d => d[key] = null)
+        return {n: small.length, sum}
+      })).flat()
     })
-    sel.filter(function(){ return this.parentNode }).call(nativeRenderFeatureRow, visState, renderAll, linkKey)
+
+    function addRest(){
+      cgSel.selectAll('.node-connections .section').each(function(_, i){
+        if (!sections[i]?.n) return
+        d3.select(this).append('div.qk-more').datum(null)
+          .text(`… ${sections[i].n} smaller, together ${utilQk.signed(sections[i].sum)}`)
+      })
+    }
+    renderAll.clickedId.fns['qkConnections'] = addRest
+    renderAll.hClerpUpdate.fns.push(addRest)
   }
 
-  return {config, savedKeys, fetch: nativeFetch}
+  return {config, savedKeys, fetch: nativeFetch, limitConnections}
 })()
 
 window.init?.()
