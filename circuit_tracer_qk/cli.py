@@ -453,9 +453,12 @@ def _serve(
 
     live, page = None, ""
     if slug is not None and graph is not None:
+        from circuit_tracer_qk import demo, host
         from circuit_tracer_qk.live import LiveGraphs
 
-        live, page = LiveGraphs({slug: graph}), f"/index.html?slug={slug}"
+        look = demo.first_look(graph, host.edge_influence(graph))
+        page = "&".join([f"/index.html?slug={slug}", *(f"{k}={v}" for k, v in look.items())])
+        live = LiveGraphs({slug: graph})
     server = circuit_tracer_qk.serve(
         folder, port=port, host=args.host, online=args.online, live=live
     )

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from circuit_tracer_qk.graph import Edge, ResidualGraph
 
+CANDIDATES = 64  # the strongest edges among which the page's first one is looked for
+
 
 class StrongEdge(NamedTuple):
     """An edge and its influence, the share of what reaches the logits that runs through it."""
@@ -82,6 +84,31 @@ def source_position(graph: ResidualGraph, influence: Tensor) -> int | None:
     if bool(said.any()):
         reached = reached * said
     return 1 + int(reached.argmax()) if bool((reached > 0).any()) else None
+
+
+def first_look(graph: ResidualGraph, influence: Tensor) -> dict[str, str]:
+    """What the page should open at: the strongest feature that carried the answer, and its head.
+
+    Returns:
+        The page's parameters ``clickedId``, ``qkEdge`` and ``qk``; empty where no edge between
+        features crosses to the last position from where the answer stands.
+    """
+    key = source_position(graph, influence)
+    features = graph.active_features[graph.selected_features].tolist()
+
+    def node_id(node: int) -> str:
+        layer, position, feature = features[node]
+        return f"{layer}_{feature}_{position}"
+
+    for source, target, _, edge in strongest_edges(graph, influence, CANDIDATES, across=True):
+        if max(source, target) < len(features) and (edge.query, edge.key) == (graph.n_pos - 1, key):
+            head = int(edge.heads.total.abs().argmax())
+            return {
+                "clickedId": node_id(target),
+                "qkEdge": f"{node_id(source)}__{node_id(target)}",
+                "qk": f"L{edge.layer}H{head}:q{edge.query}:k{edge.key}",
+            }
+    return {}
 
 
 def carriers(graph: ResidualGraph, influence: Tensor, query: int, key: int) -> list[Carrier]:

@@ -18,7 +18,7 @@ window.initQkAttention = function({data, cgSel, qk}){
     }
 
     var margin = {left: 52, right: 8, top: 2}
-    var width = Math.max(200, sel.node().offsetWidth - margin.left - margin.right - 2)
+    var width = Math.max(200, qk.widthOf('.qk-attention') - margin.left - margin.right - 2)
     var patternHeight = 26, scoreHeight = 22, tokenHeight = 46, gap = 4
     var x = d3.scaleBand(keys.map(d => d.key), [0, Math.min(width, keys.length*46)]).paddingInner(.12)
     var seen = keys.filter(d => d.score !== null)

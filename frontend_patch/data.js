@@ -26,7 +26,9 @@ window.initQkData = function({data}){
       {kind: 'rest', name: 'other heads', total: link.head_loadings_rest},
     ]
     var isSame = link.sourceNode.ctx_idx == link.targetNode.ctx_idx
-    return heads.concat(others.filter(d => d.total || isSame && d.kind != 'rest' || d.kind == 'rest' && heads.length))
+    // a rest of what rounding leaves is none
+    var isThere = d => d.kind == 'rest' ? Math.abs(d.total) > 1e-6*link.absWeight : d.total || isSame
+    return heads.concat(others.filter(isThere))
   }
 
   // Edges into a node, or from one token to another: cross-position first, then by |weight|.

@@ -91,7 +91,7 @@ window.initQkHeads = function({data, cgSel, qk}){
   }
 
   function barWidth(){
-    return d3.clamp(40, listSel.node().clientWidth - 214, 150)
+    return d3.clamp(40, qk.widthOf('.qk-heads') - 228, 150)
   }
 
   function addKey(sel, text, isHatched){

@@ -16,7 +16,7 @@ window.initQkHeatmap = function({data, cgSel, qk}){
     var max = d3.max(cells, d => Math.abs(d.value)) || 1
     var color = d3.scaleLinear().domain([-max, 0, max]).range([utilQk.color.negative, '#fff', utilQk.color.positive])
     var left = 16, top = 16
-    var size = Math.floor(d3.clamp(6, (sel.node().offsetWidth - left - 4)/Math.max(nRows, nColumns, 8), 16))
+    var size = Math.floor(d3.clamp(6, (qk.widthOf('.qk-heatmap') - left - 16)/Math.max(nRows, nColumns, 8), 16))
 
     sel.append('div.qk-title').append('b').text('Query × key')
     var svg = sel.append('svg.qk-grid')
@@ -76,8 +76,8 @@ window.initQkHeatmap = function({data, cgSel, qk}){
     sel.append('div.qk-title').append('b').text('By kind')
     var tableSel = sel.append('table.qk-kinds').at({'aria-label': 'block totals: query kinds down, key kinds across'})
     var headSel = tableSel.append('tr')
-    headSel.append('th').text('query ↓ key →')
-    headSel.appendMany('th', columns).text(d => `${utilQk.glyphs[d]} ${d}`)
+    headSel.append('th').text('q ↓  k →').at({title: 'query kinds down, key kinds across'})
+    headSel.appendMany('th', columns).text(d => utilQk.glyphs[d]).at({title: d => d, 'aria-label': d => d})
     headSel.append('th').text('sum')
     tableSel.appendMany('tr', rows).each(function(a){
       var trSel = d3.select(this)

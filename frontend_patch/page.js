@@ -102,13 +102,20 @@ window.qkPage = (function(){
     .on('mouseover.tt', (ev, d) => utilCg.showTooltip(ev, d))
     .on('mouseout.tt', () => utilCg.hideTooltip())
 
-  // A click on another node is a step that Back undoes; another graph has another selection.
-  var nativeSet = util.params.set
+  // The address: a step is one that Back undoes, and a colon stays one so that people can read it.
+  function setParams(params, isStep){
+    var url = new URL(window.location)
+    Object.entries(params).forEach(([key, value]) => value == null ? url.searchParams.delete(key) : url.searchParams.set(key, value))
+    url.search = url.searchParams.toString().replaceAll('%3A', ':')
+    if (url.href != window.location.href) history[isStep ? 'pushState' : 'replaceState'](null, '', url)
+  }
+
+  // A click on another node is a step; another graph has another selection.
   util.params.set = function(key, value){
     var before = util.params.get(key)
-    if (key == 'clickedId' && before && before != value) history.pushState(null, '', window.location.href)
-    nativeSet(key, value)
-    if (key == 'slug' && before != value) savedKeys.forEach(d => nativeSet(d, null))
+    var isOther = key == 'slug' && before != value
+    var dropped = isOther ? Object.fromEntries(savedKeys.map(d => [d, null])) : {}
+    setParams({...dropped, [key]: value === null ? null : String(value)}, key == 'clickedId' && value && before && before != value)
   }
 
   // The list of a node's connections draws every one of them; only the largest are left in it.
@@ -139,7 +146,7 @@ window.qkPage = (function(){
     renderAll.hClerpUpdate.fns.push(addRest)
   }
 
-  return {config, savedKeys, fetch: nativeFetch, limitConnections}
+  return {config, savedKeys, fetch: nativeFetch, setParams, limitConnections}
 })()
 
 window.init?.()

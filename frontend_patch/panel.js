@@ -15,10 +15,18 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     selectEdge,
     selectHead,
     hoverTerm: d => run('hover', d),
+    widthOf,
     say,
   }
   var {state} = qk
   var run = (name, d) => fns[name].forEach(fn => fn(d))
+
+  // Measured once until the cell is resized: measuring after drawing lays the whole page out.
+  var widths = {}
+  function widthOf(selector){
+    return widths[selector] = widths[selector] || sel.select(selector).node().clientWidth
+  }
+  fns.resize.push(() => widths = {})
 
   // Layout -----------------------------------------------------------------------------------------
 
@@ -187,20 +195,13 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
 
   // The address ------------------------------------------------------------------------------------
 
-  function address(){
-    return {
+  function writeAddress(isStep){
+    qkPage.setParams({
       qk: state.place && utilQk.placeName(state.place),
       qkEdge: state.link?.linkId,
       qkTokens: state.tokens?.join('-'),
       qkView: state.view == 'pairs' ? 'pairs' : null,
-    }
-  }
-
-  function writeAddress(isStep){
-    var url = new URL(window.location)
-    Object.entries(address()).forEach(([key, value]) => value ? url.searchParams.set(key, value) : url.searchParams.delete(key))
-    if (url.href == window.location.href) return
-    history[isStep ? 'pushState' : 'replaceState'](null, '', url)
+    }, isStep)
   }
 
   // Whether the address, or what was saved, named a selection
@@ -213,12 +214,18 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     var tokens = /^(\d+)-(\d+)$/.exec(saved('qkTokens') || '')
     state.node = data.nodes.idToNode[visState.clickedId] || null
     state.tokens = tokens ? [+tokens[1], +tokens[2]] : null
-    state.link = link || null
+    state.link = link || edgeOf(place)
     state.place = place
     state.view = saved('qkView') == 'pairs' ? 'pairs' : 'marginals'
     run('edges')
     show(false)
     return true
+  }
+
+  // The strongest edge in view that a head at a place may have carried
+  function edgeOf({layer, query, key}){
+    return qk.data.edges(state).map(d => d.link)
+      .find(d => d.layer === layer && d.targetNode.ctx_idx == query && d.sourceNode.ctx_idx == key) || null
   }
 
   d3.select(window).on('popstate.qk', () => {
@@ -313,6 +320,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
   qk.examples = window.initQkExamples({visState, renderAll, data, qk})
   ;['initQkEdges', 'initQkHeads', 'initQkAttention', 'initQkTerms', 'initQkHeatmap', 'initQkSave']
     .forEach(name => window[name]({visState, renderAll, data, cgSel, qk}))
+  ;['.qk-heads', '.qk-attention', '.qk-heatmap'].forEach(widthOf)
 
   // The page renders the clicked node many times; only another node is a new selection.
   var shownId

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, export
+from circuit_tracer_qk import UserError, demo, export, host
 from circuit_tracer_qk.dictionaries import feature_index, indexed_feature
 from circuit_tracer_qk.live import LiveGraphs
 
@@ -108,3 +108,17 @@ def test_many_threads_get_the_same_answers(live):
         table = json.loads(answer)["table"]
         total = math.fsum(value for *_, value in table["terms"]) + table["rest"]
         assert total == pytest.approx(table["score"], rel=1e-9)
+
+
+def test_the_page_opens_at_an_edge_that_carried_the_answer(graph):
+    look = demo.first_look(graph, host.edge_influence(graph))
+    features = graph.active_features[graph.selected_features].tolist()
+    source, target = (
+        features.index([int(layer), int(position), int(feature)])
+        for layer, feature, position in (end.split("_") for end in look["qkEdge"].split("__"))
+    )
+    assert look["qkEdge"].endswith(look["clickedId"])
+    edge = graph.edge(source, target)
+    head = int(edge.heads.total.abs().argmax())
+    assert (edge.query, edge.key) == (14, 6)  # from the last " Aunt" to " Sally"
+    assert look["qk"] == f"L{edge.layer}H{head}:q14:k6"
