@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.errors import UserError
     from circuit_tracer_qk.export import create_graph_files
     from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
+    from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.qk import QKRow, QKTable
     from circuit_tracer_qk.residual_model import ResidualModel, load_model
     from circuit_tracer_qk.server import serve
@@ -30,6 +31,7 @@ _HOMES = {
     "create_graph_files": "export",
     "Edge": "graph",
     "ResidualGraph": "graph",
+    "LiveGraphs": "live",
     "QKRow": "qk",
     "QKTable": "qk",
     "ResidualModel": "residual_model",
@@ -41,6 +43,7 @@ _HOMES = {
 __all__ = [
     "Component",
     "Edge",
+    "LiveGraphs",
     "QKRow",
     "QKTable",
     "ResidualGraph",
