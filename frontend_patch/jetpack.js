@@ -128,7 +128,7 @@
     if (!tags[kind].has(node.localName)) return node.remove()
     Array.from(node.attributes).forEach(({name, value}) => {
       if (!attributes[kind].has(name) || name == 'href' && !isAddress(value)) node.removeAttribute(name)
-      else if (name == 'style') node.setAttribute(name, styles.map(d => `${d}:${node.style.getPropertyValue(d)}`).join(';'))
+      else if (name == 'style') node.setAttribute(name, styles.filter(d => node.style[d]).map(d => `${d}: ${node.style[d]}`).join('; '))
     })
   }
 

@@ -27,6 +27,8 @@ QUIET = (
     "--disable-sync",
     "--disable-domain-reliability",
     "--metrics-recording-only",
+    "--no-proxy-server",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no other machine is found
 )
 WIDE, NARROW = (1920, 1080), (1280, 800)
 skipped: list[str] = []
