@@ -1,0 +1,111 @@
+"""Vectors carried through frozen attention from block to block, and gradients carried back.
+
+With MLPs cut out (transcoders stand in for them) and patterns and norms frozen, a block is linear:
+
+    write = post1(sum_h A_h V_h O_h x)        mid = x + write        (mid = x in parallel blocks)
+    out   = x + write + skip(mid)
+
+The skip is that of skip transcoders, absent otherwise (method, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.heads import Heads
+from circuit_tracer_qk.ports import Port
+
+
+class Carried(NamedTuple):
+    """What a block does to vectors that enter it at positions from ``start`` on.
+
+    Attributes:
+        z: (n, m, n_heads, d_head) the heads' outputs, before their output weights.
+        mid: (n, m, d_model) what the block's transcoder reads.
+        out: (n, m, d_model) what leaves the block.
+    """
+
+    z: Tensor
+    mid: Tensor
+    out: Tensor
+
+
+class Pulled(NamedTuple):
+    """What a block does to gradients at its output, at positions up to ``end``.
+
+    Attributes:
+        z: (n, m, n_heads, d_head) gradients at the heads' outputs.
+        bypass: (n, m, d_model) gradients at the block's input along every path past its heads.
+        whole: (n, m, d_model) gradients at the block's input along every path.
+    """
+
+    z: Tensor
+    bypass: Tensor
+    whole: Tensor
+
+
+class Carrier:
+    """A model's blocks without MLPs, on one frozen run.
+
+    Law: ``<g, carry(x).out> = <pull(g).whole, x> = <pull(g).bypass, x> + <pull(g).z, carry(x).z>``
+    for streams over the same positions.
+
+    Args:
+        heads: the attention heads of the run.
+        ports: where the transcoders read and write, by block.
+    """
+
+    def __init__(self, heads: Heads, ports: Sequence[Port]) -> None:
+        self.heads = heads
+        self.ports = ports
+
+    def carry(self, layer: int, x: Tensor, start: int = 0) -> Carried:
+        """Vectors through block ``layer``.
+
+        Args:
+            layer: the block.
+            x: (n, m, d_model) streams at positions ``start`` to ``start + m - 1``; zero before.
+            start: their first position.
+        """
+        run, block, port = self.heads.run, self.heads.block(layer), self.ports[layer]
+        here = slice(start, start + x.shape[1])
+        normed = block.ln1.linear(x, run.scale("ln1", layer)[here].expand(x.shape[:2]))
+        values = block.expand(torch.einsum("nkd,gde->nkge", normed, block.W_V))
+        z = torch.einsum("hqk,nkhe->nqhe", run.pattern[layer][:, here, here], values)
+        write = z.flatten(2) @ block.W_O.flatten(0, 1)
+        write = block.post.linear(write, run.scale("ln1_post", layer)[here].expand(x.shape[:2]))
+        mid = x if block.parallel else x + write
+        skip = port.forward(mid, start)
+        out = x + write
+        return Carried(z, mid, out if skip is None else out + skip)
+
+    def pull(self, layer: int, g: Tensor) -> Pulled:
+        """Gradients through block ``layer``.
+
+        Args:
+            layer: the block.
+            g: (n, m, d_model) gradients at its output at positions ``0`` to ``m - 1``; zero after.
+        """
+        block, skip = self.heads.block(layer), self.ports[layer].pull(g)
+        past = g if skip is None else g + skip
+        return self._pull(layer, g if block.parallel else past, past)
+
+    def pull_mid(self, layer: int, g: Tensor) -> Pulled:
+        """As :meth:`pull`, for gradients at what the block's transcoder reads."""
+        block = self.heads.block(layer)
+        return self._pull(layer, torch.zeros_like(g) if block.parallel else g, g)
+
+    def _pull(self, layer: int, at_write: Tensor, past: Tensor) -> Pulled:
+        run, block = self.heads.run, self.heads.block(layer)
+        n, m, _ = past.shape
+        g = block.post.pull(at_write, run.scale("ln1_post", layer)[:m].expand(n, m))
+        z = (g @ block.W_O.flatten(0, 1).T).unflatten(2, (block.n_heads, -1))
+        at_values = torch.einsum("hqk,nqhe->nkhe", run.pattern[layer][:, :m, :m], z)
+        grouped = at_values.unflatten(2, (block.n_kv, -1)).sum(3)
+        normed = torch.einsum("nkge,gde->nkd", grouped, block.W_V)
+        through = block.ln1.pull(normed, run.scale("ln1", layer)[:m].expand(n, m))
+        return Pulled(z, past, past + through)

@@ -1,0 +1,113 @@
+"""Where transcoders read from a block and write to it, as frozen linear maps (method, section 4).
+
+A transcoder stands in for an MLP: it reads the stream that the MLP's norm reads and writes where
+the MLP writes. The host's hooks name the exact places; the norms between are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.frozen import FrozenRun
+from circuit_tracer_qk.heads import Norm
+
+READS = ("mlp.hook_in", "ln2.hook_normalized", "hook_resid_mid")
+WRITES = ("mlp.hook_out", "hook_mlp_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Port:
+    """One block's transcoder input and output on one frozen run.
+
+    Attributes:
+        ln2: the norm between the stream and the input; not present where the stream is read.
+        ln2_scale: (n_pos,) its frozen denominators.
+        post: the norm between the output and the stream; not present where nothing is between.
+        post_scale: (n_pos,) its frozen denominators.
+        skip: (d_model, d_model) acting as ``x @ skip`` from input to output; None without one.
+    """
+
+    ln2: Norm
+    ln2_scale: Tensor
+    post: Norm
+    post_scale: Tensor
+    skip: Tensor | None
+
+    def written(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """(..., d_model): what output vectors at ``positions`` (...) add to the stream."""
+        return self.post.linear(vectors, self.post_scale[positions])
+
+    def pull_read(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """(..., d_model): encoder rows as gradients at the stream, <row, input(x)> = <pulled, x>."""
+        return self.ln2.pull(rows, self.ln2_scale[positions])
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor | None:
+        """(n, m, d_model): the skip's write for streams at positions from ``start`` on."""
+        if self.skip is None:
+            return None
+        here = slice(start, start + x.shape[1])
+        read = self.ln2.linear(x, self.ln2_scale[here].expand(x.shape[:2]))
+        return self.post.linear(read @ self.skip, self.post_scale[here].expand(x.shape[:2]))
+
+    def pull(self, g: Tensor, start: int = 0) -> Tensor | None:
+        """The transpose of :meth:`forward`: gradients at the block's output to the stream."""
+        if self.skip is None:
+            return None
+        here = slice(start, start + g.shape[1])
+        write = self.post.pull(g, self.post_scale[here].expand(g.shape[:2]))
+        return self.ln2.pull(write @ self.skip.T, self.ln2_scale[here].expand(g.shape[:2]))
+
+
+def read_ports(
+    blocks: Sequence[Any], run: FrozenRun, reads: str, writes: str, skips: Sequence[Tensor | None]
+) -> list[Port]:
+    """The ports of every block.
+
+    Args:
+        blocks: TransformerLens blocks.
+        run: the frozen run.
+        reads, writes: circuit-tracer's ``feature_input_hook`` and ``feature_output_hook``.
+        skips: (d_model, d_model) of each block, acting as ``x @ skip``.
+
+    Raises:
+        UserError: a hook whose place is not known.
+    """
+    for hook, known in ((reads, READS), (writes, WRITES)):
+        if hook not in known:
+            raise UserError(
+                f"these transcoders use the hook {hook}, whose place in the block is not known "
+                f"here: {', '.join(known)} are."
+            )
+    absent = Norm.read(None)
+    dtype = run.residual.dtype
+
+    def norm(module: Any, bare: bool = False) -> Norm:
+        found = Norm.read(module)
+        weight = None if bare or found.w is None else found.w.to(dtype)
+        return Norm(weight, None, centred=found.centred, present=found.present)
+
+    ports = []
+    for layer, block in enumerate(blocks):
+        ln2 = absent
+        if reads != "hook_resid_mid":
+            ln2 = norm(block.ln2, bare=reads == "ln2.hook_normalized")
+        post = norm(getattr(block, "ln2_post", None)) if writes == "mlp.hook_out" else absent
+        skip = skips[layer]
+        ports.append(
+            Port(
+                ln2=ln2,
+                ln2_scale=run.scale("ln2", layer),
+                post=post,
+                post_scale=run.scale("ln2_post", layer),
+                skip=None if skip is None else skip.to(dtype),
+            )
+        )
+    return ports
+
+
+__all__ = ["READS", "WRITES", "Port", "read_ports"]
