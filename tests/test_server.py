@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, host_cli, server
+from circuit_tracer_qk import UserError, addresses, contents, host_cli, listener, server
+from circuit_tracer_qk.handler import Handler
 from circuit_tracer_qk.page import panel_folder, read_page
 
 SECRET = "the secret beside the folder"
@@ -67,7 +68,7 @@ Start = Callable[..., server.Server]
 @pytest.fixture(autouse=True)
 def stop_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of servers are stopped here."""
-    monkeypatch.setattr(server, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(listener, "POLL_SECONDS", 0.005)
 
 
 @pytest.fixture
@@ -150,10 +151,15 @@ def raw(site: server.Server, data: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port_of(site)), timeout=10) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
-        received = b""
-        while chunk := connection.recv(1 << 16):
-            received += chunk
-        return received
+        return rest(connection)
+
+
+def rest(connection: socket.socket) -> bytes:
+    """Everything that comes until the other side closes."""
+    received = b""
+    while chunk := connection.recv(1 << 16):
+        received += chunk
+    return received
 
 
 def status(received: bytes) -> int:
@@ -322,7 +328,7 @@ def test_large_files_are_compressed_once(site, data_dir, monkeypatch):
         times.append(len(data))
         return compress(data, *args, **options)
 
-    monkeypatch.setattr(server.gzip, "compress", counted)
+    monkeypatch.setattr(gzip, "compress", counted)
 
     def fetch(_: int = 0) -> bytes:
         return gzip.decompress(ask(site, "/data/large.json", Accept_Encoding="gzip").body)
@@ -336,11 +342,11 @@ def test_large_files_are_compressed_once(site, data_dir, monkeypatch):
 
 
 def test_compressed_files_are_kept_within_a_limit(monkeypatch):
-    monkeypatch.setattr(server, "KEPT_BYTES", 30_000)
-    kept = server._Zipped()
+    monkeypatch.setattr(contents, "KEPT_BYTES", 30_000)
+    kept = contents.Zipped()
     for i in range(6):
-        data = os.urandom(5000) + bytes(server.LARGE_BYTES)
-        content = server._Content("", len(data), partial(bytes, data), "tag", str(i))
+        data = os.urandom(5000) + bytes(contents.LARGE_BYTES)
+        content = contents.Content("", len(data), partial(bytes, data), "tag", str(i))
         assert gzip.decompress(kept.read(content)) == data
     assert 10_000 < sum(len(data) for _, data in kept._kept.values()) <= 30_000
     assert "5" in kept._kept and "0" not in kept._kept
@@ -492,10 +498,10 @@ def test_one_host_is_needed(site, hosts, version):
 
 
 def test_name_given_as_host_is_known(start, monkeypatch):
-    monkeypatch.setattr(server.socket, "gethostname", lambda: "Machine.example")
+    monkeypatch.setattr(socket, "gethostname", lambda: "Machine.example")
     find = socket.getaddrinfo
     monkeypatch.setattr(
-        server.socket,
+        socket,
         "getaddrinfo",
         lambda host, *args, **options: find("127.0.0.1", *args, **options),
     )
@@ -669,12 +675,11 @@ def test_oversized_body_is_answered_before_it_is_read(site):
 
 
 def test_body_that_stalls_ends(start, monkeypatch):
-    monkeypatch.setattr(server._Handler, "timeout", 0.3)
+    monkeypatch.setattr(Handler, "timeout", 0.3)
     site = start()
     with socket.create_connection(("127.0.0.1", port_of(site)), timeout=10) as connection:
         connection.sendall(post("Content-Length: 100", body=b'{"qPar', connection="keep-alive"))
-        assert status(connection.recv(1 << 16)) == 408
-        assert connection.recv(1 << 16) == b""
+        assert status(rest(connection)) == 408
 
 
 def test_body_of_a_get_does_not_become_a_request(site):
@@ -774,7 +779,7 @@ def test_many_clients_beside_idle_connections(site):
 
 
 def test_idle_connections_end(start, monkeypatch):
-    monkeypatch.setattr(server._Handler, "timeout", 0.2)
+    monkeypatch.setattr(Handler, "timeout", 0.2)
     site = start()
     for sent in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", port_of(site)), timeout=10) as connection:
@@ -784,7 +789,7 @@ def test_idle_connections_end(start, monkeypatch):
 
 
 def test_connections_are_limited(start, monkeypatch):
-    monkeypatch.setattr(server, "CONNECTIONS", 3)
+    monkeypatch.setattr(listener, "CONNECTIONS", 3)
     site = start()
     held = [socket.create_connection(("127.0.0.1", port_of(site)), timeout=10) for _ in range(4)]
     assert held[3].recv(1) == b""
@@ -810,7 +815,7 @@ def test_one_connection_takes_many_requests(site):
 
 def test_large_answer_to_a_slow_client_is_whole(start, monkeypatch, data_dir):
     """The timeout is for a client that takes nothing, not for one that takes long."""
-    monkeypatch.setattr(server._Handler, "timeout", 0.5)
+    monkeypatch.setattr(Handler, "timeout", 0.5)
     (data_dir / "huge.json").write_bytes(b" " * (16 << 20))
     site, received = start(), 0
     with socket.socket() as connection:
@@ -885,7 +890,7 @@ def test_taken_port_is_refused_and_the_next_one_found(data_dir, taken):
 
 
 def test_port_that_was_taken_meanwhile_is_refused(data_dir, taken, monkeypatch):
-    monkeypatch.setattr(server, "_bind", lambda port, host: None)
+    monkeypatch.setattr(addresses, "_bind", lambda port, host: None)
     with pytest.raises(UserError, match=f"port {taken} is in use"):
         ctqk.serve(data_dir, port=taken)
 
@@ -893,7 +898,7 @@ def test_port_that_was_taken_meanwhile_is_refused(data_dir, taken, monkeypatch):
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "", "a..b", "2001:db8::1"])
 def test_host_of_another_machine_is_refused(data_dir, host, monkeypatch):
     if host.endswith("invalid"):  # asked of no name server
-        monkeypatch.setattr(server.socket, "getaddrinfo", failing_lookup)
+        monkeypatch.setattr(socket, "getaddrinfo", failing_lookup)
     for refused in (
         server.next_free_port,
         lambda *args: server.serve(data_dir, args[0], host=host),

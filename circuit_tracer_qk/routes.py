@@ -1,0 +1,149 @@
+"""What is found under which path: the page, our panel, graph files, graphs in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Protocol
+from urllib.parse import parse_qsl, unquote_to_bytes
+
+from circuit_tracer_qk import __version__
+from circuit_tracer_qk.answers import Refusal, not_found
+from circuit_tracer_qk.contents import ASSET_KINDS, Content, Folder, made
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.page import INDEX, Page
+from circuit_tracer_qk.written import encode
+
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")  # the last two mean more on Windows
+_QUERY_NUMBER = re.compile(r"[0-9]{1,9}")
+_EXAMPLES = re.compile(r"([0-9]{1,18})\.json")
+
+
+class Live(Protocol):
+    """Graphs in memory that can be asked for what their files do not hold; asked from threads."""
+
+    @property
+    def slugs(self) -> tuple[str, ...]:
+        """The graphs that can be asked."""
+        ...
+
+    def table(self, slug: str, layer: int, head: int, query: int, key: int) -> bytes:
+        """A QK table in JSON.
+
+        Raises:
+            UserError: there is no such table.
+        """
+        ...
+
+    def examples(self, scan: str, index: int) -> bytes | None:
+        """A feature's examples in JSON, None without any."""
+        ...
+
+
+def split_target(target: str) -> tuple[list[str], str]:
+    """A request's path, decoded and in parts that are safe to join to a folder, and its query.
+
+    Raises:
+        Refusal: a path that does not name a file in one plain way.
+    """
+    path, _, query = target.partition("?")
+    try:
+        decoded = unquote_to_bytes(path.encode("ascii")).decode()
+    except UnicodeError as error:
+        raise Refusal(HTTPStatus.BAD_REQUEST, "the path is not UTF-8.") from error
+    if not decoded.startswith("/") or _FORBIDDEN.search(decoded):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "the path is not one.")
+    parts = decoded[1:].split("/")
+    if parts != [""] and any(not part.strip(".") for part in parts):  # a slug may begin with a dot
+        raise not_found()
+    return parts, query
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is served.
+
+    Attributes:
+        data: the folder of graph files.
+        assets: circuit-tracer's page as it is installed.
+        panel: our panel.
+        page: the index with our panel in it.
+        online: whether the page may ask circuit-tracer's own hosts.
+        live: graphs in memory.
+    """
+
+    data: Folder
+    assets: Folder
+    panel: Folder
+    page: Page
+    online: bool
+    live: Live | None
+
+    def find(self, parts: list[str], query: str) -> Content:
+        """What is under a path.
+
+        Raises:
+            Refusal: nothing is, or the query is malformed.
+        """
+        match parts:
+            case [""] | ["index.html"]:
+                return self._index()
+            case ["qk", "config.json"]:
+                slugs = () if self.live is None else tuple(self.live.slugs)
+                config = {"live": slugs, "online": self.online, "version": __version__}
+                return made(encode(config))
+            case ["qk", "table", slug]:
+                return made(self._table(slug, query))
+            case ["qk", *rest] if rest:
+                return self.panel.find(rest)
+            case ["graph_data", scan, name]:
+                try:
+                    return self.data.find([scan, name])
+                except Refusal:
+                    return self._examples(scan, name)
+            case ["data" | "graph_data", *rest] if rest:
+                return self.data.find(rest)
+        return self.assets.find(parts)
+
+    def _index(self) -> Content:
+        index = self.page.index
+        tag = hashlib.sha256(index).hexdigest()[:32]
+        kind = ASSET_KINDS[os.path.splitext(INDEX)[1]]
+        return Content(kind, len(index), lambda: index, tag)
+
+    def _table(self, slug: str, query: str) -> bytes:
+        """A QK table of a graph in memory."""
+        if self.live is None or slug not in self.live.slugs:
+            raise Refusal(
+                HTTPStatus.NOT_FOUND, f"the graph {slug} is not in memory, only its file is here."
+            )
+        names = ("layer", "head", "query", "key")
+        given = parse_qsl(query, keep_blank_values=True)
+        values = dict(given)
+        if sorted(values) != sorted(names) or len(given) != len(names):
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST, "a table needs layer, head, query and key, each once."
+            )
+        for name in names:
+            if not _QUERY_NUMBER.fullmatch(values[name]):
+                raise Refusal(HTTPStatus.BAD_REQUEST, f"{name} must be a whole number from 0 on.")
+        try:
+            return self.live.table(slug, *(int(values[name]) for name in names))
+        except UserError as error:
+            raise Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
+
+    def _examples(self, scan: str, name: str) -> Content:
+        """Examples of a feature without a file."""
+        index = _EXAMPLES.fullmatch(name)
+        if self.live is None or index is None:
+            raise not_found()
+        try:
+            data = self.live.examples(scan, int(index[1]))
+        except UserError as error:
+            raise not_found() from error
+        if data is None:
+            raise not_found()
+        return made(data)

@@ -1,0 +1,126 @@
+"""Saving what the page shows of a graph: what may be saved, and how it goes into the file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from http import HTTPStatus
+from typing import Any
+
+from circuit_tracer_qk.answers import Refusal, not_found
+from circuit_tracer_qk.contents import Folder
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.files import check_names, write_atomically
+from circuit_tracer_qk.written import encode
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES = 1 << 20
+BODY_DEPTH = 8
+"""Limits of what may be saved."""
+
+
+class Saver:
+    """Puts parameters into the graph files of a folder, one at a time."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+
+    def check(self, slug: str) -> None:
+        """Refuse what is no graph of the folder.
+
+        Raises:
+            Refusal: it is none.
+        """
+        try:
+            check_names(slug, None)
+        except UserError as error:
+            raise not_found() from error
+        self._folder.find([f"{slug}.json"])
+
+    def save(self, slug: str, body: bytes) -> None:
+        """Replace the parameters of a graph that was checked, and nothing else of its file.
+
+        Raises:
+            Refusal: the body does not hold parameters, or the file is damaged or cannot be
+                written; the file is unchanged.
+        """
+        parameters = _parameters(body)
+        with self._lock:
+            path = self._folder.path.joinpath(f"{slug}.json").resolve()
+            data = _with_parameters(self._folder.find([f"{slug}.json"]).read(), parameters)
+            try:
+                write_atomically(path, data)
+            except UserError as error:
+                log.debug("not saved", exc_info=True)
+                raise Refusal(
+                    HTTPStatus.INTERNAL_SERVER_ERROR,
+                    f"the file of {slug} cannot be written and is unchanged.",
+                ) from error
+
+
+def _parameters(body: bytes) -> dict[str, Any]:
+    """What a request saves.
+
+    Raises:
+        Refusal: it is not {"qParams": {...}} in JSON.
+    """
+    try:
+        document = _parsed(body)
+    except ValueError as error:
+        raise Refusal(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}.") from error
+    parameters = document.get("qParams") if isinstance(document, dict) else None
+    if not isinstance(parameters, dict):
+        raise Refusal(HTTPStatus.BAD_REQUEST, 'the body must be {"qParams": {...}}.')
+    if not _is_plain(parameters, BODY_DEPTH):
+        raise Refusal(
+            HTTPStatus.BAD_REQUEST,
+            f"qParams is nested more than {BODY_DEPTH} deep or holds an infinite number.",
+        )
+    return parameters
+
+
+def _with_parameters(data: bytes, parameters: dict[str, Any]) -> bytes:
+    """A graph's file with other parameters.
+
+    Raises:
+        Refusal: it is no graph's file.
+    """
+    try:
+        document = _parsed(data)
+        if isinstance(document, dict):
+            return encode(document | {"qParams": parameters})
+    except ValueError:  # a UserError is one: a number too large to be written again
+        pass
+    raise Refusal(
+        HTTPStatus.UNPROCESSABLE_ENTITY, "the graph's file is damaged and was left as it is."
+    )
+
+
+def _parsed(data: bytes) -> Any:
+    """Strict JSON.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        return json.loads(data.decode(), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether a value nests no deeper than this and every number in it is finite."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict | list):
+        children = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(child, depth - 1) for child in children)
+    return True
