@@ -460,7 +460,12 @@ def _serve(
         page = "&".join([f"/index.html?slug={slug}", *(f"{k}={v}" for k, v in look.items())])
         live = LiveGraphs({slug: graph})
     server = circuit_tracer_qk.serve(
-        folder, port=port, host=args.host, online=args.online, live=live
+        folder,
+        port=port,
+        host=args.host,
+        online=args.online,
+        live=live,
+        features_dir=getattr(args, "features_dir", None),  # a flag of circuit-tracer's newer tree
     )
     try:
         if is_public(args.host):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from circuit_tracer_qk.answers import JSON, TEXT, Answer, not_found
+from circuit_tracer_qk.answers import JSON, TEXT, Answer, Refusal, not_found
 
 DATA_KINDS = {".json": JSON, ".gz": "application/gzip"}
 ASSET_KINDS = {
@@ -27,6 +27,7 @@ ASSET_KINDS = {
     ".ico": "image/x-icon",
     ".woff2": "font/woff2",
 }
+FEATURE_KINDS = {**DATA_KINDS, ".bin": "application/octet-stream"}
 PANEL_KINDS = {suffix: ASSET_KINDS[suffix] for suffix in (".js", ".css", ".txt")}
 
 SMALL_BYTES = 1 << 10
@@ -34,6 +35,8 @@ LARGE_BYTES = 1 << 20
 KEPT_BYTES = 128 << 20
 GZIP_LEVEL = 3
 """Up to SMALL_BYTES are sent as they are; from LARGE_BYTES on, what was compressed is kept."""
+
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,14 @@ class Content:
         kind: its Content-Type.
         size: how many bytes ``read`` gives.
         tag: differs whenever the bytes do; empty where they are made for each request.
-        name: what it is kept under once compressed.
+        file: where it lies; None if it is no file.
     """
 
     kind: str
     size: int
     read: Callable[[], bytes]
     tag: str = ""
-    name: str = ""
+    file: Path | None = None
 
     @property
     def compressible(self) -> bool:
@@ -96,7 +99,7 @@ class Folder:
         if kind is None or not inside or not stat.S_ISREG(status.st_mode):
             raise not_found()
         tag = f"{status.st_mtime_ns:x}-{status.st_size:x}"
-        return Content(kind, status.st_size, lambda: _read(path), tag, str(path))
+        return Content(kind, status.st_size, lambda: _read(path), tag, path)
 
     def _kind(self, name: str) -> str | None:
         if self.links and name.startswith("LICENSE"):
@@ -111,6 +114,35 @@ def _read(path: Path) -> bytes:
         raise not_found() from error
 
 
+def part_of(content: Content, asked: str) -> Answer | None:
+    """The bytes of a file that a Range header asks for; None where it asks for no one range.
+
+    Raises:
+        Refusal: they lie beyond the file's end, or cannot be read.
+    """
+    found = _RANGE.fullmatch(asked)
+    if found is None or content.file is None:
+        return None
+    start, end = int(found[1]), min(int(found[2] or content.size), content.size - 1)
+    if start > end:
+        raise Refusal(
+            HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+            "these bytes lie beyond the file's end.",
+            **{"Content-Range": f"bytes */{content.size}"},
+        )
+    try:
+        with open(content.file, "rb") as file:
+            file.seek(start)
+            body = file.read(end - start + 1)
+    except OSError as error:
+        raise not_found() from error
+    headers = {
+        "Content-Type": content.kind,
+        "Content-Range": f"bytes {start}-{start + len(body) - 1}/{content.size}",
+    }
+    return Answer(HTTPStatus.PARTIAL_CONTENT, body, headers)
+
+
 # Forms --------------------------------------------------------------------------------------------
 
 
@@ -118,7 +150,7 @@ class Zipped:
     """Compressed bytes, the large ones kept so that the next client need not wait for them."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
+        self._kept: OrderedDict[Path, tuple[str, bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, content: Content) -> bytes:
@@ -127,13 +159,13 @@ class Zipped:
         Raises:
             Refusal: they cannot be read.
         """
-        if not content.tag or content.size < LARGE_BYTES:
+        if content.file is None or content.size < LARGE_BYTES:
             return _zip(content)
         with self._lock:  # also while compressing: those who wait want the same
-            tag, data = self._kept.pop(content.name, ("", b""))
+            tag, data = self._kept.pop(content.file, ("", b""))
             if tag != content.tag:
                 data = _zip(content)
-            self._kept[content.name] = content.tag, data
+            self._kept[content.file] = content.tag, data
             size = sum(len(kept) for _, kept in self._kept.values())
             while size > KEPT_BYTES and self._kept:
                 size -= len(self._kept.popitem(last=False)[1][1])

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from circuit_tracer_qk.answers import Answer, Refusal, json_answer, not_found
-from circuit_tracer_qk.contents import negotiated
+from circuit_tracer_qk.contents import negotiated, part_of
 from circuit_tracer_qk.listener import Listener
 from circuit_tracer_qk.routes import split_target
 from circuit_tracer_qk.saving import BODY_BYTES
@@ -67,6 +67,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._save(parts[1:])
         self._allow("GET", "HEAD")
         content = self.server.site.find(parts, query)
+        part = part_of(content, self.headers.get("Range", ""))
+        if part is not None:
+            return part
         accepted = self.headers.get_all("Accept-Encoding", [])
         known = self.headers.get_all("If-None-Match", [])
         return negotiated(content, accepted, known, self.server.zipped)

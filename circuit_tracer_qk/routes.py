@@ -70,6 +70,7 @@ class Site:
         data: the folder of graph files.
         assets: circuit-tracer's page as it is installed.
         panel: our panel.
+        features: examples of local transcoders, as circuit-tracer's server takes them.
         page: the index with our panel in it.
         online: whether the page may ask circuit-tracer's own hosts.
         live: graphs in memory.
@@ -78,6 +79,7 @@ class Site:
     data: Folder
     assets: Folder
     panel: Folder
+    features: Folder | None
     page: Page
     online: bool
     live: Live | None
@@ -104,6 +106,8 @@ class Site:
                     return self.data.find([scan, name])
                 except Refusal:
                     return self._examples(scan, name)
+            case ["features", *rest] if rest and self.features is not None:
+                return self.features.find(rest)
             case ["data" | "graph_data", *rest] if rest:
                 return self.data.find(rest)
         return self.assets.find(parts)

@@ -22,7 +22,7 @@ from circuit_tracer_qk.addresses import (
     next_free_port,
     refused,
 )
-from circuit_tracer_qk.contents import ASSET_KINDS, DATA_KINDS, PANEL_KINDS, Folder
+from circuit_tracer_qk.contents import ASSET_KINDS, DATA_KINDS, FEATURE_KINDS, PANEL_KINDS, Folder
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.handler import Handler
 from circuit_tracer_qk.listener import Listener
@@ -50,6 +50,7 @@ def serve(
     host: str = DEFAULT_HOST,
     online: bool = False,
     live: Live | None = None,
+    features_dir: str | Path | None = None,
 ) -> Server:
     """Serve the graph files of a folder, in threads of this process, until it ends.
 
@@ -59,6 +60,8 @@ def serve(
         host: the address to listen on. Everyone who reaches it can read and save the graphs.
         online: let the page ask circuit-tracer's own hosts for feature examples.
         live: graphs that answer for any head and any pair of positions.
+        features_dir: where examples of local transcoders lie, as circuit-tracer's newer server
+            takes them.
 
     Raises:
         UserError: the folder does not exist, the address cannot be had, or the installed
@@ -69,12 +72,16 @@ def serve(
         raise UserError(
             f"the graph folder {data_dir} does not exist; write graph files there first."
         )
+    features = None if features_dir is None else Path(features_dir).expanduser().resolve()
+    if features is not None and not features.is_dir():
+        raise UserError(f"the folder of features {features_dir} does not exist: give another one.")
     check_port(port, host)
     assets = host_cli.assets()
     site = Site(
         data=Folder(folder, DATA_KINDS, links=False),
         assets=Folder(assets, ASSET_KINDS),
         panel=Folder(panel_folder(), PANEL_KINDS),
+        features=None if features is None else Folder(features, FEATURE_KINDS, links=False),
         page=read_page(assets, online=online),
         online=online,
         live=live,

@@ -150,9 +150,8 @@ def _logit() -> dict[str, Any]:
 
 
 def _reads(target: dict[str, Any], source: dict[str, Any]) -> bool:
-    layer = {"E": -1}
-    at = int(layer.get(source["layer"], source["layer"]))
-    reads = int(layer.get(target["layer"], target["layer"])) - 1
+    at, reads = (-1 if node["layer"] == "E" else int(node["layer"]) for node in (source, target))
+    reads -= 1
     if target["feature_type"] == "logit":
         return at == N_LAYERS - 1 and source["ctx_idx"] == target["ctx_idx"]
     return at == reads and source["ctx_idx"] <= target["ctx_idx"]

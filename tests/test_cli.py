@@ -274,10 +274,12 @@ def test_flags_of_newer_and_other_hosts(run, tmp_path, monkeypatch, command):
     (tmp_path / "graph-metadata.json").write_text('{"graphs": []}')
     port, configs = next_free_port(18291), []
     monkeypatch.setattr(cli.time, "sleep", asking(port, configs))
-    argv = ["--features_dir", "features", "--host", "localhost", "--port", port]
+    argv = ["--features_dir", tmp_path, "--host", "localhost", "--port", port]
     if command == "start-server":
         assert run(command, "--graph_file_dir", tmp_path, *argv).status == cli.DONE
         assert configs
+        argv[1] = tmp_path / "absent"
+        assert "absent does not exist" in run(command, "--graph_file_dir", tmp_path, *argv).refusal
     else:
         assert "-d/--dictionaries is missing" in run(command, "-p", "x", *argv).refusal
 

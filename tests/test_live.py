@@ -86,7 +86,9 @@ def test_what_cannot_be_answered_is_refused_with_a_sentence(live):
 
 
 def test_examples_of_features_that_no_file_was_written_for(live):
-    examples = live.examples("miniature-sae", feature_index(2, 17))
+    index = feature_index(2, 17)
+    assert index is not None
+    examples = live.examples("miniature-sae", index)
     assert json.loads(examples)["examples_quantiles"]
     assert live.examples("another-set", 5) is None
     assert json.loads(live.examples("miniature-sae", 10**15))["examples_quantiles"] == []
@@ -96,6 +98,7 @@ def test_indices_and_features_are_one_to_one():
     for checkpoint in (1, 2, 9, 48):
         for feature in (0, 1, 511, 2**17 - 1, 2**40):
             index = feature_index(checkpoint, feature)
+            assert index is not None
             assert indexed_feature(index) == (checkpoint, feature)
 
 

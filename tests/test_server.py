@@ -346,10 +346,10 @@ def test_compressed_files_are_kept_within_a_limit(monkeypatch):
     kept = contents.Zipped()
     for i in range(6):
         data = os.urandom(5000) + bytes(contents.LARGE_BYTES)
-        content = contents.Content("", len(data), partial(bytes, data), "tag", str(i))
+        content = contents.Content("", len(data), partial(bytes, data), "tag", Path(str(i)))
         assert gzip.decompress(kept.read(content)) == data
     assert 10_000 < sum(len(data) for _, data in kept._kept.values()) <= 30_000
-    assert "5" in kept._kept and "0" not in kept._kept
+    assert Path("5") in kept._kept and Path("0") not in kept._kept
 
 
 @pytest.mark.parametrize("path", ["/", "/data/large.json", "/data/sally.json", "/util.js"])
@@ -457,6 +457,30 @@ def test_nothing_else_can_be_read(site, target):
 def test_a_slug_may_begin_with_a_dot(site, data_dir):
     (data_dir / ".sally.json").write_bytes((data_dir / "sally.json").read_bytes())
     assert ask(site, "/graph_data/.sally.json").status == 200
+
+
+def test_features_of_local_transcoders(start, tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    (folder / "layer_0.bin").write_bytes(bytes(range(100)))
+    (folder / "index.json.gz").write_bytes(gzip.compress(b"[]"))
+    (folder / "secret.txt").write_text(SECRET)
+    site = start(features_dir=folder)
+    assert ask(site, "/features/index.json.gz").body == gzip.compress(b"[]")
+    assert ask(site, "/features/secret.txt").status == 404
+    assert ask(site, "/features/../features/layer_0.bin").status == 404
+    part = ask(site, "/features/layer_0.bin", Range="bytes=10-19")
+    assert (part.status, part.body) == (206, bytes(range(10, 20)))
+    assert part.headers["Content-Range"] == "bytes 10-19/100"
+    assert ask(site, "/features/layer_0.bin", Range="bytes=90-500").body == bytes(range(90, 100))
+    assert ask(site, "/features/layer_0.bin", Range="bytes=90-").body == bytes(range(90, 100))
+    beyond = ask(site, "/features/layer_0.bin", Range="bytes=100-200")
+    assert (beyond.status, beyond.headers["Content-Range"]) == (416, "bytes */100")
+    for odd in ("bytes=-5", "bytes=0-1,3-4", "lines=1-2", "bytes=a-b"):  # as if it were not there
+        assert ask(site, "/features/layer_0.bin", Range=odd).body == bytes(range(100))
+    assert ask(start(), "/features/layer_0.bin").status == 404
+    with pytest.raises(UserError, match="absent does not exist"):
+        server.serve(tmp_path, server.next_free_port(18032), features_dir=tmp_path / "absent")
 
 
 def test_pipes_are_not_opened(site, data_dir):
