@@ -187,9 +187,7 @@ def _nodes(
             layer = slot + first_layer
             made = host.Node.error_node(layer=layer, pos=position, influence=share)
             ids = {"node_id": f"{layer}_-1_{position}", "jsNodeId": f"{layer}_-1-{position}"}
-            # the page would call it an MLP's
-            clerp = f"Err: residual “{record.token_strings[position]}”"
-            return made.model_copy(update=ids | {"clerp": clerp})
+            return made.model_copy(update=ids)
         if i < logits:
             position = i - tokens
             return host.Node.token_node(

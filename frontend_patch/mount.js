@@ -35,6 +35,7 @@
   // Called last of the cells that list what the panel explains
   var nativeInitConnections = window.initCgNodeConnections
   window.initCgNodeConnections = function(options){
+    qkPage.nameErrors(options)
     nativeInitConnections(options)
     qkPage.limitConnections(options)
     window.initQkPanel(options)

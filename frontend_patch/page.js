@@ -146,7 +146,14 @@ window.qkPage = (function(){
     renderAll.hClerpUpdate.fns.push(addRest)
   }
 
-  return {config, savedKeys, fetch: nativeFetch, setParams, limitConnections}
+  // The page calls every error one of an MLP; a residual graph's are of the residual stream.
+  function nameErrors({data}){
+    if (data.qk?.graph_kind != 'residual') return
+    data.nodes.concat(data.features).filter(d => d.isError)
+      .forEach(d => d.clerp = d.clerp.replace(/^Err: mlp/, 'Err: residual'))
+  }
+
+  return {config, savedKeys, fetch: nativeFetch, setParams, limitConnections, nameErrors}
 })()
 
 window.init?.()

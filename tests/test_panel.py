@@ -318,6 +318,15 @@ def test_hover_shows_examples_also_of_features_outside_the_graph(watch: Watch, l
     expect(card.locator(".ctx-container").first).to_be_visible()
 
 
+def test_errors_are_called_what_they_are(watch: Watch, live: Served):
+    page, link = watch.page, strongest(live.document)
+    page.goto(live.address(clickedId=link["target"]))
+    error = part(page, "edge").and_(page.locator('[data-source*="_-1_"]')).first
+    expect(error).to_contain_text("Err: residual")
+    expect(page.locator(".node-connections")).to_contain_text("Err: residual")
+    expect(page.locator("body")).not_to_contain_text("Err: mlp")
+
+
 def test_a_click_goes_to_the_node_and_ctrl_click_pins_it(watch: Watch, live: Served):
     page, link = watch.page, strongest(live.document)
     page.goto(live.address(clickedId=link["target"]))
