@@ -48,6 +48,18 @@ class Pulled(NamedTuple):
     whole: Tensor
 
 
+class PulledHere(NamedTuple):
+    """As :class:`Pulled`, at one position and for paths that pass no further attention.
+
+    Attributes:
+        z: (n, n_heads, d_head) gradients at the heads' outputs.
+        bypass: (n, d_model) gradients at the block's input past its heads.
+    """
+
+    z: Tensor
+    bypass: Tensor
+
+
 class Carrier:
     """A model's blocks without MLPs, on one frozen run.
 
@@ -98,6 +110,25 @@ class Carrier:
         """As :meth:`pull`, for gradients at what the block's transcoder reads."""
         block = self.heads.block(layer)
         return self._pull(layer, torch.zeros_like(g) if block.parallel else g, g)
+
+    def pull_here(self, layer: int, g: Tensor, position: int) -> PulledHere:
+        """Gradients (n, d_model) at the block's output at one position, without attention."""
+        skip = self._skip_here(layer, g, position)
+        past = g if skip is None else g + skip
+        return self._here(layer, g if self.heads.block(layer).parallel else past, past, position)
+
+    def pull_mid_here(self, layer: int, g: Tensor, position: int) -> PulledHere:
+        """As :meth:`pull_here`, for gradients at what the block's transcoder reads."""
+        parallel = self.heads.block(layer).parallel
+        return self._here(layer, torch.zeros_like(g) if parallel else g, g, position)
+
+    def _skip_here(self, layer: int, g: Tensor, position: int) -> Tensor | None:
+        skip = self.ports[layer].pull(g[:, None], position)
+        return None if skip is None else skip[:, 0]
+
+    def _here(self, layer: int, at_write: Tensor, past: Tensor, position: int) -> PulledHere:
+        positions = torch.full((len(past),), position, device=past.device)
+        return PulledHere(self.heads.pull_output(layer, at_write, positions), past)
 
     def _pull(self, layer: int, at_write: Tensor, past: Tensor) -> Pulled:
         run, block = self.heads.run, self.heads.block(layer)

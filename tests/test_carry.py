@@ -2,99 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import product
-from typing import Any, NamedTuple
-
 import pytest
 import torch
-from architectures import ARCHITECTURES, prompt_ids, save_tiny
-from reference import Norm, Reference, Run
+from architectures import ARCHITECTURES
+from linear_blocks import KINDS, Cases, N, linear_block
 from torch import Tensor
 
 from circuit_tracer_qk import UserError
-from circuit_tracer_qk.carry import Carrier
-from circuit_tracer_qk.frozen import freeze
-from circuit_tracer_qk.heads import Heads, read_blocks
-from circuit_tracer_qk.models import load_transformer
 from circuit_tracer_qk.ports import READS, WRITES, read_ports
-
-N = 9
-
-
-class Case(NamedTuple):
-    """A model read twice, with the same random skips."""
-
-    reference: Reference
-    run: Run
-    carrier: Carrier
-    reads: str
-    writes: str
-    skips: list[Tensor | None]
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    loaded: dict[str, tuple] = {}
-
-    def get(name: str, reads: str, writes: str, skip: bool) -> Case:
-        if name not in loaded:
-            folder = tmp_path_factory.mktemp(name) / "model"
-            hf_model = save_tiny(name, folder)
-            reference, ids = Reference(hf_model), prompt_ids(name, N)
-            model = load_transformer(folder, dtype=torch.float64, device="cpu")
-            frozen = freeze(model, torch.tensor(ids))
-            loaded[name] = reference, reference.run(ids), model, frozen
-        reference, run, model, frozen = loaded[name]
-        generator = torch.Generator().manual_seed(7)
-        d, n_layers = frozen.residual.shape[2], frozen.n_layers
-        skips: list[Tensor | None] = [None] * n_layers
-        if skip:
-            skips = [
-                torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
-                for _ in range(n_layers)
-            ]
-        ports = read_ports(model.blocks, frozen, reads, writes, skips)
-        heads = Heads(read_blocks(model, N), frozen)
-        return Case(reference, run, Carrier(heads, ports), reads, writes, skips)
-
-    return get
-
-
-def linear_block(case: Case, layer: int, x: Tensor, without: int | None = None) -> Tensor:
-    """What leaves the block as a function of what enters, MLP cut out: x (P, d) -> (mid, out)."""
-    block, run = case.reference.blocks[layer], case.run
-    if without is not None:
-        W_O = block.W_O.clone()
-        W_O[without] = 0
-        block = replace(block, W_O=W_O)
-
-    def attention(x: Tensor) -> Tensor:
-        n = block.ln1(x, run.ln1[layer]).expand(case.reference.n_heads, -1, -1)
-        return block.post1(block.heads_write(n, run.pattern[layer]), run.post1[layer])
-
-    write = attention(x) - attention(torch.zeros_like(x))  # what biases write is no part of x
-    mid = x if case.reference.parallel else x + write
-    out, skip = x + write, case.skips[layer]
-    if skip is not None:
-        read = mid
-        if case.reads != "hook_resid_mid":
-            norm = block.ln2
-            if case.reads == "ln2.hook_normalized":
-                norm = Norm(norm.kind, torch.ones_like(norm.gain), norm.bias, norm.eps)
-            read = norm.linear(mid, run.ln2[layer])
-        written = read @ skip
-        if case.writes == "mlp.hook_out":
-            written = block.post2.linear(written, run.post2[layer])
-        out = out + written
-    return torch.stack([mid, out])
-
-
-KINDS = [
-    (reads, writes, skip)
-    for reads, writes, skip in product(READS, WRITES, (True, False))
-    if skip or (reads, writes) == (READS[0], WRITES[0])
-]
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return Cases(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("reads, writes, skip", KINDS)
