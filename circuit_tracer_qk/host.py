@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from circuit_tracer.attribution.targets import AttributionTargets
@@ -221,6 +221,67 @@ def logit_targets(
     return targets
 
 
+class TranscoderNodes(NamedTuple):
+    """A replacement model's own reading of a prompt, before any attribution.
+
+    Attributes:
+        active: (n, 3) layer, position and feature of every active feature, in the graph's order.
+        encoders: (n, d_model) their encoder rows.
+        decoders: (m, d_model) decoder vectors times activations, one for every block written to.
+        decoder_feature: (m,) the active feature of each.
+        decoder_layer, decoder_position: (m,) where it is written.
+        errors: (n_layers, n_pos, d_model) what the transcoders miss.
+        tokens: (n_pos, d_model) token embeddings.
+    """
+
+    active: Tensor
+    encoders: Tensor
+    decoders: Tensor
+    decoder_feature: Tensor
+    decoder_layer: Tensor
+    decoder_position: Tensor
+    errors: Tensor
+    tokens: Tensor
+
+
+@torch.no_grad()
+def transcoder_nodes(model: Any, tokens: Tensor) -> TranscoderNodes:
+    """What circuit-tracer attributes to and from, by its own set-up of a prompt.
+
+    Args:
+        model: a replacement model of the TransformerLens backend.
+        tokens: (n_pos,) ids.
+    """
+    context = model.setup_attribution(tokens)
+    matrix = context.activation_matrix.coalesce()
+    layer, position = context.decoder_locations
+    return TranscoderNodes(
+        active=matrix.indices().T,
+        encoders=context.encoder_vecs,
+        decoders=context.decoder_vecs,
+        decoder_feature=torch.as_tensor(context.encoder_to_decoder_map),
+        decoder_layer=torch.as_tensor(layer),
+        decoder_position=torch.as_tensor(position),
+        errors=context.error_vectors,
+        tokens=context.token_vectors,
+    )
+
+
+def transcoder_hooks(model: Any) -> tuple[str, str]:
+    """Where a replacement model's transcoders read and write, as circuit-tracer names it."""
+    return model.feature_input_hook, model.feature_output_hook.removesuffix(".hook_out_grad")
+
+
+def skip_weights(model: Any) -> list[Tensor | None]:
+    """(d_model, d_model) skip of every block, acting as ``x @ skip``; None without one."""
+    n_layers, transcoders = model.cfg.n_layers, model.transcoders
+    if not transcoders.skip_connection:
+        return [None] * n_layers
+    eye = torch.eye(model.cfg.d_model, dtype=model.cfg.dtype, device=model.W_E.device)
+    with torch.no_grad():  # asked of the host itself: its sets differ in which side they multiply
+        return [transcoders.compute_skip(layer, eye) for layer in range(n_layers)]
+
+
 def save_stock(graph: Graph, file: Any) -> None:
     """Write the ``.pt`` that this host's ``Graph.to_pt`` writes, to an open file or a path."""
     Graph.to_pt(graph, file)
@@ -240,6 +301,7 @@ __all__ = [
     "Node",
     "PruneResult",
     "QParams",
+    "TranscoderNodes",
     "decoder",
     "edge_influence",
     "graph_arguments",
@@ -249,5 +311,8 @@ __all__ = [
     "logit_targets",
     "prune",
     "save_stock",
+    "skip_weights",
     "tokenize",
+    "transcoder_hooks",
+    "transcoder_nodes",
 ]

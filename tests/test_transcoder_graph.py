@@ -1,0 +1,66 @@
+"""Graphs that circuit-tracer made: our parts sum to the edges in its adjacency."""
+
+from __future__ import annotations
+
+import circuit_tracer
+import pytest
+import torch
+from architectures import ARCHITECTURES, prompt_ids, save_tiny
+from random_transcoders import KINDS, columns_of, replacement_model
+
+from circuit_tracer_qk import UserError
+from circuit_tracer_qk.transcoders import read_transcoder_graph
+
+PLACES = {
+    "mlp.hook_in": ("mlp.hook_in", "mlp.hook_out"),
+    "ln2.hook_normalized": ("ln2.hook_normalized", "hook_mlp_out"),
+    "hook_resid_mid": ("hook_resid_mid", "hook_mlp_out"),
+}
+HOST_RUNS = [name for name in ARCHITECTURES if name != "gemma3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HOST_RUNS)
+def test_parts_sum_to_circuit_tracers_edges(tmp_path, record_error, name, kind):
+    save_tiny(name, tmp_path)
+    place = list(PLACES)[KINDS.index(kind) % 3]
+    parallel = name == "neox"
+    reads, writes = PLACES["mlp.hook_in" if parallel and place == "hook_resid_mid" else place]
+    model = replacement_model(tmp_path, kind, reads, writes)
+    graph = circuit_tracer.attribute(
+        prompt_ids(name, 10), model, max_n_logits=3, max_feature_nodes=40, batch_size=16
+    )
+    run = read_transcoder_graph(model, graph, columns_of(model, graph))
+    target, source = graph.adjacency_matrix.nonzero(as_tuple=True)
+    found = run.split(source, target)
+    edges = graph.adjacency_matrix[target, source]
+    scale = float(edges.abs().max())
+    worst = float((found.weight - edges).abs().max()) / scale
+    total = found.attention_free + found.last.sum((1, 2))
+    worst = max(worst, float((total - edges).abs().max()) / scale)
+    record_error("transcoder edges = adjacency (float32)", name, worst)
+    assert worst < 1e-5
+    assert len(edges) > 500
+    assert bool((found.through != 0).any())
+
+
+def test_gemma3_is_refused_where_the_host_is_wrong(tmp_path):
+    save_tiny("gemma3", tmp_path)
+    model = replacement_model(tmp_path, "relu")
+    ids = prompt_ids("gemma3", 8)
+    graph = circuit_tracer.attribute(ids, model, max_n_logits=2, batch_size=16)
+    with pytest.raises(UserError, match="one rotary table"):
+        read_transcoder_graph(model, graph, columns_of(model, graph))
+
+
+def test_a_graph_of_other_transcoders_is_refused(tmp_path):
+    save_tiny("llama", tmp_path)
+    ids = prompt_ids("llama", 8)
+    first = replacement_model(tmp_path, "relu")
+    graph = circuit_tracer.attribute(ids, first, max_n_logits=2, batch_size=16)
+    other = replacement_model(tmp_path, "clt")
+    with pytest.raises(UserError, match="other transcoders"):
+        read_transcoder_graph(other, graph, columns_of(other, graph))
+    model = torch.nn.Module()
+    with pytest.raises(UserError, match="nnsight"):
+        read_transcoder_graph(model, graph, columns_of(first, graph))
