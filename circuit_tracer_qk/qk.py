@@ -8,9 +8,10 @@ before soft-cap and mask. Bias and error components are rows and columns like an
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from operator import index
 from typing import NamedTuple
@@ -125,33 +126,22 @@ class TopTerms(NamedTuple):
     key_index: Tensor
 
 
-@dataclass(eq=False)
-class QK:
-    """QK attributions of one run, for any head and any pair of positions.
+class Scores(ABC):
+    """Scores of one run and their tables, for any head and any pair of positions.
 
-    Projected components are kept for the most recent positions, so that the keys of a query and
-    the queries of a key share them; so are the lists that name them.
+    What a position's components are, and their images, is a subclass's.
 
-    Attributes:
-        parts: the run's components.
+    Args:
         heads: the model's heads on that run.
-        label: names features.
-        keep_bytes: how much memory projections may take.
     """
 
-    parts: Decomposition
-    heads: Heads
-    label: Label
-    keep_bytes: int = 256 << 20
-    _projected: OrderedDict[tuple[int, int, int, int], Tensor] = field(default_factory=OrderedDict)
-    _kept_bytes: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(self, heads: Heads) -> None:
+        self.heads = heads
         # float32 products that cancel are off by more than 1e-5 of a score made of a few terms, so
         # scores and single tables are contracted in float64 where the device has it
-        self._wide = torch.float64 if self.heads.run.residual.device.type != "mps" else None
+        self._wide = torch.float64 if heads.run.residual.device.type != "mps" else None
         # whole q and k of a layer serve every pair of its positions
-        self._whole = lru_cache(maxsize=4)(partial(self.heads.whole, dtype=self._wide))
+        self._whole = lru_cache(maxsize=4)(partial(heads.whole, dtype=self._wide))
         self._exact = lru_cache(maxsize=256)(self._image)
         self._listed = lru_cache(maxsize=1024)(self._list)
 
@@ -218,6 +208,47 @@ class QK:
         pattern = self.heads.run.pattern[layer, head, query, : query + 1].clone()
         return QKRow(scores.to(pattern.dtype), pattern, raw.to(pattern.dtype))
 
+    def components(self, layer: int, position: int, side: int) -> list[Component]:
+        """The components of checkpoint ``layer`` at a position, the map's constant last."""
+        return list(self._listed(layer, position, side))
+
+    @abstractmethod
+    def _list(self, layer: int, position: int, side: int) -> list[Component]:
+        """The components of one position, in the order of their images."""
+
+    @abstractmethod
+    def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
+        """Projected components of one position, (n_components, d_head), as wide as can be."""
+
+    def _scores(self, layer: int, head: int, query: int, keys: Tensor) -> Tensor:
+        block = self.heads.block(layer)
+        q, k = self._whole(layer)
+        return k[keys.to(k.device), block.group(head)] @ q[query, head] / block.attn_scale
+
+
+class QK(Scores):
+    """QK attributions of a residual graph's run.
+
+    Projected components are kept for the most recent positions, so that the keys of a query and
+    the queries of a key share them; so are the lists that name them.
+
+    Args:
+        parts: the run's components.
+        heads: the model's heads on that run.
+        label: names features.
+        keep_bytes: how much memory projections may take.
+    """
+
+    def __init__(
+        self, parts: Decomposition, heads: Heads, label: Label, keep_bytes: int = 256 << 20
+    ) -> None:
+        super().__init__(heads)
+        self.parts = parts
+        self.label = label
+        self.keep_bytes = keep_bytes
+        self._projected: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
+        self._kept_bytes = 0
+
     def top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
         """The ``n`` largest terms for every visible key of a query: one product, no tables kept.
 
@@ -244,10 +275,6 @@ class QK:
             at // width,
             at % width,
         )
-
-    def components(self, layer: int, position: int, side: int) -> list[Component]:
-        """The components of checkpoint ``layer`` at a position, the map's constant last."""
-        return list(self._listed(layer, position, side))
 
     def _list(self, layer: int, position: int, side: int) -> list[Component]:
         checkpoint = self.parts.at(layer)
@@ -277,13 +304,7 @@ class QK:
             listed.append(Component("bias", layer, None, position, None, label))
         return listed
 
-    def _scores(self, layer: int, head: int, query: int, keys: Tensor) -> Tensor:
-        block = self.heads.block(layer)
-        q, k = self._whole(layer)
-        return k[keys.to(k.device), block.group(head)] @ q[query, head] / block.attn_scale
-
     def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
-        """Projected components of one position, (n_components, d_head), as wide as can be."""
         checkpoint = self.parts.at(layer)
         part = checkpoint.at(position)
         vectors = checkpoint.vectors(part)
