@@ -95,6 +95,25 @@ class Carrier:
         out = x + write
         return Carried(z, mid, out if skip is None else out + skip)
 
+    def constant(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What the block's attention writes whatever it reads, and what the skip makes of it.
+
+        Returns:
+            (n_pos, d_model) each: ``post1((b_ln1 W_V + b_V) W_O + b_O)``, since a pattern's row
+            sums to one; and the skip's write for it and for the bias of its norm.
+        """
+        run, block, port = self.heads.run, self.heads.block(layer), self.ports[layer]
+        z = block.expand(self.heads.value_bias(layer))
+        write = torch.einsum("he,hed->d", z, block.W_O) + block.b_O
+        write = block.post.apply(write.expand(run.n_pos, -1), run.scale("ln1_post", layer))
+        skipped = torch.zeros_like(write)
+        if port.skip is not None:
+            mid = torch.zeros_like(write) if block.parallel else write
+            skip = port.forward(mid[None])
+            assert skip is not None
+            skipped = skip[0] + port.constant(run.n_pos)
+        return write, skipped
+
     def pull(self, layer: int, g: Tensor) -> Pulled:
         """Gradients through block ``layer``.
 

@@ -441,6 +441,10 @@ class Heads:
         n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions])
         return torch.einsum("nd,gde->nge", n, b.W_V)
 
+    def value_bias(self, layer: int) -> Tensor:
+        """(n_kv, d_head): what the value path adds whatever the residual stream holds."""
+        return _value_bias(self.block(layer))
+
     def pull_output(self, layer: int, g: Tensor, positions: Tensor) -> Tensor:
         """(n, n_heads, d_head): gradients at the attention write, pulled to each head's output.
 

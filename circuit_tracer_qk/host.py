@@ -232,6 +232,7 @@ class TranscoderNodes(NamedTuple):
         decoder_layer, decoder_position: (m,) where it is written.
         errors: (n_layers, n_pos, d_model) what the transcoders miss.
         tokens: (n_pos, d_model) token embeddings.
+        activations: (n,) of the active features.
     """
 
     active: Tensor
@@ -242,6 +243,7 @@ class TranscoderNodes(NamedTuple):
     decoder_position: Tensor
     errors: Tensor
     tokens: Tensor
+    activations: Tensor
 
 
 @torch.no_grad()
@@ -264,7 +266,16 @@ def transcoder_nodes(model: Any, tokens: Tensor) -> TranscoderNodes:
         decoder_position=torch.as_tensor(position),
         errors=context.error_vectors,
         tokens=context.token_vectors,
+        activations=matrix.values(),
     )
+
+
+def transcoder_biases(model: Any) -> Tensor:
+    """(n_layers, d_model) decoder biases of a replacement model's transcoders."""
+    transcoders = model.transcoders
+    if hasattr(transcoders, "b_dec"):
+        return transcoders.b_dec.detach()
+    return torch.stack([transcoder.b_dec.detach() for transcoder in transcoders])
 
 
 def transcoder_hooks(model: Any) -> tuple[str, str]:
@@ -313,6 +324,7 @@ __all__ = [
     "save_stock",
     "skip_weights",
     "tokenize",
+    "transcoder_biases",
     "transcoder_hooks",
     "transcoder_nodes",
 ]

@@ -54,6 +54,13 @@ class Port:
         read = self.ln2.linear(x, self.ln2_scale[here].expand(x.shape[:2]))
         return self.post.linear(read @ self.skip, self.post_scale[here].expand(x.shape[:2]))
 
+    def constant(self, n_pos: int) -> Tensor:
+        """(n_pos, d_model): what the skip writes for the bias of the norm before it."""
+        assert self.skip is not None
+        zero = self.ln2_scale.new_zeros(n_pos, self.skip.shape[0])
+        read = zero if self.ln2.b is None else zero + self.ln2.b
+        return self.post.linear(read @ self.skip, self.post_scale)
+
     def pull(self, g: Tensor, start: int = 0) -> Tensor | None:
         """The transpose of :meth:`forward`: gradients at the block's output to the stream."""
         if self.skip is None:
@@ -88,8 +95,10 @@ def read_ports(
 
     def norm(module: Any, bare: bool = False) -> Norm:
         found = Norm.read(module)
-        weight = None if bare or found.w is None else found.w.to(dtype)
-        return Norm(weight, None, centred=found.centred, present=found.present)
+        if bare:
+            return Norm(None, None, centred=found.centred, present=found.present)
+        weight, bias = (None if t is None else t.to(dtype) for t in (found.w, found.b))
+        return Norm(weight, bias, centred=found.centred, present=found.present)
 
     ports = []
     for layer, block in enumerate(blocks):

@@ -1,13 +1,16 @@
 """What the nodes of a transcoder graph write and read, and the split of its edges.
 
 An existing circuit-tracer graph is read as it is: its adjacency stays the host's, and is what the
-parts must sum to (method, section 4).
+parts must sum to (method, section 4). What flows through the model without being a node is here
+too, so that the residual stream is a sum over all of it:
+
+    residual[block] = sum over sources of their writes before the block, carried to it
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +23,25 @@ from circuit_tracer_qk.heads import Heads, logit_directions, read_blocks
 from circuit_tracer_qk.ports import read_ports
 from circuit_tracer_qk.splits import Reads, Splits, Writes, split_edges
 
-AGREES = 1e-3  # how far an edge may differ from the host's, as a share of the largest
+
+class Source(NamedTuple):
+    """What one source is.
+
+    Attributes:
+        kind: feature, error, embedding, position or bias.
+        layer: the block of a feature, an error or a bias; -1 for what enters block 0.
+        feature: its index; None for other kinds.
+        position: where it is.
+        activation: of a feature.
+        label: what a source that is no node is called; empty for nodes.
+    """
+
+    kind: str
+    layer: int
+    feature: int | None
+    position: int
+    activation: float | None
+    label: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +51,10 @@ class TranscoderRun:
     Attributes:
         run: the frozen run.
         carrier: the blocks without MLPs.
-        writes: of every source, by node index in adjacency order; active features that the graph
-            left out have the indices from ``n_nodes`` on.
+        writes: of every source: the graph's nodes by their index in adjacency order (logits write
+            nothing), then the active features that the graph left out, then what is no node.
         reads: of every target: the graph's features, then its logits.
+        sources: what each source is; None for logits.
         n_features: features in the graph.
         n_nodes: nodes in the graph.
     """
@@ -41,6 +63,7 @@ class TranscoderRun:
     carrier: Carrier
     writes: Writes
     reads: Reads
+    sources: list[Source | None]
     n_features: int
     n_nodes: int
 
@@ -81,46 +104,109 @@ def read_transcoder_graph(model: Any, graph: host.Graph, columns: Tensor) -> Tra
     ports = read_ports(model.blocks, run, *host.transcoder_hooks(model), host.skip_weights(model))
     carrier = Carrier(Heads(read_blocks(model, run.n_pos), run), ports)
     selected = graph.selected_features.to(run.residual.device)
-    n_features, n_nodes = len(selected), len(graph.adjacency_matrix)
+    n_nodes = len(graph.adjacency_matrix)
+    sources, writes = _nodes(nodes, carrier, selected, n_nodes)
+    extra, more = _others(model, carrier, writes, len(sources))
     return TranscoderRun(
         run=run,
         carrier=carrier,
-        writes=_writes(nodes, carrier, selected, n_features, n_nodes),
+        writes=_joined([writes, more]),
         reads=_reads(model, nodes, carrier, selected, columns),
-        n_features=n_features,
+        sources=sources + extra,
+        n_features=len(selected),
         n_nodes=n_nodes,
     )
 
 
-def _writes(
-    nodes: host.TranscoderNodes, carrier: Carrier, selected: Tensor, n_features: int, n_nodes: int
-) -> Writes:
+def _nodes(
+    nodes: host.TranscoderNodes, carrier: Carrier, selected: Tensor, n_nodes: int
+) -> tuple[list[Source | None], Writes]:
+    """Features, errors and tokens: in the graph, then features that it left out."""
     run = carrier.heads.run
     dtype, device = run.residual.dtype, run.residual.device
-    n_layers, n_pos = run.n_layers, run.n_pos
-    node = torch.arange(len(nodes.active), device=device) + n_nodes
+    n_layers, n_pos, n_features = run.n_layers, run.n_pos, len(selected)
+    active = [
+        Source("feature", layer, feature, position, activation)
+        for (layer, position, feature), activation in zip(
+            nodes.active.tolist(), nodes.activations.tolist(), strict=True
+        )
+    ]
+    dropped = torch.ones(len(active), dtype=torch.bool, device=device)
+    dropped[selected] = False
+    left_out = dropped.nonzero().flatten()
+    node = torch.empty(len(active), dtype=torch.long, device=device)
     node[selected] = torch.arange(n_features, device=device)
+    node[left_out] = torch.arange(len(left_out), device=device) + n_nodes
+    n_logits = n_nodes - n_features - (n_layers + 1) * n_pos
+    sources: list[Source | None] = [active[i] for i in selected.tolist()]
+    sources += [
+        Source("error", layer, None, p, None) for layer in range(n_layers) for p in range(n_pos)
+    ]
+    sources += [Source("embedding", -1, None, p, None) for p in range(n_pos)]
+    sources += [None] * n_logits
+    sources += [active[i] for i in left_out.tolist()]
+
     places = torch.arange(n_pos, device=device)
-    source = [node[nodes.decoder_feature]]
-    layer, position = [nodes.decoder_layer], [nodes.decoder_position]
-    vector = [nodes.decoders.to(dtype)]
-    for at in range(n_layers):
-        source.append(n_features + at * n_pos + places)
-        layer.append(torch.full_like(places, at))
-        position.append(places)
-        vector.append(nodes.errors[at].to(dtype))
-    written = Writes(*map(torch.cat, (source, layer, position, vector)))
+    everywhere = [
+        (n_features + at * n_pos + places, at, nodes.errors[at].to(dtype)) for at in range(n_layers)
+    ]
+    written = _joined(
+        [
+            Writes(
+                node[nodes.decoder_feature],
+                nodes.decoder_layer,
+                nodes.decoder_position,
+                nodes.decoders.to(dtype),
+            )
+        ]
+        + [Writes(i, torch.full_like(places, at), places, v) for i, at, v in everywhere]
+    )
     for at in range(n_layers):
         here = written.layer == at
-        added = carrier.ports[at].written(written.vector[here], written.position[here])
-        written.vector[here] = added
-    tokens = Writes(
-        n_features + n_layers * n_pos + places,
-        torch.full_like(places, -1),
-        places,
-        nodes.tokens.to(dtype),
-    )
-    return Writes(*(torch.cat(pair) for pair in zip(written, tokens, strict=True)))
+        vectors = carrier.ports[at].written(written.vector[here], written.position[here])
+        written.vector[here] = vectors
+    tokens = n_features + n_layers * n_pos + places, torch.full_like(places, -1), places
+    return sources, _joined([written, Writes(*tokens, nodes.tokens.to(dtype))])
+
+
+def _others(
+    model: Any, carrier: Carrier, writes: Writes, first: int
+) -> tuple[list[Source], Writes]:
+    """What flows without being a node: positions, biases, and MLPs where features are dropped."""
+    run = carrier.heads.run
+    places = torch.arange(run.n_pos, device=run.residual.device)
+    sources: list[Source] = []
+    parts: list[Writes] = []
+
+    def add(kind: str, layer: int, vectors: Tensor, label: str, at: Tensor = places) -> None:
+        source = first + len(sources) + torch.arange(len(at), device=at.device)
+        sources.extend(Source(kind, layer, None, p, None, label) for p in at.tolist())
+        parts.append(Writes(source, torch.full_like(at, layer), at, vectors))
+
+    if run.position_embedding is not None:
+        add("position", -1, run.position_embedding, "position")
+    biases = host.transcoder_biases(model).to(run.residual)
+    dropped = places[model.zero_positions]
+    for layer in range(run.n_layers):
+        port = carrier.ports[layer]
+        add("bias", layer, port.written(biases[layer].expand(run.n_pos, -1), places), "b_dec")
+        attention, skipped = carrier.constant(layer)
+        if bool(attention.any()):
+            add("bias", layer, attention, "attention biases")
+        if bool(skipped.any()):
+            add("bias", layer, skipped, "biases through the skip")
+        # the MLP's write at positions without features is what the rest does not explain there
+        out = carrier.carry(layer, run.residual[layer][None]).out[0]
+        for known in (writes, *parts):
+            here = known.layer == layer
+            out.index_add_(0, known.position[here], known.vector[here])
+        missing = (run.residual[layer + 1] - out)[dropped]
+        add("error", layer, missing, "MLP where features are dropped", dropped)
+    return sources, _joined(parts)
+
+
+def _joined(parts: list[Writes]) -> Writes:
+    return Writes(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _reads(
@@ -149,8 +235,8 @@ def _refuse_shared_rotary(model: Any) -> None:
     if first is second or torch.equal(first, second):
         raise UserError(
             f"circuit-tracer runs {cfg.model_name} with one rotary table for its local and global "
-            "layers, so its graphs are not the model's: use its nnsight backend for this model."
+            "layers, so its graphs are not those of the model and are not explained here."
         )
 
 
-__all__ = ["AGREES", "TranscoderRun", "read_transcoder_graph"]
+__all__ = ["Source", "TranscoderRun", "read_transcoder_graph"]

@@ -44,6 +44,34 @@ def test_parts_sum_to_circuit_tracers_edges(tmp_path, record_error, name, kind):
     assert bool((found.through != 0).any())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HOST_RUNS)
+def test_sources_sum_to_the_residual_stream(tmp_path, record_error, name, kind):
+    """Nodes and what is no node, carried: the model's own residual stream, at every checkpoint."""
+    save_tiny(name, tmp_path)
+    place = list(PLACES)[(1 + KINDS.index(kind)) % 3]
+    reads, writes = PLACES["mlp.hook_in" if name == "neox" and "mid" in place else place]
+    model = replacement_model(tmp_path, kind, reads, writes)
+    graph = circuit_tracer.attribute(
+        prompt_ids(name, 10), model, max_n_logits=2, max_feature_nodes=30, batch_size=16
+    )
+    run = read_transcoder_graph(model, graph, columns_of(model, graph))
+    x = torch.zeros_like(run.run.residual[0])
+    worst = 0.0
+    for layer in range(-1, run.run.n_layers):
+        if layer >= 0:
+            x = run.carrier.carry(layer, x[None]).out[0]
+        now = run.writes.layer == layer
+        x = x.index_add(0, run.writes.position[now], run.writes.vector[now])
+        expected = run.run.residual[layer + 1]
+        worst = max(worst, float((x - expected).abs().max() / expected.abs().max()))
+    record_error("transcoder sources = residual stream (float32)", name, worst)
+    assert worst < 1e-5
+    kinds = {source.kind for source in run.sources if source is not None}
+    assert kinds >= {"feature", "error", "embedding", "bias"}
+    assert len(run.sources) == int(run.writes.source.max()) + 1
+
+
 def test_gemma3_is_refused_where_the_host_is_wrong(tmp_path):
     save_tiny("gemma3", tmp_path)
     model = replacement_model(tmp_path, "relu")
