@@ -68,12 +68,24 @@ window.initQkAttention = function({data, cgSel, qk}){
     })
     svg.append('path').at({d: `M0,${top + y(0)}H${x.range()[1]}`, stroke: '#999'})
     keySel.append('rect.qk-outline').at({x: -1, y: -1, width: w + 2, height: top + scoreHeight + 2})
-    keySel.append('text').at({textAnchor: 'end', transform: `translate(${w/2 + 3},${top + scoreHeight + 8}) rotate(-50)`})
+    var named = namedKeys(keys, place.key, x)
+    keySel.filter(d => named.has(d)).append('text')
+      .at({textAnchor: 'end', transform: `translate(${w/2 + 3},${top + scoreHeight + 8}) rotate(-50)`})
       .text(d => shorten(data.metadata.prompt_tokens[d.key] ?? d.key))
 
     var rest = all.length - keys.length
     if (rest) sel.append('div.qk-more')
       .text(`the ${maxKeys} most attended keys of ${all.length}; the other ${rest} have ${d3.format('.3f')(1 - d3.sum(keys, d => d.pattern))} of the pattern`)
+  }
+
+  // The keys whose tokens fit under them: the current one, then by pattern
+  function namedKeys(keys, current, x){
+    var minGap = 11
+    var named = new Set()
+    d3.sort(keys, d => d.key == current ? -2 : -d.pattern).forEach(d => {
+      if (Array.from(named).every(e => Math.abs(x(e.key) - x(d.key)) >= minGap)) named.add(d)
+    })
+    return named
   }
 
   function describe(d){

@@ -58,7 +58,7 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
     titleSel.append('b').text('Edges ')
     titleSel.append('span').text(
       tokens ? `from ${utilQk.tokenName(data, tokens[0])} to ${utilQk.tokenName(data, tokens[1])}` :
-      node ? `into ${utilQk.nodeGlyph(node)} ${utilQk.isolate(node.ppClerp)} (${utilQk.tokenName(data, node.ctx_idx)})` : '')
+      node ? `into ${utilQk.nodeGlyph(node)} ${utilQk.nodeName(node)} ${utilQk.nodeLabel(node)} (${utilQk.tokenName(data, node.ctx_idx)})` : '')
 
     var all = qk.data.edges(qk.state)
     var words = filterSel.property('value').trim().toLowerCase()
@@ -94,10 +94,10 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
       rowSel.call(qk.examples.attach, d => qk.examples.nodeInfo(d.link.sourceNode))
       rowSel.append('span.qk-glyph').text(d => utilQk.nodeGlyph(d.link.sourceNode))
       if (!tokens) utilQk.addText(rowSel, 'span.qk-token', d => utilQk.tokenName(data, d.link.sourceNode.ctx_idx))
-      utilQk.addText(rowSel, 'span.qk-label', d => utilQk.isolate(d.link.sourceNode.ppClerp))
+      utilQk.addText(rowSel, 'span.qk-label', d => utilQk.nodeLabel(d.link.sourceNode))
       if (tokens) {
         rowSel.append('span').text('→')
-        utilQk.addText(rowSel, 'span.qk-label', d => utilQk.isolate(d.link.targetNode.ppClerp))
+        utilQk.addText(rowSel, 'span.qk-label', d => utilQk.nodeLabel(d.link.targetNode))
       }
       rowSel.append('span.qk-name').text(d => utilQk.nodeName(d.link.sourceNode))
       rowSel.call(addStrip, maxTotal)

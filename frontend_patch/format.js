@@ -56,6 +56,10 @@ window.utilQk = (function(){
     return `L${node.layer}/${util.cantorUnpair(node.feature)[1]}`
   }
 
+  function nodeLabel(node){
+    return isolate(node.ppClerp || '(no label)')
+  }
+
   function nodeGlyph(node){
     return utilCg.featureTypeToText(node.feature_type)
   }
@@ -104,6 +108,7 @@ window.utilQk = (function(){
     tokenName,
     featureName,
     nodeName,
+    nodeLabel,
     nodeGlyph,
     componentLabel,
     color,

@@ -76,8 +76,8 @@ window.qkPage = (function(){
       var feature = await inner.renderFeature(...args).catch(() => emptyFeature())
       if (!feature) return // it is drawn already
       if (!feature.examples_quantiles?.length){
-        options.containerSel.select('.feature-example-list')
-          .text(feature.qkNote || 'No examples are stored for this feature.')
+        options.containerSel.select('.feature-example-list').html('')
+          .append('div.qk-more').text(feature.qkNote || 'No examples are stored for this feature.')
       }
       if (!feature.top_logits?.length && !feature.bottom_logits?.length){
         options.containerSel.select('.feature-example-logits').html('')

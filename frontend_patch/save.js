@@ -69,8 +69,8 @@ window.initQkSave = function({data, cgSel, qk}){
     })
     svg.append('rect').at({width: '100%', height: '100%', fill: '#fff'})
     svg.append('text').at({x: 8, y: 16, fontWeight: 'bold'})
-      .text(`${link.sourceNode.ppClerp} (${utilQk.tokenName(data, link.sourceNode.ctx_idx)}) → ` +
-        `${link.targetNode.ppClerp} (${utilQk.tokenName(data, link.targetNode.ctx_idx)})`)
+      .text(`${utilQk.nodeLabel(link.sourceNode)} (${utilQk.tokenName(data, link.sourceNode.ctx_idx)}) → ` +
+        `${utilQk.nodeLabel(link.targetNode)} (${utilQk.tokenName(data, link.targetNode.ctx_idx)})`)
     var x = value => value/max*barWidth/2
     var rowSel = svg.appendMany('g', parts).translate((d, i) => [0, (i + 1)*rowHeight + 8])
     rowSel.append('text').at({x: left - 8, y: 12, textAnchor: 'end'}).text(d => d.name)
