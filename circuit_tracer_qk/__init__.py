@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.qk import QKRow, QKTable
     from circuit_tracer_qk.residual_model import ResidualModel, load_model
     from circuit_tracer_qk.server import serve
+    from circuit_tracer_qk.transcoder_graph import TranscoderGraph, explain_graph
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "attribute": "attribution",
     "explain": "attribution",
+    "explain_graph": "transcoder_graph",
+    "TranscoderGraph": "transcoder_graph",
     "Component": "components",
     "load_dictionaries": "dictionaries",
     "UserError": "errors",
@@ -48,9 +51,11 @@ __all__ = [
     "QKTable",
     "ResidualGraph",
     "ResidualModel",
+    "TranscoderGraph",
     "UserError",
     "attribute",
     "explain",
+    "explain_graph",
     "create_graph_files",
     "load_dictionaries",
     "load_graph",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,24 @@ from circuit_tracer_qk.qk import QK
 from circuit_tracer_qk.record import Record
 from circuit_tracer_qk.residual_model import ResidualModel
 from circuit_tracer_qk.sweep import Sweep
+from circuit_tracer_qk.transcoder_graph import TranscoderGraph, explain_graph
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of :func:`attribute`."""
+
+    attribution_targets: Any
+    max_n_logits: int
+    desired_logit_prob: float
+    batch_size: int
+    max_feature_nodes: int | None
+    offload: str | None
+    verbose: bool
+    update_interval: int
+    qk: bool
 
 
 def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
@@ -76,10 +94,22 @@ def _read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decom
     return parts, Heads(read_blocks(model.transformer, run.n_pos), run)
 
 
+@overload
+def attribute(
+    prompt: str | Tensor | list[int], model: ResidualModel, **options: Unpack[Options]
+) -> ResidualGraph: ...
+
+
+@overload
+def attribute(
+    prompt: str | Tensor | list[int], model: Any, **options: Unpack[Options]
+) -> TranscoderGraph | host.Graph: ...
+
+
 @torch.no_grad()
 def attribute(
     prompt: str | Tensor | list[int],
-    model: ResidualModel,
+    model: Any,
     *,
     attribution_targets: Any = None,
     max_n_logits: int = 10,
@@ -89,12 +119,14 @@ def attribute(
     offload: str | None = None,
     verbose: bool = False,
     update_interval: int = 4,
-) -> ResidualGraph:
-    """Attribute a prompt's logits to residual-stream features, with heads (paper, "Head loadings").
+    qk: bool = True,
+) -> host.Graph:
+    """Attribute a prompt's logits to features, with heads (paper, "Head loadings").
 
     Args:
         prompt: text, token ids or a tensor of them.
-        model: of :func:`circuit_tracer_qk.load_model`.
+        model: of :func:`circuit_tracer_qk.load_model`; or a replacement model of circuit-tracer's,
+            whose graph is circuit-tracer's own, then explained (:func:`explain_graph`).
         attribution_targets: which logits, as in ``circuit_tracer.attribute``.
         max_n_logits, desired_logit_prob: how many logits when they are not named.
         batch_size: target rows taken at once; bounds memory.
@@ -104,6 +136,7 @@ def attribute(
         verbose: show progress.
         update_interval: accepted as in ``circuit_tracer.attribute``; influence is one exact sweep
             here, so no ranking needs updating.
+        qk: explain circuit-tracer's own graphs; a residual graph always knows its heads.
 
     Returns:
         A genuine ``circuit_tracer.Graph``; the sum of a target's edges over features, decoder
@@ -112,6 +145,21 @@ def attribute(
     Raises:
         UserError: a prompt, targets or dictionaries that cannot be attributed exactly.
     """
+    if not isinstance(model, ResidualModel) and hasattr(model, "transcoders"):
+        with torch.enable_grad():  # which circuit-tracer's backward passes need
+            made = host.attribute_transcoders(
+                prompt,
+                model,
+                attribution_targets=attribution_targets,
+                max_n_logits=max_n_logits,
+                desired_logit_prob=desired_logit_prob,
+                batch_size=batch_size,
+                max_feature_nodes=max_feature_nodes,
+                offload=offload,
+                verbose=verbose,
+                update_interval=update_interval,
+            )
+        return explain_graph(made, model) if qk else made
     del offload, update_interval
     if batch_size < 1 or (max_feature_nodes or 1) < 0:
         raise UserError("batch_size must be at least 1 and max_feature_nodes not negative.")

@@ -24,11 +24,13 @@ class Carried(NamedTuple):
     """What a block does to vectors that enter it at positions from ``start`` on.
 
     Attributes:
+        values: (n, m, n_heads, d_head) what each key offers to its queries.
         z: (n, m, n_heads, d_head) the heads' outputs, before their output weights.
         mid: (n, m, d_model) what the block's transcoder reads.
         out: (n, m, d_model) what leaves the block.
     """
 
+    values: Tensor
     z: Tensor
     mid: Tensor
     out: Tensor
@@ -93,7 +95,7 @@ class Carrier:
         mid = x if block.parallel else x + write
         skip = port.forward(mid, start)
         out = x + write
-        return Carried(z, mid, out if skip is None else out + skip)
+        return Carried(values, z, mid, out if skip is None else out + skip)
 
     def constant(self, layer: int) -> tuple[Tensor, Tensor]:
         """What the block's attention writes whatever it reads, and what the skip makes of it.
@@ -130,24 +132,17 @@ class Carrier:
         block = self.heads.block(layer)
         return self._pull(layer, torch.zeros_like(g) if block.parallel else g, g)
 
-    def pull_here(self, layer: int, g: Tensor, position: int) -> PulledHere:
-        """Gradients (n, d_model) at the block's output at one position, without attention."""
-        skip = self._skip_here(layer, g, position)
+    def pull_here(self, layer: int, g: Tensor, positions: Tensor) -> PulledHere:
+        """Gradients (n, d_model) at the block's output at ``positions`` (n,), without attention."""
+        skip = self.ports[layer].pull_at(g, positions)
         past = g if skip is None else g + skip
-        return self._here(layer, g if self.heads.block(layer).parallel else past, past, position)
-
-    def pull_mid_here(self, layer: int, g: Tensor, position: int) -> PulledHere:
-        """As :meth:`pull_here`, for gradients at what the block's transcoder reads."""
-        parallel = self.heads.block(layer).parallel
-        return self._here(layer, torch.zeros_like(g) if parallel else g, g, position)
-
-    def _skip_here(self, layer: int, g: Tensor, position: int) -> Tensor | None:
-        skip = self.ports[layer].pull(g[:, None], position)
-        return None if skip is None else skip[:, 0]
-
-    def _here(self, layer: int, at_write: Tensor, past: Tensor, position: int) -> PulledHere:
-        positions = torch.full((len(past),), position, device=past.device)
+        at_write = g if self.heads.block(layer).parallel else past
         return PulledHere(self.heads.pull_output(layer, at_write, positions), past)
+
+    def pull_mid_here(self, layer: int, g: Tensor, positions: Tensor) -> PulledHere:
+        """As :meth:`pull_here`, for gradients at what the block's transcoder reads."""
+        at_write = torch.zeros_like(g) if self.heads.block(layer).parallel else g
+        return PulledHere(self.heads.pull_output(layer, at_write, positions), g)
 
     def _pull(self, layer: int, at_write: Tensor, past: Tensor) -> Pulled:
         run, block = self.heads.run, self.heads.block(layer)

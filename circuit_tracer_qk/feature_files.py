@@ -12,11 +12,11 @@ from tqdm import tqdm
 from circuit_tracer_qk import host
 from circuit_tracer_qk.dictionaries import FeatureExamples, feature_index
 from circuit_tracer_qk.files import check_folder, write_atomically
-from circuit_tracer_qk.graph import ResidualGraph
+from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.written import encode
 
 
-def folder_name(graph: ResidualGraph, scan: str | None = None) -> str:
+def folder_name(graph: ExplainedGraph, scan: str | None = None) -> str:
     """The name of the folder that a graph's features lie in.
 
     Args:
@@ -28,7 +28,7 @@ def folder_name(graph: ResidualGraph, scan: str | None = None) -> str:
 
 
 def write_features(
-    graph: ResidualGraph, folder: Path, features: Iterable[tuple[int, int]], scan: str
+    graph: ExplainedGraph, folder: Path, features: Iterable[tuple[int, int]], scan: str
 ) -> None:
     """Write the examples of every (checkpoint, feature), or an empty form where there are none."""
     check_folder(folder)
@@ -43,9 +43,9 @@ def write_features(
             write_atomically(path, data)
 
 
-def stored_examples(graph: ResidualGraph) -> FeatureExamples | None:
+def stored_examples(graph: ExplainedGraph) -> FeatureExamples | None:
     """The examples beside a graph's dictionaries, None where it does not know their folder."""
-    stored = graph.record.dictionary_folder
+    stored = graph.dictionary_folder
     return None if stored is None else FeatureExamples(Path(stored))
 
 

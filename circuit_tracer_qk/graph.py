@@ -7,6 +7,7 @@ head's score can be taken apart at the block's checkpoint (section 2).
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,8 @@ from circuit_tracer_qk import host
 from circuit_tracer_qk.edges import Parts, Targets, edge_parts
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import write_together
-from circuit_tracer_qk.qk import QK, QKRow, QKTable, TopTerms
+from circuit_tracer_qk.frozen import FrozenRun
+from circuit_tracer_qk.qk import QK, QKRow, QKTable, Scores, TopTerms
 from circuit_tracer_qk.record import Record, beside, load_record, record_bytes
 
 
@@ -75,7 +77,67 @@ class EdgeParts(NamedTuple):
     parts: Parts
 
 
-class ResidualGraph(host.Graph):
+class ExplainedGraph(host.Graph, ABC):
+    """A ``circuit_tracer.Graph`` whose scores can be taken apart, of either kind.
+
+    Attributes:
+        kind: "residual" or "transcoder".
+    """
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def scores(self) -> Scores:
+        """Scores of the graph's run."""
+
+    @property
+    @abstractmethod
+    def token_strings(self) -> list[str]:
+        """The prompt's tokens as text."""
+
+    @property
+    @abstractmethod
+    def first_error_layer(self) -> int:
+        """The layer, as nodes have it, that the first error slot stands for."""
+
+    @property
+    @abstractmethod
+    def dictionary_folder(self) -> str | None:
+        """Where feature examples lie; None if nowhere."""
+
+    @abstractmethod
+    def label(self, checkpoint: int, feature: int) -> str:
+        """A feature's label, "" without one."""
+
+    @property
+    def run(self) -> FrozenRun:
+        """The frozen run of the prompt."""
+        return self.scores.heads.run
+
+    @property
+    def n_features(self) -> int:
+        """How many feature nodes the graph has."""
+        return len(self.selected_features)
+
+    def qk(self, layer: int, head: int, query: int, key: int) -> QKTable:
+        """QK attributions of any head at any pair of positions, in the graph or not.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        return self.scores.table(layer, head, query, key)
+
+    def qk_row(self, layer: int, head: int, query: int) -> QKRow:
+        """Scores and pattern of one head's query over keys ``0..query``.
+
+        Raises:
+            UserError: an index out of range.
+        """
+        return self.scores.row(layer, head, query)
+
+
+class ResidualGraph(ExplainedGraph):
     """A ``circuit_tracer.Graph`` between residual-stream features of neighbouring checkpoints.
 
     Nodes, their order and the adjacency matrix are circuit-tracer's (rows are targets), so its
@@ -86,13 +148,31 @@ class ResidualGraph(host.Graph):
         **arguments: of ``circuit_tracer.Graph``.
     """
 
+    kind = "residual"
+
     def __init__(self, record: Record, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.record = record
 
     @cached_property
-    def _qk(self) -> QK:
+    def scores(self) -> QK:
         return QK(self.record.parts, self.record.heads, self.record.names)
+
+    @property
+    def token_strings(self) -> list[str]:
+        return self.record.token_strings
+
+    @property
+    def first_error_layer(self) -> int:
+        # error slot 0 stands for checkpoint 1, or 0 in resid_pre sets; a node's layer is one less
+        return -1 if self.record.resid_pre else 0
+
+    @property
+    def dictionary_folder(self) -> str | None:
+        return self.record.dictionary_folder
+
+    def label(self, checkpoint: int, feature: int) -> str:
+        return self.record.names(checkpoint, feature)
 
     def to_pt(self, path: str | Path) -> None:
         """Save the graph, and beside it what explains its edges and scores.
@@ -109,11 +189,6 @@ class ResidualGraph(host.Graph):
         write_together({beside(path): record, Path(path): stock.getvalue()})
 
     @property
-    def n_features(self) -> int:
-        """How many feature nodes the graph has."""
-        return len(self.selected_features)
-
-    @property
     def bias_edges(self) -> Tensor:
         """(n_features + n_logits, n_pos): edges from ``b_dec``, which has no node of its own."""
         return self.record.bias_edges
@@ -123,29 +198,13 @@ class ResidualGraph(host.Graph):
         """(n_features + n_logits, n_pos): edges from learned positions; None without them."""
         return self.record.position_edges
 
-    def qk(self, layer: int, head: int, query: int, key: int) -> QKTable:
-        """QK attributions of any head at any pair of positions, in the graph or not.
-
-        Raises:
-            UserError: an index out of range, or key > query.
-        """
-        return self._qk.table(layer, head, query, key)
-
-    def qk_row(self, layer: int, head: int, query: int) -> QKRow:
-        """Scores and pattern of one head's query over keys ``0..query``.
-
-        Raises:
-            UserError: an index out of range.
-        """
-        return self._qk.row(layer, head, query)
-
     def qk_top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
         """The ``n`` largest terms for every visible key of a query, in one product.
 
         Raises:
             UserError: an index out of range.
         """
-        return self._qk.top(layer, head, query, n)
+        return self.scores.top(layer, head, query, n)
 
     def edge(self, source: int, target: int) -> Edge:
         """One edge and what carried it.

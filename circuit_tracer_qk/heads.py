@@ -482,6 +482,25 @@ def refuse_unsupported(model: HookedTransformer) -> None:
         UserError: the reason and the way out.
     """
     cfg: Any = model.cfg
+    refuse_attention(model)
+    _refuse(
+        cfg,
+        {
+            "a mixture of experts": bool(getattr(cfg, "num_experts", None)),
+            f"the activation {cfg.act_fn}, which is not elementwise": (
+                not cfg.attn_only and cfg.act_fn not in ELEMENTWISE
+            ),
+        },
+    )
+
+
+def refuse_attention(model: HookedTransformer) -> None:
+    """Refuse, by name, attention whose scores this module does not reproduce.
+
+    Raises:
+        UserError: the reason and the way out.
+    """
+    cfg: Any = model.cfg
     attn: Any = model.blocks[0].attn
     reasons = {
         f"{cfg.positional_embedding_type} position bias in its scores": (
@@ -489,21 +508,47 @@ def refuse_unsupported(model: HookedTransformer) -> None:
         ),
         "bidirectional attention": cfg.attention_dir != "causal",
         "attention sinks": hasattr(attn, "sinks"),
-        "a mixture of experts": bool(getattr(cfg, "num_experts", None)),
         "a QK-norm over whole query vectors": (
             getattr(attn, "q_norm", None) is not None and not getattr(cfg, "use_qk_norm", False)
         ),
         "4-bit weights": bool(getattr(cfg, "load_in_4bit", False)),
-        f"the activation {cfg.act_fn}, which is not elementwise": (
-            not cfg.attn_only and cfg.act_fn not in ELEMENTWISE
-        ),
     }
+    _refuse(cfg, reasons)
+
+
+def _refuse(cfg: Any, reasons: dict[str, bool]) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise UserError(
                 f"{cfg.model_name} ({cfg.original_architecture}) has {reason}, which cannot be "
                 "attributed exactly: use a GPT-2, Pythia, Llama, Mistral, Qwen2, Qwen3, Gemma-2 or "
                 "Gemma-3 model."
+            )
+
+
+@torch.no_grad()
+def check_patterns(heads: Heads, name: str, exact: bool) -> None:
+    """Rebuild a run's attention patterns from this module's maps and compare.
+
+    Args:
+        heads: the heads on the run.
+        name: the model's.
+        exact: its weights are in float32 or more.
+
+    Raises:
+        UserError: a pattern differs by more than 1e-3 (.3 where the model rounds).
+    """
+    run, limit = heads.run, 1e-3 if exact else 0.3
+    for layer in range(run.n_layers):
+        block = heads.block(layer)
+        visible = block.visible(run.n_pos, run.residual.device)
+        scores = block.cap(heads.scores(layer)).masked_fill(~visible, -torch.inf)
+        off = float((scores.softmax(-1) - run.pattern[layer]).abs().max())
+        if not off <= limit:
+            raise UserError(
+                f"{name} computes something this package does not reproduce: the pattern of layer "
+                f"{layer} differs by {off:.1e} (limit {limit:.0e}); its scores cannot be taken "
+                "apart."
             )
 
 
@@ -519,7 +564,7 @@ def check_exact(model: HookedTransformer) -> None:
     """
     cfg = model.cfg
     exact = cfg.dtype in (torch.float32, torch.float64)
-    limits = {"pattern": 1e-3, "output": 1e-3} if exact else {"pattern": 0.3, "output": 0.05}
+    tolerance = 1e-3 if exact else 0.05
     n = min(16, cfg.n_ctx)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(cfg.d_vocab, (n,), generator=generator).to(model.W_E.device)
@@ -528,8 +573,7 @@ def check_exact(model: HookedTransformer) -> None:
     heads = Heads(blocks, run)
     everywhere = torch.arange(n, device=tokens.device)
 
-    def compare(kind: str, what: str, ours: Tensor, theirs: Tensor) -> None:
-        tolerance = limits[kind]
+    def compare(what: str, ours: Tensor, theirs: Tensor) -> None:
         difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         if not difference <= tolerance:
             raise UserError(
@@ -538,15 +582,13 @@ def check_exact(model: HookedTransformer) -> None:
                 f"{tolerance:.0e}); the architecture is not supported."
             )
 
+    check_patterns(heads, f"{cfg.model_name} ({cfg.original_architecture})", exact)
     embedding = run.embedding
     if run.position_embedding is not None:
         embedding = embedding + run.position_embedding
-    compare("output", "the embedding at checkpoint 0", embedding, run.residual[0])
+    compare("the embedding at checkpoint 0", embedding, run.residual[0])
     for layer, source in enumerate(model.blocks):
         b = heads.block(layer)
-        scores = b.cap(heads.scores(layer))
-        scores = scores.masked_fill(~b.visible(n, tokens.device), -torch.inf)
-        compare("pattern", f"the pattern of layer {layer}", scores.softmax(-1), run.pattern[layer])
         v = b.expand(heads.values(layer, run.residual[layer], everywhere) + _value_bias(b))
         z = torch.einsum("hqk,khe->qhe", run.pattern[layer], v)
         write = torch.einsum("qhe,hed->qd", z, b.W_O) + b.b_O
@@ -556,7 +598,7 @@ def check_exact(model: HookedTransformer) -> None:
             out = out + mlp.output(
                 run.mlp_input[layer], run.scale("ln2", layer), run.scale("ln2_post", layer)
             )
-        compare("output", f"the output of block {layer}", out, run.residual[layer + 1])
+        compare(f"the output of block {layer}", out, run.residual[layer + 1])
 
 
 def _value_bias(b: AttentionBlock) -> Tensor:
@@ -589,8 +631,11 @@ __all__ = [
     "MLPBlock",
     "Norm",
     "check_exact",
+    "check_patterns",
     "contraction_dtype",
     "logit_directions",
     "read_blocks",
     "read_mlp",
+    "refuse_attention",
+    "refuse_unsupported",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,19 @@ def graph_scan(graph: Graph) -> str:
     """The identifier of the dictionaries that a graph was made with."""
     scan = getattr(graph, "scan", None) or getattr(graph, "scan_name", None) or "unknown"
     return scan if isinstance(scan, str) else "-".join(scan)
+
+
+def named_scan(graph: Graph, scan: str | list[str] | None = None) -> tuple[str, list[str]]:
+    """``metadata.scan`` and ``transcoder_list`` as circuit-tracer writes them.
+
+    A list of transcoders gets a name of its own: theirs joined, hashed so that it is the same in
+    every process.
+    """
+    named = scan or getattr(graph, "scan", None) or getattr(graph, "scan_name", None) or "unknown"
+    if isinstance(named, str):
+        return named, []
+    joined = "-".join(named)
+    return f"custom-{int(sha256(joined.encode()).hexdigest()[:15], 16)}", list(named)
 
 
 @contextmanager
@@ -300,9 +314,20 @@ def save_stock(graph: Graph, file: Any) -> None:
 
 def load_stock(path: Any, device: Any) -> dict[str, Any]:
     """The keyword arguments of the ``Graph`` in a ``.pt`` that this host wrote."""
-    graph = Graph.from_pt(str(path), map_location=str(device))
+    return arguments_of(Graph.from_pt(str(path), map_location=str(device)))
+
+
+def arguments_of(graph: Graph) -> dict[str, Any]:
+    """The keyword arguments that make a graph again."""
     names = inspect.signature(Graph.__init__).parameters
     return {name: getattr(graph, name) for name in names if hasattr(graph, name)}
+
+
+def attribute_transcoders(prompt: Any, model: Any, **options: Any) -> Graph:
+    """circuit-tracer's own attribution, with the options that it takes."""
+    from circuit_tracer import attribute
+
+    return attribute(prompt=prompt, model=model, **_accepted(attribute, **options))
 
 
 __all__ = [
@@ -313,6 +338,8 @@ __all__ = [
     "PruneResult",
     "QParams",
     "TranscoderNodes",
+    "arguments_of",
+    "attribute_transcoders",
     "decoder",
     "edge_influence",
     "graph_arguments",
@@ -320,6 +347,7 @@ __all__ = [
     "graph_scores",
     "load_stock",
     "logit_targets",
+    "named_scan",
     "prune",
     "save_stock",
     "skip_weights",

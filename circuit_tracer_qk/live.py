@@ -7,7 +7,7 @@ from threading import Lock
 
 from circuit_tracer_qk.dictionaries import indexed_feature
 from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
-from circuit_tracer_qk.graph import ResidualGraph
+from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.tables import Names, row_document, table_document
 from circuit_tracer_qk.written import encode
 
@@ -19,9 +19,13 @@ class LiveGraphs:
         graphs: by the slug that their file has.
     """
 
-    def __init__(self, graphs: Mapping[str, ResidualGraph]) -> None:
+    def __init__(self, graphs: Mapping[str, ExplainedGraph]) -> None:
         self._graphs = dict(graphs)
-        self._examples = {folder_name(g): stored_examples(g) for g in self._graphs.values()}
+        self._examples = {
+            folder_name(graph): stored_examples(graph)
+            for graph in self._graphs.values()
+            if graph.kind == "residual"  # transcoders' examples lie where their scan says
+        }
         self._lock = Lock()  # a graph keeps what it projected, and archives have one position
 
     @property

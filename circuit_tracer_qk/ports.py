@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from circuit_tracer_qk.errors import UserError
@@ -61,13 +62,17 @@ class Port:
         read = zero if self.ln2.b is None else zero + self.ln2.b
         return self.post.linear(read @ self.skip, self.post_scale)
 
-    def pull(self, g: Tensor, start: int = 0) -> Tensor | None:
-        """The transpose of :meth:`forward`: gradients at the block's output to the stream."""
+    def pull(self, g: Tensor) -> Tensor | None:
+        """The transpose of :meth:`forward`: (n, m, d_model) gradients at positions from 0 on."""
+        positions = torch.arange(g.shape[1], device=g.device)
+        return self.pull_at(g, positions.expand(g.shape[:2]))
+
+    def pull_at(self, g: Tensor, positions: Tensor) -> Tensor | None:
+        """As :meth:`pull`, for gradients (..., d_model) at ``positions`` (...)."""
         if self.skip is None:
             return None
-        here = slice(start, start + g.shape[1])
-        write = self.post.pull(g, self.post_scale[here].expand(g.shape[:2]))
-        return self.ln2.pull(write @ self.skip.T, self.ln2_scale[here].expand(g.shape[:2]))
+        write = self.post.pull(g, self.post_scale[positions])
+        return self.ln2.pull(write @ self.skip.T, self.ln2_scale[positions])
 
 
 def read_ports(

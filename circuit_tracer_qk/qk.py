@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from operator import index
@@ -23,10 +23,20 @@ from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomp
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.heads import Heads
 
+WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype
 RUN = 16  # neighbouring positions projected at once: bounds memory, and stays in the cache
 
 Label = Callable[[int, int], str]
 """(checkpoint, feature) -> a short label, "" where there is none."""
+
+
+class Place(NamedTuple):
+    """Where a table stands: one head's score of one key position at one query position."""
+
+    layer: int
+    head: int
+    query: int
+    key: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +189,24 @@ class Scores(ABC):
         block = self.heads.block(layer)
         q = self._exact(layer, head, query, side=0)
         k = self._exact(layer, block.group(head), key, side=1)
+        return self._made(layer, head, query, key, q, k)
+
+    def tables(self, places: Iterable[Place]) -> Iterator[QKTable]:
+        """Tables of many (layer, head, query, key), by layer, query and key.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        for place in sorted(set(places), key=lambda p: (p[0], p[2], p[3], p[1])):
+            yield self.table(*place)
+
+    def _made(self, layer: int, head: int, query: int, key: int, q: Tensor, k: Tensor) -> QKTable:
+        """The table of the images of either side, (n_components, d_head) each."""
+        block = self.heads.block(layer)
         score = self._scores(layer, head, query, torch.tensor([key]))
-        terms = q @ k.T / block.attn_scale
+        if len(q) * len(k) > WIDE_TERMS:  # so many do not cancel to nothing
+            q, k = (image.to(self.heads.run.residual.dtype) for image in (q, k))
+        terms = (q / block.attn_scale) @ k.T
         return QKTable(
             layer=layer,
             head=head,

@@ -10,7 +10,8 @@ one list that does sum, by the head that delivered it, after which no attention 
 
     edge = attention_free + sum over blocks and heads of last(block, h)
 
-One sweep forward of the sources and one back of the targets give both for all edges at once.
+One sweep forward of the sources and one back of the targets give both for all edges at once, and
+what each head carried from every key to every query.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from circuit_tracer_qk.carry import Carrier
+from circuit_tracer_qk.carry import Carried, Carrier
+
+GRADIENT_BYTES = 512 << 20  # of targets carried back at once
+STREAM_BYTES = 16 << 20  # of sources carried at once, before what their block makes of them
 
 
 class Writes(NamedTuple):
@@ -54,6 +59,39 @@ class Reads(NamedTuple):
     row: Tensor
 
 
+class Listing(NamedTuple):
+    """Which heads of a block to list for an edge, and how many of their pairs.
+
+    Attributes:
+        heads: at most so many, the largest by |part|.
+        share: no more than reach this share of the block's sum of |part|.
+        pairs: so many (query, key) pairs of each.
+    """
+
+    heads: int = 3
+    share: float = 0.9
+    pairs: int = 2
+
+
+class Pairs(NamedTuple):
+    """The listed heads: one row for each edge, block and head, its edges in no order.
+
+    Law: a head's part is the sum of its pairs, of which the largest are here.
+
+    Attributes:
+        edge, layer, head: (n,) what a row is about.
+        query, key: (n, pairs) positions, largest by |value| first.
+        value: (n, pairs) what the head carried from key to query; 0 where there are fewer.
+    """
+
+    edge: Tensor
+    layer: Tensor
+    head: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
 class Splits(NamedTuple):
     """How a list of edges splits. Zero at blocks that are not between source and target.
 
@@ -65,12 +103,16 @@ class Splits(NamedTuple):
         through: (n, n_layers, n_heads) the part that passes each head of each block.
         last: (n, n_layers, n_heads) the part that passes no attention after this head.
         attention_free: (n,) the part that passes none at all.
+        between: (n, n_layers) the blocks between source and target.
+        pairs: of the listed heads; None where none were asked for.
     """
 
     weight: Tensor
     through: Tensor
     last: Tensor
     attention_free: Tensor
+    between: Tensor
+    pairs: Pairs | None = None
 
 
 class _Back(NamedTuple):
@@ -78,8 +120,8 @@ class _Back(NamedTuple):
 
     Attributes:
         row: (n_targets,) the row of each target, -1 for those that read before this block.
-        whole: (n, n_pos, n_heads * d_head) along every path; zero after the target's position.
-        local: (n, n_heads * d_head) at the target's position, along paths without attention.
+        whole: (n_heads, n, n_pos, d_head) along every path; zero after the target's position.
+        local: (n, n_heads, d_head) at the target's position, along paths without attention.
     """
 
     row: Tensor
@@ -87,40 +129,99 @@ class _Back(NamedTuple):
     local: Tensor
 
 
+class _Edges(NamedTuple):
+    """Some of the edges, with the places of their ends.
+
+    Attributes:
+        at: (n,) which edges they are.
+        source, target: (n,) rows of the sources and of the targets at hand.
+        target_layer, target_position: (n,) where each edge ends.
+    """
+
+    at: Tensor
+    source: Tensor
+    target: Tensor
+    target_layer: Tensor
+    target_position: Tensor
+
+    def only(self, chosen: Tensor) -> _Edges:
+        """Those at ``chosen``, indices or a mask."""
+        return _Edges(*(part[chosen] for part in self))
+
+
 @torch.no_grad()
 def split_edges(
-    carrier: Carrier, writes: Writes, reads: Reads, source: Tensor, target: Tensor
+    carrier: Carrier,
+    writes: Writes,
+    reads: Reads,
+    source: Tensor,
+    target: Tensor,
+    listing: Listing | None = None,
+    progress: bool = False,
 ) -> Splits:
     """Split edges at every block.
+
+    Memory is bounded: targets are carried back, and sources forward, some at a time.
 
     Args:
         carrier: the frozen blocks.
         writes: of all sources.
         reads: of all targets.
         source, target: (n,) ends of each edge, as ``writes.source`` and rows of ``reads``.
+        listing: list heads with the positions between which they carried.
+        progress: show it, where it takes longer than two seconds.
 
     Returns:
         In the order of the edges.
     """
     run = carrier.heads.run
+    n, zeros, d_head = len(source), run.residual.new_zeros, carrier.heads.blocks[0].W_Q.shape[2]
     n_heads = carrier.heads.blocks[0].n_heads
-    back, free = _sweep_back(carrier, reads)
-    n, zeros = len(source), run.residual.new_zeros
     shape = n, run.n_layers, n_heads
-    out = Splits(zeros(n), zeros(shape), zeros(shape), zeros(n))
+    between = torch.zeros(n, run.n_layers, dtype=torch.bool, device=source.device)
+    out = Splits(zeros(n), zeros(shape), zeros(shape), zeros(n), between)
+    position = _by_source(writes, writes.position, "amin")
+    width = n_heads * d_head * run.residual.element_size()
 
-    n_sources = int(writes.source.max()) + 1
-    position = writes.position.new_zeros(n_sources)
-    position[writes.source] = writes.position
-    for start in position[source].unique().tolist():
-        edges = (position[source] == start).nonzero().flatten()
-        mine, of_edge = source[edges].unique(return_inverse=True)
-        local = torch.full_like(position, -1)
-        local[mine] = torch.arange(len(mine), device=mine.device)
-        rows = (local[writes.source] >= 0).nonzero().flatten()
-        group = Writes(local[writes.source[rows]], *(part[rows] for part in writes[1:]))
-        _sweep(carrier, group, reads, back, free, start, edges, of_edge, target[edges], out)
-    return out
+    found: list[Pairs] = []
+    causal = position[source] <= reads.position[target]  # all else is zero
+    order = target[causal].unique()
+    order = order[reads.position[order].argsort(stable=True)]
+    some_targets = max(1, GRADIENT_BYTES // (width * run.n_pos * run.n_layers))
+    some_sources = max(1, STREAM_BYTES // (width * run.n_pos))
+    with tqdm(total=n, desc="edges by head", delay=2, disable=None if progress else True) as bar:
+        for mine in order.split(some_targets):
+            local = torch.full_like(reads.layer, -1)
+            local[mine] = torch.arange(len(mine), device=mine.device)
+            group = Reads(*(part[mine] for part in reads))
+            back, free = _sweep_back(carrier, group)
+            edges = (causal & (local[target] >= 0)).nonzero().flatten()
+            of_group = source[edges]
+            ends = of_group.unique()
+            ends = ends[position[ends].argsort(stable=True)]
+            for some in ends.split(some_sources):
+                row = torch.full_like(position, -1)
+                row[some] = torch.arange(len(some), device=some.device)
+                kept = row[writes.source] >= 0
+                chosen = Writes(row[writes.source[kept]], *(part[kept] for part in writes[1:]))
+                at = edges[row[of_group] >= 0]
+                t = local[target[at]]
+                these = _Edges(at, row[source[at]], t, group.layer[t], group.position[t])
+                found += _sweep(carrier, chosen, group, back, free, these, out, listing)
+                bar.update(len(at))
+    if listing is None:
+        return out
+    empty = zeros(0, listing.pairs)
+    none = source.new_zeros(0)
+    nowhere = source.new_zeros(0, listing.pairs)
+    found.append(Pairs(none, none, none, nowhere, nowhere, empty))
+    return out._replace(pairs=Pairs(*map(torch.cat, zip(*found, strict=True))))
+
+
+def _by_source(writes: Writes, values: Tensor, how: str) -> Tensor:
+    """(n_sources,) the least or greatest of each source's values."""
+    out = values.new_zeros(int(writes.source.max()) + 1 if len(writes.source) else 0)
+    return out.scatter_reduce_(0, writes.source, values, how, include_self=False)
 
 
 def _sweep(
@@ -129,65 +230,159 @@ def _sweep(
     reads: Reads,
     back: list[_Back],
     free: list[Tensor],
-    start: int,
-    edges: Tensor,
-    source: Tensor,
-    target: Tensor,
+    edges: _Edges,
     out: Splits,
-) -> None:
-    """Carry the sources of one position forward, and split their edges at each block."""
+    listing: Listing | None,
+) -> list[Pairs]:
+    """Carry some sources forward, and split their edges at each block."""
     run = carrier.heads.run
-    n_sources, n_layers = int(writes.source.max()) + 1, run.n_layers
-    x = run.residual.new_zeros(n_sources, run.n_pos - start, run.residual.shape[2])
-    first = torch.full((n_sources,), n_layers, device=x.device)
-    first.scatter_reduce_(0, writes.source, writes.layer, "amin")
-    at_target, at_layer = reads.position[target], reads.layer[target]
+    start, end = int(writes.position.min()), int(reads.position.max()) + 1
+    position, first = (
+        _by_source(writes, values, "amin") for values in (writes.position, writes.layer)
+    )
+    n_sources, d_model = len(position), run.residual.shape[2]
+    # nothing flows before the first source, and nothing after the last target is read
+    x = run.residual.new_zeros(n_sources, end - start, d_model)
+    here = edges.only(edges.target_position == position[edges.source])
+    found: list[Pairs] = []
 
     def write(layer: int) -> None:
         now = writes.layer == layer
-        x[:, 0].index_add_(0, writes.source[now], writes.vector[now])
+        at = writes.source[now], writes.position[now] - start
+        x.index_put_(at, writes.vector[now], accumulate=True)
         # what passes no attention at all stays at its position
-        e = ((at_target == start) & (at_layer > layer)).nonzero().flatten()
-        if bool(now.any()) and len(e):
-            vectors = x.new_zeros(n_sources, x.shape[2])
+        free_edges = here.only(here.target_layer > layer)
+        if bool(now.any()) and len(free_edges.at):
+            vectors = x.new_zeros(n_sources, d_model)
             vectors.index_add_(0, writes.source[now], writes.vector[now])
-            products = (vectors[source[e]] * free[layer + 1][target[e]]).sum(1)
-            out.attention_free[edges[e]] += products
+            s, t = free_edges.source, free_edges.target
+            out.attention_free[free_edges.at] += _dots(vectors, s, free[layer + 1], t)
 
     write(-1)
-    for layer in range(n_layers):
+    for layer in range(run.n_layers):
         parallel = carrier.heads.block(layer).parallel
         carried = carrier.carry(layer, x, start)
-        crosses = (first[source] < layer) & (at_layer > layer if parallel else at_layer >= layer)
-        e = crosses.nonzero().flatten()
-        if len(e):
-            s, t = source[e], target[e]
-            rows = back[layer].row[t]
-            z = carried.z.flatten(2)
-            whole = _products(z, back[layer].whole[:, start:], s, rows)
-            out.through[edges[e], layer] = whole.unflatten(1, carried.z.shape[2:]).sum(2)
-            here = z[s, at_target[e] - start] * back[layer].local[rows]
-            out.last[edges[e], layer] = here.unflatten(1, carried.z.shape[2:]).sum(2)
-        e = (at_layer == layer).nonzero().flatten()
-        out.weight[edges[e]] = _read(carried.mid, reads, source[e], target[e], start)
+        ends_later = edges.target_layer > layer if parallel else edges.target_layer >= layer
+        crossing = edges.only((first[edges.source] < layer) & ends_later)
+        if len(crossing.at):
+            through = _through(carried.z, back[layer], crossing, start, end)
+            out.between[crossing.at, layer] = True
+            out.through[crossing.at, layer] = through
+            s, t = crossing.source, back[layer].row[crossing.target]
+            z = carried.z.flatten(2).flatten(0, 1)
+            at = s * carried.z.shape[1] + (crossing.target_position - start)
+            last = _dots(z, at, back[layer].local.flatten(1), t, through.shape[1])
+            out.last[crossing.at, layer] = last
+            listed = None if listing is None else _largest(through, listing)
+            if listing is not None and listed is not None and len(listed[0]):
+                found.append(
+                    _pairs(
+                        carried,
+                        back[layer],
+                        run.pattern[layer],
+                        crossing,
+                        listed,
+                        layer,
+                        start,
+                        position,
+                        listing,
+                    )
+                )
+        reading = edges.only(edges.target_layer == layer)
+        out.weight[reading.at] = _read(carried.mid, reads, reading, start)
         x = carried.out
         write(layer)
-    e = (at_layer == n_layers).nonzero().flatten()
-    out.weight[edges[e]] = _read(x, reads, source[e], target[e], start)
+    reading = edges.only(edges.target_layer == run.n_layers)
+    out.weight[reading.at] = _read(x, reads, reading, start)
+    return found
 
 
-def _products(z: Tensor, whole: Tensor, s: Tensor, t: Tensor, chunk: int = 256) -> Tensor:
-    """(n, n_heads * d_head): products of rows over the positions, which are summed."""
-    parts = zip(s.split(chunk), t.split(chunk), strict=True)
-    return torch.cat([(z[i] * whole[j]).sum(1) for i, j in parts])
+def _through(z: Tensor, back: _Back, edges: _Edges, start: int, end: int) -> Tensor:
+    """(n, n_heads): products over positions, of every source with every target in one product."""
+    sources, s = edges.source.unique(return_inverse=True)
+    targets, t = edges.target.unique(return_inverse=True)
+    left = z[sources].permute(2, 0, 1, 3).flatten(2)
+    right = back.whole[:, back.row[targets], start:end].flatten(2)
+    return (left @ right.transpose(1, 2))[:, s, t].T
 
 
-def _read(x: Tensor, reads: Reads, s: Tensor, t: Tensor, start: int) -> Tensor:
-    return (x[s, reads.position[t] - start] * reads.row[t]).sum(1)
+def _largest(through: Tensor, listing: Listing) -> tuple[Tensor, Tensor]:
+    """The heads to list, as (n,) rows of ``through`` and heads."""
+    size, order = through.abs().sort(dim=1, descending=True, stable=True)
+    before = size.cumsum(1) - size
+    wanted = (before < listing.share * size.sum(1, keepdim=True)) & (size > 0)
+    wanted[:, listing.heads :] = False
+    row, rank = wanted.nonzero(as_tuple=True)
+    return row, order[row, rank]
+
+
+def _pairs(
+    carried: Carried,
+    back: _Back,
+    pattern: Tensor,
+    edges: _Edges,
+    listed: tuple[Tensor, Tensor],
+    layer: int,
+    start: int,
+    first_key: Tensor,
+    listing: Listing,
+    chunk: int = 128,
+) -> Pairs:
+    """What each listed head carried from every key to every query, the largest of it.
+
+    Args:
+        pattern: (n_heads, n_pos, n_pos)
+        listed: rows of ``edges`` and heads.
+        start: the position of the first of what is carried.
+        first_key: (n_sources,) where each source is.
+    """
+    row, head = listed
+    order = edges.source[row].argsort()  # sources lie in the order of their positions
+    row, head = row[order], head[order]
+    n, n_pos = listing.pairs, pattern.shape[1]
+    where = row.new_zeros(len(row), n)
+    value = pattern.new_zeros(len(row), n)
+    for at in torch.arange(len(row), device=row.device).split(chunk):
+        r, h = row[at], head[at]
+        # from the first key that any of these has to the last query
+        key = int(first_key[edges.source[r]].min())
+        query = int(edges.target_position[r].max()) + 1
+        values = carried.values[edges.source[r], key - start : query - start, h]
+        gradient = back.whole[h, back.row[edges.target[r]], key:query]
+        parts = gradient @ values.transpose(1, 2) * pattern[h, key:query, key:query]
+        size, k = query - key, min(n, (query - key) ** 2)
+        largest = parts.flatten(1).abs().topk(k, dim=1).indices
+        value[at, :k] = parts.flatten(1).gather(1, largest)
+        where[at, :k] = (key + largest // size) * n_pos + key + largest % size
+    return Pairs(
+        edge=edges.at[row],
+        layer=torch.full_like(row, layer),
+        head=head,
+        query=where // n_pos,
+        key=where % n_pos,
+        value=value,
+    )
+
+
+def _dots(
+    a: Tensor, i: Tensor, b: Tensor, j: Tensor, parts: int | None = None, chunk: int = 4096
+) -> Tensor:
+    """(n,) or (n, parts): products of rows ``a[i]`` and ``b[j]``, in parts of equal length."""
+    pieces = []
+    for some, others in zip(i.split(chunk), j.split(chunk), strict=True):
+        product = a[some] * b[others]
+        pieces.append(product.unflatten(1, (parts or 1, -1)).sum(2))
+    found = torch.cat(pieces) if pieces else a.new_zeros(0, parts or 1)
+    return found if parts else found[:, 0]
+
+
+def _read(x: Tensor, reads: Reads, edges: _Edges, start: int) -> Tensor:
+    at = edges.source * x.shape[1] + (edges.target_position - start)
+    return _dots(x.flatten(0, 1), at, reads.row, edges.target)
 
 
 def _sweep_back(carrier: Carrier, reads: Reads) -> tuple[list[_Back], list[Tensor]]:
-    """Carry the targets back.
+    """Carry targets back.
 
     Returns:
         For every block, its heads' gradients; for every checkpoint, (n_targets, d_model) gradients
@@ -195,44 +390,32 @@ def _sweep_back(carrier: Carrier, reads: Reads) -> tuple[list[_Back], list[Tenso
     """
     run = carrier.heads.run
     n_layers, n_targets, d_model = run.n_layers, len(reads.layer), reads.row.shape[1]
-    width = carrier.heads.blocks[0].W_Q.shape[0] * carrier.heads.blocks[0].W_Q.shape[2]
-    new = reads.row.new_zeros
-    back = []
-    for layer in range(n_layers):
-        row = torch.full_like(reads.layer, -1)
-        reading = (reads.layer >= layer).nonzero().flatten()
-        row[reading] = torch.arange(len(reading), device=row.device)
-        back.append(_Back(row, new(len(reading), run.n_pos, width), new(len(reading), width)))
-    free = [new(n_targets, d_model) for _ in range(n_layers + 1)]
-    for end in reads.position.unique().tolist():
-        mine = (reads.position == end).nonzero().flatten()
-        _back_from(carrier, reads, mine, end, back, free)
-    return back, free
+    order = reads.layer.argsort(descending=True, stable=True)  # later ones first: rows are added
+    layer_of, position, row = reads.layer[order], reads.position[order], reads.row[order]
+    end = int(position.max()) + 1
 
+    def placed(first: int, n: int) -> Tensor:
+        g = row.new_zeros(n - first, end, d_model)
+        g[torch.arange(n - first, device=g.device), position[first:n]] = row[first:n]
+        return g
 
-def _back_from(
-    carrier: Carrier, reads: Reads, mine: Tensor, end: int, back: list[_Back], free: list[Tensor]
-) -> None:
-    """Carry back the targets of one position."""
-    n_layers, layer_of = carrier.heads.run.n_layers, reads.layer[mine]
-    order = layer_of.argsort(descending=True)  # those that read latest come first: rows are added
-    mine, layer_of = mine[order], layer_of[order]
-    row = reads.row[mine]
     n = int((layer_of == n_layers).sum())
-    g = row.new_zeros(n, end + 1, row.shape[1])
-    g[:, end] = row[:n]
-    local = row[:n]
-    free[n_layers][mine[:n]] = local
+    g, local = placed(0, n), row[:n]
+    free = [row.new_zeros(n_targets, d_model) for _ in range(n_layers + 1)]
+    free[n_layers][order[:n]] = local
+    back: list[_Back] = []
     for layer in reversed(range(n_layers)):
         first, n = n, int((layer_of >= layer).sum())
-        reading = row.new_zeros(n - first, end + 1, row.shape[1])
-        reading[:, end] = row[first:n]
-        pulled = [carrier.pull(layer, g), carrier.pull_mid(layer, reading)]
-        z = torch.cat([p.z for p in pulled]).flatten(2)
-        rows = back[layer].row[mine[:n]]
-        back[layer].whole[rows, : end + 1] = z
-        at = [carrier.pull_here(layer, local, end), carrier.pull_mid_here(layer, row[first:n], end)]
-        back[layer].local[rows] = torch.cat([a.z for a in at]).flatten(1)
+        pulled = [carrier.pull(layer, g), carrier.pull_mid(layer, placed(first, n))]
+        at = [
+            carrier.pull_here(layer, local, position[:first]),
+            carrier.pull_mid_here(layer, row[first:n], position[first:n]),
+        ]
+        where = torch.full_like(reads.layer, -1)
+        where[order[:n]] = torch.arange(n, device=where.device)
+        whole = torch.cat([p.z for p in pulled]).permute(2, 0, 1, 3).contiguous()
+        back.append(_Back(where, whole, torch.cat([a.z for a in at])))
         g = torch.cat([p.whole for p in pulled])
         local = torch.cat([a.bypass for a in at])
-        free[layer][mine[:n]] = local
+        free[layer][order[:n]] = local
+    return back[::-1], free

@@ -16,7 +16,7 @@ from torch import Tensor
 from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.dictionaries import feature_index
 from circuit_tracer_qk.qk import QKRow, QKTable
-from circuit_tracer_qk.written import rest, rounded
+from circuit_tracer_qk.written import rest, rounded, rounded_all
 
 MARGINALS_LISTED = 20  # a table's largest marginals on either side, all of whose terms are written
 TOP_TERMS = 50
@@ -48,18 +48,18 @@ class Names:
         layer = c.checkpoint - 1
         if c.kind == "feature":
             return f"{layer}_{c.feature}_{c.position}"
-        if c.kind == "error":
+        if c.kind == "error" and c.label == "error":
             return f"{layer}_-1_{c.position}"
         if c.kind == "embedding":
             return f"E_{self.tokens[c.position]}_{c.position}"
         if c.kind == "position":
             return f"E_position_{c.position}"
-        return f"{layer}_bias_{c.label.split()[0]}_{c.position}"
+        return f"{layer}_{c.kind}_{c.label.split()[0]}_{c.position}"
 
     def is_node(self, c: Component) -> bool:
         """Whether a component is a node of the graph, or may be one where that is not known."""
         if self.nodes is None:
-            return c.kind not in ("bias", "position")
+            return c.kind in ("feature", "embedding") or (c.kind, c.label) == ("error", "error")
         return self.node_id(c) in self.nodes
 
 
@@ -77,16 +77,16 @@ def table_document(
         names: gets the features mentioned.
         top_terms: how many terms to list, by absolute value.
     """
-    terms = table.terms.double().cpu()
+    terms = table.terms.cpu()
     score = rounded(table.score)
-    chosen = _largest(terms.flatten(), top_terms)
-    rows, columns = (chosen // terms.shape[1]).tolist(), (chosen % terms.shape[1]).tolist()
-    values = [rounded(value) for value in terms.flatten()[chosen].tolist()]
+    rows, columns = _largest(terms, top_terms)
+    values = rounded_all(terms[rows, columns])
+    rows, columns = rows.tolist(), columns.tolist()
+    marginals = [terms.sum(dim, dtype=torch.float64) for dim in (1, 0)]
     row_order, column_order = (
-        _listed(side, marginals, used)
-        for side, marginals, used in (
-            (table.query, terms.sum(1), rows),
-            (table.key, terms.sum(0), columns),
+        _listed(side, of_side, used)
+        for side, of_side, used in zip(
+            (table.query, table.key), marginals, (rows, columns), strict=True
         )
     )
     at_row = {i: at for at, i in enumerate(row_order)}
@@ -100,14 +100,14 @@ def table_document(
         "score": score,
         "score_capped": rounded(table.score_capped),
         "pattern": rounded(pattern),
-        **_side("query", table.query, terms.sum(1), row_order, names, score),
-        **_side("key", table.key, terms.sum(0), column_order, names, score),
+        **_side("query", table.query, marginals[0], row_order, names, score),
+        **_side("key", table.key, marginals[1], column_order, names, score),
         "terms": [
             [at_row[i], at_column[j], value]
             for i, j, value in zip(rows, columns, values, strict=True)
         ],
         "rest": rest(score, values),
-        "grid": [[rounded(value) for value in row] for row in grid.tolist()],
+        "grid": rounded_all(grid),
         "blocks": {f"{a}|{b}": rounded(value) for (a, b), value in table.blocks.items()},
     }
 
@@ -119,14 +119,23 @@ def row_document(layer: int, head: int, query: int, row: QKRow) -> dict[str, Any
     return {"layer": layer, "head": head, "query": query, "scores": scores, "pattern": pattern}
 
 
-def _largest(values: Tensor, n: int) -> Tensor:
-    """Indices of the ``n`` largest by absolute value, and of a fifth as many of either sign."""
-    few = min(-(-n // 5), len(values))
+def _largest(terms: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Places of the ``n`` largest terms by absolute value, and of a fifth as many of either sign.
+
+    They lie in the rows with the largest extremes, so that most of a large table is only skimmed.
+    """
+    few = -(-n // 5)
+    low, high = terms.amin(1), terms.amax(1)
+    wanted = (torch.maximum(high, -low), n), (high, few), (-low, few)
+    rows = torch.cat([e.topk(min(k, len(e))).indices for e, k in wanted]).unique()
+    values = terms[rows].flatten()
+    few = min(few, len(values))
     either = torch.cat([(sign * values).topk(few).indices for sign in (1, -1)])
     of_sign = torch.cat([values[either[:few]] > 0, values[either[few:]] < 0])
     chosen = torch.cat([values.abs().topk(min(n, len(values))).indices, either[of_sign]]).unique()
     chosen = chosen[values[chosen] != 0]
-    return chosen[values[chosen].abs().argsort(descending=True, stable=True)]
+    chosen = chosen[values[chosen].abs().argsort(descending=True, stable=True)]
+    return rows[chosen // terms.shape[1]], chosen % terms.shape[1]
 
 
 def _listed(components: list[Component], marginals: Tensor, used: list[int]) -> list[int]:

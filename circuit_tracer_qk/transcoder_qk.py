@@ -7,33 +7,42 @@ features that the graph left out are one, biases one for each of what wrote them
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from circuit_tracer_qk.components import Component
-from circuit_tracer_qk.qk import Label, Scores
+from circuit_tracer_qk.qk import Label, Place, QKTable, Scores
+from circuit_tracer_qk.splits import STREAM_BYTES, Writes
 from circuit_tracer_qk.transcoders import TranscoderRun
 
 UNSELECTED = "unselected features"
+WIDE_ROWS = 256  # so few images may cancel in a score: they are projected in float64
+ROUNDING = "rounding of the model's half precision"
 
 
 class TranscoderQK(Scores):
     """QK attributions of a transcoder graph's run.
 
+    A row of a table is a node, or several sources that are none. Single tables carry the head's
+    map back to what the rows write; many are made in one sweep of the rows forward.
+
     Args:
         parts: the run, with what every source writes.
         label: names features, by (layer + 1, feature).
-        keep: how many positions' images to keep, of all heads of one block.
+        rounded: the run is of a model in half precision, in which the sources do not quite sum to
+            the residual stream: what is missing is a row of its own.
     """
 
-    def __init__(self, parts: TranscoderRun, label: Label, keep: int = 8) -> None:
+    def __init__(self, parts: TranscoderRun, label: Label, rounded: bool = False) -> None:
         super().__init__(parts.carrier.heads)
         self.parts = parts
         self.label = label
-        self.keep = keep
-        self._kept: dict[tuple[int, int, int], Tensor] = {}
+        self.rounded = rounded
 
     @cached_property
     def _row(self) -> Tensor:
@@ -50,52 +59,71 @@ class TranscoderQK(Scores):
         return torch.tensor(of_source, device=self.parts.run.residual.device)
 
     @cached_property
-    def _first(self) -> tuple[list[int], list[int]]:
-        """By row: the first block that it is written before, and the first position."""
-        writes, n_rows = self.parts.writes, int(self._row.max()) + 1
-        row, far = self._row[writes.source], self.parts.run.n_layers + 1
-        block = torch.full((n_rows,), far, device=row.device)
-        block.scatter_reduce_(0, row, writes.layer + 1, "amin")
-        position = torch.full((n_rows,), self.parts.run.n_pos, device=row.device)
-        position.scatter_reduce_(0, row, writes.position, "amin")
-        return block.tolist(), position.tolist()
-
-    def _reaching(self, layer: int, position: int) -> list[int]:
-        """The rows that may reach a block at a position."""
-        blocks, positions = self._first
-        return [
-            i for i, (b, p) in enumerate(zip(blocks, positions, strict=True))
-            if b <= layer and p <= position
-        ]  # fmt: skip
+    def _writes(self) -> Writes:
+        """What every row writes, ``source`` being the row: one vector a block and position."""
+        writes, run = self.parts.writes, self.parts.run
+        row = self._row[writes.source]
+        code = (row * (run.n_layers + 1) + writes.layer + 1) * run.n_pos + writes.position
+        codes, at = code.unique(return_inverse=True)
+        vectors = writes.vector.new_zeros(len(codes), writes.vector.shape[1])
+        vectors.index_add_(0, at, writes.vector)
+        rest, position = codes // run.n_pos, codes % run.n_pos
+        row, layer = rest // (run.n_layers + 1), rest % (run.n_layers + 1) - 1
+        return Writes(row, layer, position, vectors)
 
     @cached_property
-    def _of_row(self) -> dict[int, int]:
-        """Row to the first source in it."""
-        found: dict[int, int] = {}
-        for i, row in enumerate(self._row.tolist()):
-            found.setdefault(row, i)
-        return found
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """By row: the first block that it is written before, and the first position."""
+        writes, run = self._writes, self.parts.run
+        n_rows = int(self._row.max()) + 1
+        found = []
+        for values, far in ((writes.layer + 1, run.n_layers + 1), (writes.position, run.n_pos)):
+            first = torch.full((n_rows,), far, device=values.device)
+            found.append(first.scatter_reduce_(0, writes.source, values, "amin"))
+        return found[0], found[1]
 
-    def _list(self, layer: int, position: int, side: int) -> list[Component]:
-        listed = []
-        for row in self._reaching(layer, position):
-            i = self._of_row[row]
-            source = self.parts.sources[i]
-            assert source is not None  # logits write nothing
-            if source.label:
-                listed.append(Component(source.kind, layer, None, position, None, source.label))
-            elif i >= self.parts.n_nodes:
-                listed.append(Component("error", layer, None, position, None, UNSELECTED))
+    def _reaching(self, layer: int, position: int) -> Tensor:
+        """The rows that may reach a block at a position."""
+        blocks, positions = self._first
+        return ((blocks <= layer) & (positions <= position)).nonzero().flatten()
+
+    @cached_property
+    def _components(self) -> list[Component]:
+        """By row: its component; for a row that is no node its place is still to be put in."""
+        listed: dict[int, Component] = {}
+        for i, (row, source) in enumerate(zip(self._row.tolist(), self.parts.sources, strict=True)):
+            if row in listed:
+                continue
+            if source is None:  # a logit, which writes nothing
+                listed[row] = Component("", 0, None, 0, None, "")
+            elif source.label or i >= self.parts.n_nodes:
+                kind = source.kind if source.label else "error"
+                listed[row] = Component(kind, 0, None, 0, None, source.label or UNSELECTED)
             else:
                 at = source.layer + 1
                 label = source.kind
                 if source.feature is not None:
                     label = self.label(at, source.feature)
-                listed.append(
-                    Component(
-                        source.kind, at, source.feature, source.position, source.activation, label
-                    )
+                listed[row] = Component(
+                    source.kind, at, source.feature, source.position, source.activation, label
                 )
+        return [listed[row] for row in range(len(listed))]
+
+    @cached_property
+    def _aggregated(self) -> set[int]:
+        """The rows that are no nodes."""
+        last = self.parts.n_nodes
+        return set(self._row[last:].tolist())
+
+    def _list(self, layer: int, position: int, side: int) -> list[Component]:
+        listed, no_nodes = [], self._aggregated
+        for row in self._reaching(layer, position).tolist():
+            component = self._components[row]
+            if row in no_nodes:
+                component = component._replace(checkpoint=layer, position=position)
+            listed.append(component)
+        if self.rounded:
+            listed.append(Component("error", layer, None, position, None, ROUNDING))
         if self.heads.has_constants(layer):
             label = ("b_Q + b_ln W_Q", "b_K + b_ln W_K")[side]
             listed.append(Component("bias", layer, None, position, None, label))
@@ -103,40 +131,126 @@ class TranscoderQK(Scores):
 
     @torch.no_grad()
     def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
-        images = self._images(layer, position, side)[:, head]
-        images = images[self._reaching(layer, position)].to(self._wide or images.dtype)
-        if not self.heads.has_constants(layer):
-            return images
-        at = torch.tensor([position], device=images.device)
-        return torch.cat([images, self.heads.constants(layer, at, self._wide)[side][:, head]])
-
-    def _images(self, layer: int, position: int, side: int) -> Tensor:
-        """(n_rows, n_heads or n_kv, d_head): images of every source, of all heads at once.
-
-        The map from the stream to a projection is carried back to what the sources write: as many
-        gradients as the block's heads have dimensions, whatever the number of sources.
-        """
-        key = layer, position, side
-        if key in self._kept:
-            return self._kept[key]
-        run, writes = self.parts.run, self.parts.writes
-        width = run.residual.shape[2]
-        eye = torch.eye(width, dtype=run.residual.dtype, device=run.residual.device)
-        at = torch.full((width,), position, device=eye.device)
-        image = (self.heads.queries, self.heads.keys)[side](layer, eye, at)
-        rows = image.flatten(1).T  # (n_heads * d_head, d_model), gradients at the stream
-        g = rows.new_zeros(len(rows), position + 1, width)
+        """The head's map is carried back to what the rows write: d_head gradients for any rows."""
+        run, writes = self.parts.run, self._writes
+        dtype = self._wide or run.residual.dtype
+        eye = torch.eye(run.residual.shape[2], dtype=dtype, device=self._row.device)
+        at = torch.full((len(eye),), position, device=eye.device)
+        project = (self.heads.queries, self.heads.keys)[side]
+        rows = project(layer, eye, at, head).T  # (d_head, d_model), gradients at the stream
+        out = rows.new_zeros(len(self._components), len(rows))
+        g = rows.new_zeros(len(rows), position + 1, len(eye))
         g[:, position] = rows
-        out = rows.new_zeros(int(self._row.max()) + 1, len(rows))
         for block in range(layer, -1, -1):  # g: gradients at what enters this block
             here = (writes.layer == block - 1) & (writes.position <= position)
-            found = here.nonzero().flatten()
-            for i in found.split(1024):
-                products = torch.einsum("nd,rnd->nr", writes.vector[i], g[:, writes.position[i]])
-                out.index_add_(0, self._row[writes.source[i]], products)
+            for p in writes.position[here].unique().tolist():
+                i = (here & (writes.position == p)).nonzero().flatten()
+                images = writes.vector[i].to(g.dtype) @ g[:, p].T
+                out.index_add_(0, writes.source[i], images.to(dtype))
             if block:
-                g = self.parts.carrier.pull(block - 1, g).whole
-        while len(self._kept) >= self.keep:
-            self._kept.pop(next(iter(self._kept)))
-        self._kept[key] = out.unflatten(1, image.shape[1:])
-        return self._kept[key]
+                g = self.parts.carrier.pull(block - 1, g.to(run.residual.dtype)).whole
+        return self._finished(out[self._reaching(layer, position)], layer, head, position, side)
+
+    def _finished(self, images: Tensor, layer: int, head: int, position: int, side: int) -> Tensor:
+        """The rows' images, and those of what is added at the position itself."""
+        at = torch.tensor([position], device=images.device)
+        images = images.to(self._wide or images.dtype)
+        added = []
+        if self.rounded:
+            whole = (self.heads.queries, self.heads.keys)[side](
+                layer, self.parts.run.residual[layer][at].to(images.dtype), at, head
+            )
+            added.append(whole - images.sum(0))
+        if self.heads.has_constants(layer):
+            added.append(self.heads.constants(layer, at, images.dtype)[side][:, head])
+        return torch.cat([images, *added]) if added else images
+
+    @torch.no_grad()
+    def tables(self, places: Iterable[Place]) -> Iterator[QKTable]:
+        """Tables of many (layer, head, query, key), by layer, query and key.
+
+        All rows are carried forward once, whatever the number of tables.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        by_layer: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for layer, head, query, key in sorted(set(places), key=lambda p: (p[0], p[2], p[3], p[1])):
+            self.check(layer, head, query, key)
+            by_layer[layer].append((head, query, key))
+        for layer, streams in self._streams(max(by_layer, default=-1)):
+            images = _Images(self, layer, streams)
+            block = self.heads.block(layer)
+            for head, query, key in by_layer[layer]:
+                q = images(head, query, side=0)
+                k = images(block.group(head), key, side=1)
+                yield self._made(layer, head, query, key, q, k)
+
+    def _streams(self, last: int) -> Iterator[tuple[int, list[_Stream]]]:
+        """All rows at each block up to ``last``."""
+        run, writes, (_, first) = self.parts.run, self._writes, self._first
+        d_model = run.residual.shape[2]
+        order = first.argsort(stable=True)
+        order = order[first[order] < run.n_pos]  # logits write nothing
+        some = max(1, STREAM_BYTES // (run.n_pos * d_model * run.residual.element_size()))
+        streams = []
+        for rows in order.split(some):
+            start = int(first[rows].min())
+            x = run.residual.new_zeros(len(rows), run.n_pos - start, d_model)
+            streams.append(_Stream(rows, start, x))
+        place = torch.full_like(first, -1)
+        for layer in range(last + 1):
+            for i, stream in enumerate(streams):
+                x = stream.x
+                if layer:
+                    x = self.parts.carrier.carry(layer - 1, x, stream.start).out
+                place.fill_(-1)
+                place[stream.rows] = torch.arange(len(stream.rows), device=place.device)
+                now = (writes.layer == layer - 1) & (place[writes.source] >= 0)
+                at = place[writes.source[now]], writes.position[now] - stream.start
+                x.index_put_(at, writes.vector[now], accumulate=True)
+                streams[i] = stream._replace(x=x)
+            yield layer, streams
+
+
+class _Stream(NamedTuple):
+    """Some rows at one block: (n, m, d_model) at positions from ``start`` on."""
+
+    rows: Tensor
+    start: int
+    x: Tensor
+
+
+class _Images:
+    """Images of all rows at one block, made when they are first asked for."""
+
+    def __init__(self, qk: TranscoderQK, layer: int, streams: list[_Stream]) -> None:
+        self.qk = qk
+        self.layer = layer
+        self.streams = streams
+        self._vectors: dict[int, Tensor] = {}
+        self._made: dict[tuple[int, int, int], Tensor] = {}
+
+    def __call__(self, head: int, position: int, side: int) -> Tensor:
+        """(n_components, d_head): as :meth:`TranscoderQK._image`."""
+        key = head, position, side
+        if key not in self._made:
+            vectors = self._at(position)
+            if len(vectors) < WIDE_ROWS:
+                vectors = vectors.to(self.qk._wide or vectors.dtype)
+            at = torch.full((len(vectors),), position, device=vectors.device)
+            heads = self.qk.heads
+            images = (heads.queries, heads.keys)[side](self.layer, vectors, at, head)
+            self._made[key] = self.qk._finished(images, self.layer, head, position, side)
+        return self._made[key]
+
+    def _at(self, position: int) -> Tensor:
+        """(n, d_model): the rows that may reach the position, there."""
+        if position not in self._vectors:
+            here = [s for s in self.streams if s.start <= position]
+            rows = torch.cat([s.rows for s in here])
+            vectors = torch.cat([s.x[:, position - s.start] for s in here])
+            place = torch.full_like(self.qk._first[0], -1)
+            place[rows] = torch.arange(len(rows), device=rows.device)
+            self._vectors[position] = vectors[place[self.qk._reaching(self.layer, position)]]
+        return self._vectors[position]

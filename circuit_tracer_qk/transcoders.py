@@ -21,7 +21,7 @@ from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.frozen import FrozenRun, freeze
 from circuit_tracer_qk.heads import Heads, logit_directions, read_blocks
 from circuit_tracer_qk.ports import read_ports
-from circuit_tracer_qk.splits import Reads, Splits, Writes, split_edges
+from circuit_tracer_qk.splits import Listing, Reads, Splits, Writes, split_edges
 
 
 class Source(NamedTuple):
@@ -67,12 +67,18 @@ class TranscoderRun:
     n_features: int
     n_nodes: int
 
-    def split(self, source: Tensor, target: Tensor) -> Splits:
+    def split(
+        self,
+        source: Tensor,
+        target: Tensor,
+        listing: Listing | None = None,
+        progress: bool = False,
+    ) -> Splits:
         """Split edges between nodes in adjacency order, as (n,) indices."""
         n_logits = len(self.reads.layer) - self.n_features
         first_logit = self.n_nodes - n_logits
         row = torch.where(target < self.n_features, target, target - first_logit + self.n_features)
-        return split_edges(self.carrier, self.writes, self.reads, source, row)
+        return split_edges(self.carrier, self.writes, self.reads, source, row, listing, progress)
 
 
 @torch.no_grad()

@@ -7,12 +7,30 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from circuit_tracer_qk.errors import UserError
 
 
 def rounded(value: float) -> float:
     """A number with seven significant digits, what float32 holds."""
     return float(f"{value:.7g}")
+
+
+def rounded_all(values: Tensor) -> list[Any]:
+    """:func:`rounded` of every number of a tensor, as nested lists, in its own fraction of time."""
+    x = values.detach().cpu().double().numpy()
+    with np.errstate(all="ignore"):
+        digits = 6 - np.floor(np.log10(np.abs(x)))
+        scale = 10.0 ** np.abs(digits)
+        up, down = np.round(x * scale) / scale, np.round(x / scale) * scale
+    close = np.where(digits >= 0, up, down)
+    # powers of ten beyond these are no exact floats, and 0 and NaN have no digits
+    exact = (np.abs(digits) <= 22) & np.isfinite(close)
+    if not exact.all():
+        close[~exact] = [rounded(value) for value in x[~exact].tolist()]
+    return close.tolist()
 
 
 def rest(whole: float, listed: Iterable[float]) -> float:

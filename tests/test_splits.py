@@ -8,8 +8,9 @@ from architectures import ARCHITECTURES
 from linear_blocks import KINDS, Case, Cases, N, linear_block
 from torch import Tensor
 
+from circuit_tracer_qk import splits
 from circuit_tracer_qk.ports import READS
-from circuit_tracer_qk.splits import Reads, Writes, split_edges
+from circuit_tracer_qk.splits import Listing, Reads, Writes, split_edges
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +156,56 @@ def _without_heads(case: Case, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         case.reference.blocks[layer].W_O.copy_(kept)
     return mid, out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2"])
+def test_pairs_are_what_goes_missing_without_one_entry_of_a_pattern(cases, record_error, name):
+    case = cases(name, *KINDS[0])
+    writes, reads = random_ends(case, False)
+    source, target = torch.tensor([0, 1, 4, 3, 2]), torch.tensor([8, 6, 8, 7, 9])
+    listing = Listing(heads=case.reference.n_heads, share=1.0, pairs=N * N)
+    found = split_edges(case.carrier, writes, reads, source, target, listing)
+    assert found.pairs is not None
+    rows = zip(*(field.tolist() for field in found.pairs), strict=True)
+    whole = reference_edges(case, writes, reads)
+    scale, worst, n = float(whole.abs().max()), 0.0, 0
+    for edge, layer, head, queries, keys, values in rows:
+        part = float(found.through[edge, layer, head])
+        worst = max(worst, abs(sum(values) - part) / scale)
+        assert [abs(v) for v in values] == sorted(map(abs, values), reverse=True)
+        s, t = int(source[edge]), int(target[edge])
+        for query, key, value in list(zip(queries, keys, values, strict=True))[:2]:
+            pattern = case.run.pattern[layer]
+            kept = float(pattern[head, query, key])
+            pattern[head, query, key] = 0
+            less = reference_edges(case, writes, reads)
+            pattern[head, query, key] = kept
+            worst = max(worst, abs(float(whole[s, t] - less[s, t]) - value) / scale)
+            n += 1
+    record_error("transcoder edges: pairs of positions", name, worst)
+    assert n > 20 and worst < 1e-10
+
+
+def test_some_at_a_time_gives_the_same(cases, monkeypatch):
+    case = cases("mistral", *KINDS[0])
+    writes, reads = random_ends(case, True)
+    n_sources, n_targets = int(writes.source.max()) + 1, len(reads.layer)
+    source = torch.arange(n_sources).repeat(n_targets)
+    target = torch.arange(n_targets).repeat_interleave(n_sources)
+    at_once = split_edges(case.carrier, writes, reads, source, target, Listing())
+    monkeypatch.setattr(splits, "GRADIENT_BYTES", 1)
+    monkeypatch.setattr(splits, "STREAM_BYTES", 1)
+    one_by_one = split_edges(case.carrier, writes, reads, source, target, Listing())
+    assert at_once.pairs is not None and one_by_one.pairs is not None
+    for a, b in zip(at_once[:5], one_by_one[:5], strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-12)
+    listed = [
+        set(zip(*(f.tolist() for f in pairs[:3]), strict=True))
+        for pairs in (at_once.pairs, one_by_one.pairs)
+    ]
+    assert listed[0] == listed[1] and len(listed[0]) > 100
+    position = torch.zeros(n_sources, dtype=torch.long)
+    position[writes.source] = writes.position
+    back_in_time = position[source] > reads.position[target]
+    assert back_in_time.any() and not at_once.through[back_in_time].any()
+    assert not at_once.weight[back_in_time].any()

@@ -17,6 +17,7 @@ from test_transcoder_graph import HOST_RUNS, PLACES
 from torch import Tensor
 
 from circuit_tracer_qk import UserError, host
+from circuit_tracer_qk.qk import Place
 from circuit_tracer_qk.transcoder_qk import UNSELECTED, TranscoderQK
 from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph
 
@@ -66,7 +67,7 @@ def test_scores_are_sums_over_sources(tmp_path, record_error, name, kind):
         expected = float(case.run.scores[layer][head, query, key])
         worst = max(worst, abs(table.score - expected) / scale)
         worst = max(worst, abs(float(table.terms.double().sum()) - expected) / scale)
-        rows = qk._reaching(layer, query), qk._reaching(layer, key)
+        rows = qk._reaching(layer, query).tolist(), qk._reaching(layer, key).tolist()
         assert len(table.query) == len(rows[0]) + qk.heads.has_constants(layer)
         for i in range(0, len(rows[0]), 7):  # some rows, by another way
             x = carried(case, run, by_row[rows[0][i]], layer)[query]
@@ -77,6 +78,22 @@ def test_scores_are_sums_over_sources(tmp_path, record_error, name, kind):
                 term = float(q @ k) / reference.attn_scale
                 worst = max(worst, abs(float(table.terms[i, j]) - term) / scale)
     record_error("transcoder QK terms (float32)", name, worst)
+    worst_batched, n_heads = 0.0, reference.n_heads
+    places = [
+        Place(layer, head, query, key)
+        for layer in range(reference.n_layers)
+        for head, query, key in ((0, 0, 0), (n_heads - 1, 8, 5), (1, 6, 6), (0, 8, 5))
+    ]
+    batched = list(qk.tables(places))
+    assert {(t.layer, t.head, t.query_position, t.key_position) for t in batched} == set(places)
+    for table in batched:
+        single = qk.table(table.layer, table.head, table.query_position, table.key_position)
+        assert (table.query, table.key, table.score) == (single.query, single.key, single.score)
+        scale = float(single.terms.abs().sum())
+        off = float((table.terms - single.terms).abs().max()) / max(scale, 1e-30)
+        worst_batched = max(worst_batched, off)
+    record_error("transcoder QK tables, batched (float32)", name, worst_batched)
+    worst = max(worst, worst_batched)
     assert worst < 1e-5
 
 

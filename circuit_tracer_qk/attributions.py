@@ -1,0 +1,207 @@
+"""QK attributions as they go to a graph's file: which tables, their size, Neuronpedia's form."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from circuit_tracer_qk.components import Component
+from circuit_tracer_qk.graph import ExplainedGraph
+from circuit_tracer_qk.pruned import Links
+from circuit_tracer_qk.qk import Place, QKTable
+from circuit_tracer_qk.tables import Names, row_document, table_document
+from circuit_tracer_qk.written import encode, rounded
+
+PROJECTED = 10  # entries of each of a node's lists for Neuronpedia
+
+
+class Limits(NamedTuple):
+    """How much is written beyond what links require.
+
+    Attributes:
+        tables: how many tables in all.
+        size: how many bytes they may take.
+        terms: how many terms of a table are listed.
+    """
+
+    tables: int
+    size: int
+    terms: int
+
+
+def attributions(
+    graph: ExplainedGraph,
+    links: Links,
+    nodes: dict[int, dict[str, Any]],
+    names: Names,
+    limits: Limits,
+) -> dict[str, Any]:
+    """The document's ``qk`` and ``qk_only_nodes``; ``nodes`` get their ``qk_tracing_results``.
+
+    All tables that links require are written, then others in their order while limits allow.
+    """
+    required = dict.fromkeys(place for places in links.required.values() for place in places)
+    others = [place for place in links.others if place not in required]
+    others = others[: max(limits.tables - len(required), 0)]
+    written = _Written(graph, names, limits.terms)
+    outsiders: dict[str, dict[str, Any]] = {}
+    projected = _projected(links.required)
+    drafts: dict[Place, _Draft] = {}
+    for (layer, query), tables in _by_query(graph, [*required, *others]):
+        for place, table in tables.items():
+            drafts[place] = written.draft(place, table)
+        for target in projected.pop((layer, query), ()):
+            some = [tables[p] for p in links.required[target] if p in tables]
+            nodes[target]["qk_tracing_results"] = _projection(some, names, outsiders)
+    for place in required:
+        written.add(place, drafts[place])
+    for place in others:
+        if written.size + drafts[place].size > limits.size:
+            break
+        written.add(place, drafts[place])
+    return {
+        "qk": {
+            "schema_version": 1,
+            "graph_kind": graph.kind,
+            "attributions": [written.tables[place] for place in sorted(written.tables)],
+            "rows": [written.rows[place] for place in sorted(written.rows)],
+        },
+        "qk_only_nodes": outsiders,
+    }
+
+
+def _projected(required: dict[int, list[Place]]) -> dict[tuple[int, int], list[int]]:
+    """Targets by the block and query of their first place, whose tables they show summed."""
+    out: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for target, places in required.items():
+        out[places[0].layer, places[0].query].append(target)
+    return out
+
+
+def _by_query(
+    graph: ExplainedGraph, places: Sequence[Place]
+) -> Iterator[tuple[tuple[int, int], dict[Place, QKTable]]]:
+    """Tables by block and query: those that share both are at hand together, and then let go."""
+    made = tqdm(
+        graph.scores.tables(places),
+        total=len(places),
+        desc="QK attributions",
+        delay=2,
+        disable=None,
+    )
+    for at, tables in groupby(made, key=lambda t: (t.layer, t.query_position)):
+        yield at, {Place(t.layer, t.head, t.query_position, t.key_position): t for t in tables}
+
+
+class _Draft(NamedTuple):
+    """A table that may be written, and its size."""
+
+    table: dict[str, Any]
+    size: int
+
+
+@dataclass
+class _Written:
+    """Tables and rows as they go to the file.
+
+    Attributes:
+        graph, names: what they are about.
+        top_terms: terms listed per table.
+        tables: by place.
+        rows: by (layer, head, query).
+        size: their bytes.
+    """
+
+    graph: ExplainedGraph
+    names: Names
+    top_terms: int
+    tables: dict[Place, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
+    size: int = 0
+
+    def draft(self, place: Place, table: QKTable) -> _Draft:
+        """What writing a table takes."""
+        pattern = float(self.graph.run.pattern[place])
+        made = table_document(table, pattern, self.names, self.top_terms)
+        return _Draft(made, len(encode(made)))
+
+    def add(self, place: Place, draft: _Draft) -> None:
+        """Write a table and its row of scores, and note the features that it mentions."""
+        self.tables[place] = draft.table
+        self.size += draft.size
+        if place[:3] not in self.rows:
+            row = row_document(*place[:3], self.graph.qk_row(*place[:3]))
+            self.rows[place[:3]] = row
+            self.size += len(encode(row))
+        for listed in (*draft.table["query_components"], *draft.table["key_components"]):
+            if listed["kind"] == "feature":
+                self.names.mention(listed["checkpoint"], listed["feature"])
+
+
+def _projection(
+    tables: Sequence[QKTable], names: Names, outsiders: dict[str, dict[str, Any]]
+) -> dict[str, list[list[Any]]]:
+    """A node's tables summed over heads, in the form that Neuronpedia's viewer shows.
+
+    Args:
+        tables: of one layer and query, so that their query components agree.
+        outsiders: gets the components that are no nodes of the graph.
+    """
+    by_key: dict[int, list[QKTable]] = defaultdict(list)
+    for table in tables:
+        by_key[table.key_position].append(table)
+    queries = tables[0].query
+    keys = [c for same in by_key.values() for c in same[0].key]
+    summed = [torch.stack([t.terms for t in same]).sum(0) for same in by_key.values()]
+    terms = torch.cat(summed, 1).double().cpu()
+
+    def top(values: Tensor) -> list[tuple[int, float]]:
+        at = values.abs().topk(min(PROJECTED, len(values))).indices
+        return list(zip(at.tolist(), values[at].tolist(), strict=True))
+
+    def known(c: Component) -> str:
+        node_id = names.node_id(c)
+        if not names.is_node(c) and node_id not in outsiders:
+            outsiders[node_id] = _outsider(c, names)
+        return node_id
+
+    return {
+        "pair_wise_contributors": [
+            [known(queries[i // len(keys)]), known(keys[i % len(keys)]), rounded(value)]
+            for i, value in top(terms.flatten())
+        ],
+        "top_q_marginal_contributors": [
+            [known(queries[i]), rounded(value)] for i, value in top(terms.sum(1))
+        ],
+        "top_k_marginal_contributors": [
+            [known(keys[i]), rounded(value)] for i, value in top(terms.sum(0))
+        ],
+    }
+
+
+def _outsider(c: Component, names: Names) -> dict[str, Any]:
+    """A component that is no node of the graph, in the form of one, for Neuronpedia."""
+    types = {"feature": "cross layer transcoder", "error": "mlp reconstruction error"}
+    index = {"error": -1}.get(c.kind)
+    if c.feature is not None:
+        index = names.mention(c.checkpoint, c.feature)
+    node_id = names.node_id(c)
+    out = {
+        "node_id": node_id,
+        "jsNodeId": node_id,
+        "feature": index,
+        "feature_type": types.get(c.kind, "bias"),
+        "layer": "E" if c.kind == "position" else str(c.checkpoint - 1),
+        "ctx_idx": c.position,
+        "clerp": c.label,
+    }
+    if c.activation is not None:
+        out["activation"] = rounded(c.activation)
+    return out

@@ -1,0 +1,117 @@
+"""What circuit-tracer's pruning leaves of a graph, as the nodes and links of its page."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk import host
+from circuit_tracer_qk.graph import ExplainedGraph
+from circuit_tracer_qk.qk import Place
+from circuit_tracer_qk.tables import Names
+from circuit_tracer_qk.written import rounded
+
+
+class Kept(NamedTuple):
+    """What pruning left of a graph.
+
+    Attributes:
+        nodes: by index in adjacency order.
+        sources, targets: (n_links,) node indices, links in the adjacency's row order.
+        weights: (n_links,) float64.
+    """
+
+    nodes: dict[int, host.Node]
+    sources: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+def prune(graph: ExplainedGraph, node_threshold: float, edge_threshold: float) -> Kept:
+    """circuit-tracer's pruning; unlinked features and errors and links of weight 0 are left out."""
+    node_mask, edge_mask, influence = host.prune(graph, node_threshold, edge_threshold)
+    edge_mask = edge_mask & (graph.adjacency_matrix != 0) & node_mask & node_mask[:, None]
+    targets, sources = edge_mask.nonzero(as_tuple=True)
+    n_always = graph.n_pos + len(graph.logit_targets)  # tokens and logits stay without links too
+    used = torch.zeros_like(node_mask)
+    used[targets] = used[sources] = used[-n_always:] = True
+    return Kept(
+        nodes=_nodes(graph, used.nonzero().flatten().tolist(), influence.tolist()),
+        sources=sources,
+        targets=targets,
+        weights=graph.adjacency_matrix[targets, sources].double().cpu(),
+    )
+
+
+def _nodes(
+    graph: ExplainedGraph, indices: list[int], influence: list[float]
+) -> dict[int, host.Node]:
+    """circuit-tracer's nodes. Errors have upstream's newer ids, which no feature's can equal."""
+    n_pos, n_layers = graph.n_pos, graph.run.n_layers
+    tokens = graph.n_features + n_layers * n_pos
+    logits = tokens + n_pos
+    selected = graph.active_features[graph.selected_features].tolist()
+    activations = graph.activation_values[graph.selected_features].tolist()
+    input_tokens = graph.input_tokens.tolist()
+    probabilities = graph.logit_probabilities.tolist()
+
+    def node(i: int) -> host.Node:
+        share = rounded(influence[i]) if math.isfinite(influence[i]) else None
+        if i < graph.n_features:
+            layer, position, feature = selected[i]
+            made = host.Node.feature_node(
+                layer=layer,
+                pos=position,
+                feat_idx=feature,
+                influence=share,
+                activation=rounded(activations[i]),
+            )
+            return made.model_copy(update={"clerp": graph.label(layer + 1, feature)})
+        if i < tokens:
+            slot, position = divmod(i - graph.n_features, n_pos)
+            layer = slot + graph.first_error_layer
+            made = host.Node.error_node(layer=layer, pos=position, influence=share)
+            ids = {"node_id": f"{layer}_-1_{position}", "jsNodeId": f"{layer}_-1-{position}"}
+            return made.model_copy(update=ids)
+        if i < logits:
+            position = i - tokens
+            return host.Node.token_node(
+                pos=position, vocab_idx=input_tokens[position], influence=share
+            )
+        token, vocab_idx = graph.logit_targets[i - logits]
+        return host.Node.logit_node(
+            pos=n_pos - 1,
+            vocab_idx=vocab_idx,
+            token=token,
+            target_logit=i == logits,
+            token_prob=rounded(probabilities[i - logits]),
+            num_layers=n_layers,
+        )
+
+    return {i: node(i) for i in indices}
+
+
+def mention_nodes(graph: ExplainedGraph, kept: Kept, names: Names) -> None:
+    """Note the features that are nodes."""
+    selected = graph.active_features[graph.selected_features].tolist()
+    for i in kept.nodes:
+        if i < graph.n_features:
+            layer, _, feature = selected[i]
+            names.mention(layer + 1, feature)
+
+
+class Links(NamedTuple):
+    """Links as they are written, and which tables they want.
+
+    Attributes:
+        documents: in the order of the links kept.
+        required: by target node, the places of its strongest cross-position links' largest heads.
+        others: every place that a cross-position link's head carried over, largest part first.
+    """
+
+    documents: list[dict[str, Any]]
+    required: dict[int, list[Place]]
+    others: list[Place]

@@ -1,0 +1,175 @@
+"""A transcoder graph that knows its heads: circuit-tracer's own graph, explained.
+
+Its edges cross many blocks, so no single head has *the* loading of one; what is exact is the split
+at every block (method, section 4), and QK attributions over the graph's own nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk import host
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.graph import ExplainedGraph
+from circuit_tracer_qk.heads import check_patterns, refuse_attention
+from circuit_tracer_qk.splits import Listing, Splits
+from circuit_tracer_qk.transcoder_qk import TranscoderQK
+from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph
+
+AGREES = 1e-3  # of the largest edge: what our sweeps may differ from the host's backward passes
+AGREES_HALF = 5e-2  # the same for a model in half precision, whose own passes round
+CHECKED = 256  # edges compared
+
+
+class TranscoderGraph(ExplainedGraph):
+    """A ``circuit_tracer.Graph`` of transcoder features, with what carried its edges.
+
+    Nodes and adjacency are circuit-tracer's own. Saved with ``to_pt`` it is a plain graph again;
+    :func:`explain_graph` explains one that was loaded.
+
+    Args:
+        parts: what every node writes and reads.
+        token_strings: the prompt's tokens as text.
+        rounded: the model is in half precision.
+        **arguments: of ``circuit_tracer.Graph``.
+    """
+
+    kind = "transcoder"
+
+    def __init__(
+        self, parts: TranscoderRun, token_strings: list[str], rounded: bool, **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        self.parts = parts
+        self.rounded = rounded
+        self._token_strings = token_strings
+
+    @cached_property
+    def scores(self) -> TranscoderQK:
+        return TranscoderQK(self.parts, self.label, self.rounded)
+
+    @property
+    def token_strings(self) -> list[str]:
+        return self._token_strings
+
+    @property
+    def first_error_layer(self) -> int:
+        return 0
+
+    @property
+    def dictionary_folder(self) -> str | None:
+        return None
+
+    def label(self, checkpoint: int, feature: int) -> str:
+        """Features of transcoders have no labels here: the page finds them by scan and index."""
+        return ""
+
+    @property
+    def positions(self) -> Tensor:
+        """(n_nodes,) the position of every node in adjacency order."""
+        features = self.active_features[self.selected_features, 1]
+        places = torch.arange(self.n_pos, device=features.device)
+        others = places.repeat(self.run.n_layers + 1)  # errors by layer, then tokens
+        logits = torch.full_like(places[:1], self.n_pos - 1).expand(len(self.logit_targets))
+        return torch.cat([features, others, logits])
+
+    def split(
+        self,
+        sources: Sequence[int] | Tensor,
+        targets: Sequence[int] | Tensor,
+        listing: Listing | None = None,
+        progress: bool = False,
+    ) -> Splits:
+        """How edges split over heads, at every block between their ends.
+
+        Args:
+            sources, targets: (n,) node indices in adjacency order, pairwise.
+            listing: list the largest heads with the positions between which they carried.
+            progress: show it, where it takes longer than two seconds.
+
+        Raises:
+            UserError: a node out of range, a source that writes nothing or a target that reads
+                nothing.
+        """
+        device = self.parts.run.residual.device
+        source = torch.as_tensor(sources, dtype=torch.long, device=device)
+        target = torch.as_tensor(targets, dtype=torch.long, device=device)
+        n_nodes, n_logits = self.parts.n_nodes, len(self.logit_targets)
+        first_logit, n_features = n_nodes - n_logits, self.parts.n_features
+        for bad in source[(source < 0) | (source >= first_logit)].tolist():
+            raise UserError(
+                f"node {bad} is no source: sources are features, errors and tokens (0 to "
+                f"{first_logit - 1})."
+            )
+        reads = (target < n_features) | (target >= first_logit)
+        for bad in target[~reads | (target < 0) | (target >= n_nodes)].tolist():
+            raise UserError(
+                f"node {bad} is no target: targets are features (0 to {n_features - 1}) and "
+                f"logits ({first_logit} to {n_nodes - 1})."
+            )
+        return self.parts.split(source, target, listing, progress)
+
+
+@torch.no_grad()
+def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
+    """Explain a graph that circuit-tracer made.
+
+    Args:
+        graph: of ``circuit_tracer.attribute``, or loaded from a file. It is left as it is.
+        model: the replacement model that it was made with (TransformerLens backend).
+
+    Raises:
+        UserError: another model, a backend or architecture that is not done exactly, targets that
+            are no tokens, or edges that our own sweeps do not reproduce.
+    """
+    if not hasattr(model, "transcoders") or not hasattr(model, "blocks"):
+        raise UserError(
+            f"{type(model).__name__} is no replacement model of circuit-tracer's TransformerLens "
+            'backend: load it with backend="transformerlens" to explain its heads.'
+        )
+    refuse_attention(model)
+    W_U = model.unembed.W_U.detach()
+    ids = [int(target[1]) for target in graph.logit_targets]
+    if max(ids) >= W_U.shape[1]:
+        raise UserError(
+            "this graph has targets that are no tokens, whose directions it does not keep: "
+            "attribute tokens to explain their heads."
+        )
+    columns = (W_U[:, ids] - W_U.mean(1, keepdim=True)).T
+    parts = read_transcoder_graph(model, graph, columns)
+    exact = model.cfg.dtype in (torch.float32, torch.float64)
+    check_patterns(parts.carrier.heads, str(model.cfg.model_name), exact)
+    decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
+    explained = TranscoderGraph(
+        parts,
+        [decode(token) for token in graph.input_tokens],
+        not exact,
+        **host.arguments_of(graph),
+    )
+    _check_edges(explained)
+    return explained
+
+
+def _check_edges(graph: TranscoderGraph) -> None:
+    """Hold some of the largest edges to the host's: one model fact read wrongly would show."""
+    edges = graph.adjacency_matrix.double().cpu()
+    flat = edges.abs().flatten().topk(min(CHECKED, edges.numel())).indices
+    target, source = flat // edges.shape[1], flat % edges.shape[1]
+    theirs = edges[target, source]
+    if not bool((theirs != 0).any()):
+        return
+    joined = theirs != 0
+    ours = graph.split(source[joined], target[joined]).weight.double().cpu()
+    off = float((ours - theirs[joined]).abs().max() / theirs.abs().max())
+    limit = AGREES_HALF if graph.rounded else AGREES
+    if not off <= limit:
+        raise UserError(
+            f"our sweeps give other edges than circuit-tracer ({off:.1e} of the largest, limit "
+            f"{limit:.0e}): the graph was made with another model or other transcoders, or in "
+            "half precision; make it again in float32 with the ones named."
+        )

@@ -1,0 +1,178 @@
+"""Links of transcoder graphs: every block on the way by its heads, and the heads that delivered."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.pruned import Kept, Links
+from circuit_tracer_qk.qk import Place
+from circuit_tracer_qk.splits import Listing, Pairs, Splits
+from circuit_tracer_qk.transcoder_graph import TranscoderGraph
+from circuit_tracer_qk.written import rest, rounded_all
+
+LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
+DELIVERED = 8  # heads listed as having delivered an edge, or more while the file stays small:
+DELIVERED_IN_ALL = 500_000
+NOISE = 1e-6  # of what a part is the difference of: float32 rounding, which is no part
+
+
+def transcoder_links(graph: TranscoderGraph, kept: Kept, progress: bool = True) -> Links:
+    """The links with what carried them past every block, and the tables that they want."""
+    found = graph.split(kept.sources, kept.targets, Listing(), progress=progress)
+    pairs = _in_order(found)
+    return Links(_documents(kept, found, pairs), *_places(graph, kept, found, pairs))
+
+
+def _in_order(found: Splits) -> Pairs:
+    """The listed heads by edge, block and |part|."""
+    pairs = found.pairs
+    assert pairs is not None
+    part = found.through[pairs.edge, pairs.layer, pairs.head]
+    order = part.abs().argsort(descending=True)
+    code = pairs.edge[order] * found.through.shape[1] + pairs.layer[order]
+    return Pairs(*(field[order[code.argsort(stable=True)]] for field in pairs))
+
+
+def _documents(kept: Kept, found: Splits, pairs: Pairs) -> list[dict[str, Any]]:
+    """Links.
+
+    Identities, as written: weight = bypass + the listed heads' parts + rest at every block; and
+    attention_free + the sum of delivered_by, up to the rounding of its numbers.
+    """
+    blocks = _blocks(kept, found, pairs)
+    delivered = _delivered(found)
+    columns = zip(
+        kept.sources.tolist(),
+        kept.targets.tolist(),
+        rounded_all(kept.weights),
+        blocks,
+        delivered,
+        rounded_all(found.attention_free),
+        strict=True,
+    )
+    return [
+        {
+            "source": kept.nodes[source].node_id,
+            "target": kept.nodes[target].node_id,
+            "weight": weight,
+            "head_loadings": [
+                block | {"rest": rest(weight, [block["bypass"], *(h[1] for h in block["heads"])])}
+                for block in some
+            ],
+            "delivered_by": by,
+            "attention_free": free,
+        }
+        for source, target, weight, some, by, free in columns
+    ]
+
+
+def _blocks(kept: Kept, found: Splits, pairs: Pairs) -> list[list[dict[str, Any]]]:
+    """By link, every block between its ends with its listed heads and its bypass."""
+    through = found.through.double()
+    weights = found.weight.double()[:, None]
+    bypass = weights - through.sum(2)
+    size = through.abs().sum(2) + weights.abs()
+    bypass = torch.where(bypass.abs() < NOISE * size, 0.0, bypass)
+    out: list[list[dict[str, Any]]] = [[] for _ in kept.sources]
+    by_place: dict[tuple[int, int], dict[str, Any]] = {}
+    link, layer = found.between.nonzero(as_tuple=True)
+    values = rounded_all(bypass[link, layer])
+    for at, block, value in zip(link.tolist(), layer.tolist(), values, strict=True):
+        document = {"layer": block, "heads": [], "bypass": value}
+        by_place[at, block] = document
+        out[at].append(document)
+    columns = zip(
+        pairs.edge.tolist(),
+        pairs.layer.tolist(),
+        pairs.head.tolist(),
+        rounded_all(through[pairs.edge, pairs.layer, pairs.head]),
+        pairs.query.tolist(),
+        pairs.key.tolist(),
+        rounded_all(pairs.value),
+        strict=True,
+    )
+    for at, block, head, part, query, key, value in columns:
+        listed = [list(triple) for triple in zip(query, key, value, strict=True) if triple[2]]
+        by_place[at, block]["heads"].append([head, part, listed])
+    return out
+
+
+def _delivered(found: Splits) -> list[list[list[int | float | None]]]:
+    """By link, [layer, head, value] by |value|; one [null, null, value] for what is left out."""
+    last = found.last.flatten(1)
+    n_links, n_heads = len(last), found.last.shape[2]
+    most = max(DELIVERED, DELIVERED_IN_ALL // max(n_links, 1))
+    out = []
+    for part in last.split(1 << 14):
+        order = part.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
+        values = part.gather(1, order)
+        n_listed = (values != 0).sum(1).tolist()
+        left = part.double().sum(1) - values.double().sum(1)
+        cut = ((part != 0).sum(1) > most).tolist()
+        rows = zip(
+            order.tolist(), rounded_all(values), n_listed, cut, rounded_all(left), strict=True
+        )
+        for at, value, n, is_cut, missing in rows:
+            listed: list[list[int | float | None]] = [
+                [i // n_heads, i % n_heads, v] for i, v in zip(at[:n], value[:n], strict=True)
+            ]
+            if is_cut:
+                listed.append([None, None, missing])
+            out.append(listed)
+    return out
+
+
+def _places(
+    graph: TranscoderGraph, kept: Kept, found: Splits, pairs: Pairs
+) -> tuple[dict[int, list[Place]], list[Place]]:
+    """Which tables are wanted: heads at the positions between which they carried most.
+
+    Returns:
+        By target, the places of its strongest cross-position links' largest heads of any block;
+        and every place listed for a cross-position link, by the largest |value| there.
+    """
+    position = graph.positions.to(kept.sources.device)
+    across = position[kept.sources] != position[kept.targets]
+    part = found.through[pairs.edge, pairs.layer, pairs.head].abs()
+    value = pairs.value.abs()
+    rows = (across.to(part.device)[pairs.edge] & (value[:, 0] > 0)).nonzero().flatten()
+    rows = rows[part[rows].argsort(descending=True, stable=True)]
+
+    strength = kept.weights.abs()
+    by_link: dict[int, list[int]] = defaultdict(list)  # a link's largest heads
+    for row, link in zip(rows.tolist(), pairs.edge[rows].tolist(), strict=True):
+        if len(by_link[link]) < HEADS_EXPLAINED:
+            by_link[link].append(row)
+    links = sorted(by_link, key=lambda link: -float(strength[link]))
+    n_explained: dict[int, int] = defaultdict(int)
+    required: dict[int, list[Place]] = defaultdict(list)
+    columns = [field.tolist() for field in (pairs.layer, pairs.head)]
+    ends = [field[:, 0].tolist() for field in (pairs.query, pairs.key)]
+    targets = kept.targets.tolist()
+    for link in links:
+        target = targets[link]
+        if n_explained[target] == LINKS_EXPLAINED:
+            continue
+        n_explained[target] += 1
+        for row in by_link[link]:
+            place = Place(*(field[row] for field in (*columns, *ends)))
+            if place not in required[target]:
+                required[target].append(place)
+    return dict(required), _by_value(pairs, rows)
+
+
+def _by_value(pairs: Pairs, rows: Tensor) -> list[Place]:
+    """Places of some rows' pairs, by the largest |value| at each."""
+    n = pairs.value.shape[1]
+    fields = [field[rows, None].expand(-1, n) for field in (pairs.layer, pairs.head)]
+    fields += [pairs.query[rows], pairs.key[rows]]
+    places = torch.stack(fields, -1).flatten(0, 1)
+    size = pairs.value[rows].abs().flatten()
+    distinct, at = places.unique(dim=0, return_inverse=True)
+    best = size.new_zeros(len(distinct)).scatter_reduce(0, at, size, "amax")
+    order = best.argsort(descending=True, stable=True)[: int((best > 0).sum())]
+    return [Place(*place) for place in distinct[order].tolist()]
