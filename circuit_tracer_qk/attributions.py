@@ -16,8 +16,8 @@ from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.pruned import Links
 from circuit_tracer_qk.qk import Place, QKTable
-from circuit_tracer_qk.tables import Names, row_document, table_document
-from circuit_tracer_qk.written import encode, rounded
+from circuit_tracer_qk.tables import Names, largest_terms, row_document, table_document
+from circuit_tracer_qk.written import encode, rounded, rounded_all
 
 PROJECTED = 10  # entries of each of a node's lists for Neuronpedia
 
@@ -57,9 +57,12 @@ def attributions(
     for (layer, query), tables in _by_query(graph, [*required, *others]):
         for place, table in tables.items():
             drafts[place] = written.draft(place, table)
+        results: dict[tuple[Place, ...], dict[str, Any]] = {}
         for target in projected.pop((layer, query), ()):
-            some = [tables[p] for p in links.required[target] if p in tables]
-            nodes[target]["qk_tracing_results"] = _projection(some, names, outsiders)
+            some = tuple(place for place in links.required[target] if place in tables)
+            if some not in results:
+                results[some] = _projection([tables[p] for p in some], names, outsiders)
+            nodes[target]["qk_tracing_results"] = results[some]
     for place in required:
         written.add(place, drafts[place])
     for place in others:
@@ -127,7 +130,7 @@ class _Written:
     size: int = 0
 
     def draft(self, place: Place, table: QKTable) -> _Draft:
-        """What writing a table takes."""
+        """A table as it is written, and the bytes that it takes."""
         pattern = float(self.graph.run.pattern[place])
         made = table_document(table, pattern, self.names, self.top_terms)
         return _Draft(made, len(encode(made)))
@@ -160,11 +163,13 @@ def _projection(
     queries = tables[0].query
     keys = [c for same in by_key.values() for c in same[0].key]
     summed = [torch.stack([t.terms for t in same]).sum(0) for same in by_key.values()]
-    terms = torch.cat(summed, 1).double().cpu()
+    terms = torch.cat(summed, 1).cpu()
+    row, column = largest_terms(terms, PROJECTED)
+    pairs = zip(row.tolist(), column.tolist(), rounded_all(terms[row, column]), strict=True)
 
     def top(values: Tensor) -> list[tuple[int, float]]:
         at = values.abs().topk(min(PROJECTED, len(values))).indices
-        return list(zip(at.tolist(), values[at].tolist(), strict=True))
+        return list(zip(at.tolist(), rounded_all(values[at]), strict=True))
 
     def known(c: Component) -> str:
         node_id = names.node_id(c)
@@ -174,14 +179,13 @@ def _projection(
 
     return {
         "pair_wise_contributors": [
-            [known(queries[i // len(keys)]), known(keys[i % len(keys)]), rounded(value)]
-            for i, value in top(terms.flatten())
+            [known(queries[i]), known(keys[j]), value] for i, j, value in pairs
         ],
         "top_q_marginal_contributors": [
-            [known(queries[i]), rounded(value)] for i, value in top(terms.sum(1))
+            [known(queries[i]), value] for i, value in top(terms.sum(1, dtype=torch.float64))
         ],
         "top_k_marginal_contributors": [
-            [known(keys[i]), rounded(value)] for i, value in top(terms.sum(0))
+            [known(keys[i]), value] for i, value in top(terms.sum(0, dtype=torch.float64))
         ],
     }
 

@@ -21,7 +21,7 @@ from circuit_tracer_qk.residual_links import residual_links
 from circuit_tracer_qk.tables import TOP_TERMS, Names
 from circuit_tracer_qk.transcoder_graph import TranscoderGraph
 from circuit_tracer_qk.transcoder_links import transcoder_links
-from circuit_tracer_qk.written import encode
+from circuit_tracer_qk.written import encode, without_collection
 
 
 def create_graph_files(
@@ -74,31 +74,53 @@ def create_graph_files(
         graph = load_graph(graph)
     folder = check_folder(output_path)
     _read_listing(folder)  # a damaged one is refused before any work
-    kept = prune(graph, node_threshold, edge_threshold)
-    names = Names(graph.input_tokens.tolist(), {node.node_id for node in kept.nodes.values()})
-    mention_nodes(graph, kept, names)
-    if isinstance(graph, ResidualGraph):
-        links = residual_links(graph, kept)
-        scan_name = folder_name(graph, scan if isinstance(scan, str) else None)
-        named_scan, transcoder_list = f"./graph_data/{scan_name}", []
-    elif isinstance(graph, TranscoderGraph):
-        links = transcoder_links(graph, kept)
-        scan_name = None
-        named_scan, transcoder_list = host.named_scan(graph, scan)
-    else:
+    if not isinstance(graph, ResidualGraph | TranscoderGraph):
         raise UserError(
             f"{type(graph).__name__} is not explained yet: give circuit_tracer_qk.explain_graph("
             "graph, model)."
         )
+    is_residual = isinstance(graph, ResidualGraph)
+    scan_name = folder_name(graph, scan if isinstance(scan, str) else None)
+    named_scan, transcoder_list = f"./graph_data/{scan_name}", []
+    if not is_residual:
+        named_scan, transcoder_list = host.named_scan(graph, scan)
+    metadata = host.Metadata(
+        slug=slug if np_model is None else slug.replace(".", "-"),
+        scan=np_model or named_scan,
+        transcoder_list=transcoder_list,
+        prompt_tokens=graph.token_strings,
+        prompt=graph.input_string,
+        node_threshold=node_threshold,
+    )
+    limits = Limits(max_tables, max_bytes, top_terms) if qk else None
+    path = folder / f"{slug}.json"
+    with without_collection():
+        document, names = _document(graph, metadata, edge_threshold, limits)
+        data = encode(document, str(path))
+    if is_residual:
+        write_features(graph, folder / scan_name, names.features.values(), scan_name)
+    write_atomically(path, data)
+    # the local page finds the file by its name, also where Neuronpedia's slug differs
+    _update_listing(folder, document["metadata"] | {"slug": slug})
+    return path
+
+
+def _document(
+    graph: ResidualGraph | TranscoderGraph,
+    metadata: host.Metadata,
+    edge_threshold: float,
+    limits: Limits | None,
+) -> tuple[dict[str, Any], Names]:
+    """The graph's file, and the features that it mentions; without limits no QK attributions."""
+    node_threshold = metadata.node_threshold
+    assert node_threshold is not None
+    kept = prune(graph, node_threshold, edge_threshold)
+    names = Names(graph.input_tokens.tolist(), {node.node_id for node in kept.nodes.values()})
+    mention_nodes(graph, kept, names)
+    residual = isinstance(graph, ResidualGraph)
+    links = residual_links(graph, kept) if residual else transcoder_links(graph, kept)
     model = host.Model(
-        metadata=host.Metadata(
-            slug=slug if np_model is None else slug.replace(".", "-"),
-            scan=np_model or named_scan,
-            transcoder_list=transcoder_list,
-            prompt_tokens=graph.token_strings,
-            prompt=graph.input_string,
-            node_threshold=node_threshold,
-        ),
+        metadata=metadata,
         qParams=host.QParams(pinnedIds=[], supernodes=[], linkType="both", clickedId="", sg_pos=""),
         nodes=list(kept.nodes.values()),
         links=[],
@@ -112,18 +134,10 @@ def create_graph_files(
         "edge_threshold": edge_threshold,
     }
     document["links"] = links.documents
-    if qk:
+    if limits is not None:
         nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
-        limits = Limits(max_tables, max_bytes, top_terms)
         document |= attributions(graph, links, nodes, names, limits)
-    path = folder / f"{slug}.json"
-    data = encode(document, str(path))
-    if isinstance(graph, ResidualGraph) and scan_name is not None:
-        write_features(graph, folder / scan_name, names.features.values(), scan_name)
-    write_atomically(path, data)
-    # the local page finds the file by its name, also where Neuronpedia's slug differs
-    _update_listing(folder, document["metadata"] | {"slug": slug})
-    return path
+    return document, names
 
 
 def _read_listing(folder: Path) -> dict[str, Any]:

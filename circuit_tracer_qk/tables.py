@@ -79,7 +79,7 @@ def table_document(
     """
     terms = table.terms.cpu()
     score = rounded(table.score)
-    rows, columns = _largest(terms, top_terms)
+    rows, columns = largest_terms(terms, top_terms, -(-top_terms // 5))
     values = rounded_all(terms[rows, columns])
     rows, columns = rows.tolist(), columns.tolist()
     marginals = [terms.sum(dim, dtype=torch.float64) for dim in (1, 0)]
@@ -119,20 +119,24 @@ def row_document(layer: int, head: int, query: int, row: QKRow) -> dict[str, Any
     return {"layer": layer, "head": head, "query": query, "scores": scores, "pattern": pattern}
 
 
-def _largest(terms: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Places of the ``n`` largest terms by absolute value, and of a fifth as many of either sign.
+def largest_terms(terms: Tensor, n: int, of_sign: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the ``n`` largest terms by absolute value, largest first; none is 0.
 
     They lie in the rows with the largest extremes, so that most of a large table is only skimmed.
+
+    Args:
+        terms: (n_rows, n_columns)
+        n: how many.
+        of_sign: as many of either sign are there too.
     """
-    few = -(-n // 5)
     low, high = terms.amin(1), terms.amax(1)
-    wanted = (torch.maximum(high, -low), n), (high, few), (-low, few)
+    wanted = (torch.maximum(high, -low), n), (high, of_sign), (-low, of_sign)
     rows = torch.cat([e.topk(min(k, len(e))).indices for e, k in wanted]).unique()
     values = terms[rows].flatten()
-    few = min(few, len(values))
+    few = min(of_sign, len(values))
     either = torch.cat([(sign * values).topk(few).indices for sign in (1, -1)])
-    of_sign = torch.cat([values[either[:few]] > 0, values[either[few:]] < 0])
-    chosen = torch.cat([values.abs().topk(min(n, len(values))).indices, either[of_sign]]).unique()
+    right = torch.cat([values[either[:few]] > 0, values[either[few:]] < 0])
+    chosen = torch.cat([values.abs().topk(min(n, len(values))).indices, either[right]]).unique()
     chosen = chosen[values[chosen] != 0]
     chosen = chosen[values[chosen].abs().argsort(descending=True, stable=True)]
     return rows[chosen // terms.shape[1]], chosen % terms.shape[1]

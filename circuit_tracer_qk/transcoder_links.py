@@ -77,28 +77,31 @@ def _blocks(kept: Kept, found: Splits, pairs: Pairs) -> list[list[dict[str, Any]
     bypass = weights - through.sum(2)
     size = through.abs().sum(2) + weights.abs()
     bypass = torch.where(bypass.abs() < NOISE * size, 0.0, bypass)
-    out: list[list[dict[str, Any]]] = [[] for _ in kept.sources]
-    by_place: dict[tuple[int, int], dict[str, Any]] = {}
+    heads = _heads(through[pairs.edge, pairs.layer, pairs.head], pairs)
+    # pairs and blocks are both in the order of links, then of blocks
     link, layer = found.between.nonzero(as_tuple=True)
+    n_listed = torch.zeros_like(found.between, dtype=torch.long)
+    listed = torch.ones_like(pairs.edge)
+    n_listed.index_put_((pairs.edge, pairs.layer), listed, accumulate=True)
+    ends = n_listed[link, layer].cumsum(0).tolist()
+    out: list[list[dict[str, Any]]] = [[] for _ in kept.sources]
+    start = 0
     values = rounded_all(bypass[link, layer])
-    for at, block, value in zip(link.tolist(), layer.tolist(), values, strict=True):
-        document = {"layer": block, "heads": [], "bypass": value}
-        by_place[at, block] = document
-        out[at].append(document)
-    columns = zip(
-        pairs.edge.tolist(),
-        pairs.layer.tolist(),
-        pairs.head.tolist(),
-        rounded_all(through[pairs.edge, pairs.layer, pairs.head]),
-        pairs.query.tolist(),
-        pairs.key.tolist(),
-        rounded_all(pairs.value),
-        strict=True,
-    )
-    for at, block, head, part, query, key, value in columns:
-        listed = [list(triple) for triple in zip(query, key, value, strict=True) if triple[2]]
-        by_place[at, block]["heads"].append([head, part, listed])
+    for at, block, value, end in zip(link.tolist(), layer.tolist(), values, ends, strict=True):
+        out[at].append({"layer": block, "heads": heads[start:end], "bypass": value})
+        start = end
     return out
+
+
+def _heads(parts: Tensor, pairs: Pairs) -> list[list[Any]]:
+    """[head, part, [[query, key, value], ...]] of every listed head."""
+    n = pairs.value.shape[1]
+    columns = [pairs.query.flatten().tolist(), pairs.key.flatten().tolist()]
+    columns.append(rounded_all(pairs.value.flatten()))
+    triples = [*map(list, zip(*columns, strict=True))]
+    ends = (n * torch.arange(len(parts)) + (pairs.value != 0).sum(1).cpu()).tolist()
+    heads = zip(pairs.head.tolist(), rounded_all(parts), ends, strict=True)
+    return [[head, part, triples[i * n : end]] for i, (head, part, end) in enumerate(heads)]
 
 
 def _delivered(found: Splits) -> list[list[list[int | float | None]]]:
@@ -111,18 +114,17 @@ def _delivered(found: Splits) -> list[list[list[int | float | None]]]:
         order = part.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
         values = part.gather(1, order)
         n_listed = (values != 0).sum(1).tolist()
-        left = part.double().sum(1) - values.double().sum(1)
-        cut = ((part != 0).sum(1) > most).tolist()
-        rows = zip(
-            order.tolist(), rounded_all(values), n_listed, cut, rounded_all(left), strict=True
-        )
-        for at, value, n, is_cut, missing in rows:
-            listed: list[list[int | float | None]] = [
-                [i // n_heads, i % n_heads, v] for i, v in zip(at[:n], value[:n], strict=True)
-            ]
-            if is_cut:
-                listed.append([None, None, missing])
-            out.append(listed)
+        left = part.sum(1, dtype=torch.float64) - values.sum(1, dtype=torch.float64)
+        is_cut = ((part != 0).sum(1) > most).tolist()
+        columns = [(order // n_heads).flatten().tolist(), (order % n_heads).flatten().tolist()]
+        columns.append(rounded_all(values.flatten()))
+        entries = [*map(list, zip(*columns, strict=True))]
+        width = order.shape[1]
+        for i, (n, cut, missing) in enumerate(
+            zip(n_listed, is_cut, rounded_all(left), strict=True)
+        ):
+            listed = entries[i * width : i * width + n]
+            out.append([*listed, [None, None, missing]] if cut else listed)
     return out
 
 
@@ -167,12 +169,16 @@ def _places(
 
 def _by_value(pairs: Pairs, rows: Tensor) -> list[Place]:
     """Places of some rows' pairs, by the largest |value| at each."""
-    n = pairs.value.shape[1]
+    n, far = pairs.value.shape[1], 1 + max(int(f.max()) if len(f) else 0 for f in pairs[1:5])
     fields = [field[rows, None].expand(-1, n) for field in (pairs.layer, pairs.head)]
     fields += [pairs.query[rows], pairs.key[rows]]
-    places = torch.stack(fields, -1).flatten(0, 1)
+    code = torch.zeros_like(fields[2])
+    for part in fields:  # a place as one number, so that the largest of each is one reduction
+        code = code * far + part
     size = pairs.value[rows].abs().flatten()
-    distinct, at = places.unique(dim=0, return_inverse=True)
-    best = size.new_zeros(len(distinct)).scatter_reduce(0, at, size, "amax")
+    codes, at = code.flatten().unique(return_inverse=True)
+    best = size.new_zeros(len(codes)).scatter_reduce(0, at, size, "amax")
     order = best.argsort(descending=True, stable=True)[: int((best > 0).sum())]
-    return [Place(*place) for place in distinct[order].tolist()]
+    codes = codes[order]
+    places = [codes // far**3, codes // far**2 % far, codes // far % far, codes % far]
+    return [Place(*place) for place in torch.stack(places, 1).tolist()]

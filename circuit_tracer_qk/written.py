@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,18 @@ def rounded_all(values: Tensor) -> list[Any]:
 def rest(whole: float, listed: Iterable[float]) -> float:
     """What is missing from ``listed``, as written, to ``whole``, as written."""
     return float(f"{math.fsum((whole, *(-value for value in listed))):.12g}")
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Build large documents without Python's search for cycles, which walks all their lists."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def encode(document: Any, name: str = "the graph") -> bytes:
