@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.export import create_graph_files
     from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
     from circuit_tracer_qk.live import LiveGraphs
+    from circuit_tracer_qk.plugin import disable, enable
     from circuit_tracer_qk.qk import QKRow, QKTable
     from circuit_tracer_qk.residual_model import ResidualModel, load_model
     from circuit_tracer_qk.server import serve
@@ -30,6 +31,8 @@ _HOMES = {
     "TranscoderGraph": "transcoder_graph",
     "Component": "components",
     "load_dictionaries": "dictionaries",
+    "enable": "plugin",
+    "disable": "plugin",
     "UserError": "errors",
     "create_graph_files": "export",
     "Edge": "graph",
@@ -54,6 +57,8 @@ __all__ = [
     "TranscoderGraph",
     "UserError",
     "attribute",
+    "disable",
+    "enable",
     "explain",
     "explain_graph",
     "create_graph_files",

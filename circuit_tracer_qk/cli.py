@@ -1,4 +1,4 @@
-"""The command line: ``circuit-tracer-qk demo | attribute | qk | start-server``.
+"""The command line: ``circuit-tracer-qk demo | attribute | augment | qk | start-server``.
 
 Arguments, order of work and exit status; the text is :mod:`circuit_tracer_qk.report`'s. Whatever
 can be refused without the model is refused before it is loaded, and parsing imports no torch.
@@ -18,14 +18,14 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import circuit_tracer_qk
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import check_folder, check_names
 
 if TYPE_CHECKING:
-    from circuit_tracer_qk.graph import ResidualGraph
+    from circuit_tracer_qk.graph import ExplainedGraph
     from circuit_tracer_qk.qk import QK
     from circuit_tracer_qk.residual_model import ResidualModel
 
@@ -90,6 +90,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_attribute(commands, _host_flags(command, "attribute"))
+    _add_augment(commands)
     _add_qk(commands)
     _add_start_server(commands, _host_flags(command, "start-server"))
     return parser
@@ -138,15 +139,16 @@ def _add_attribute(commands: Any, host: list[argparse.ArgumentParser]) -> None:
         parents=host,
         conflict_handler="resolve",
         help="attribute a prompt: takes every flag of circuit-tracer attribute",
-        description="Attribute a prompt's next token to residual-stream features, with the heads "
-        "that carried every edge. Takes every flag of `circuit-tracer attribute`; those that only "
-        "a transcoder's backward passes need (--offload, --lazy-encoder, --lazy-decoder, "
-        "--backend) change nothing here.",
+        description="Attribute a prompt's next token, with the heads that carried every edge. With "
+        "-t, transcoders: the installed `circuit-tracer attribute` runs with its own flags, and its "
+        "graph is explained. With -d, residual dictionaries: the same flags, of which those that "
+        "only a transcoder's backward passes need (--offload, --lazy-encoder, --lazy-decoder, "
+        "--backend) change nothing.",
     )
     for action in parser._actions:
         if "--transcoder_set" in action.option_strings:
             action.required = False
-            action.help = "Not in this release: use `circuit-tracer attribute -t`."
+            action.help = "Transcoders or a CLT: a hub id org/name[@revision] or a local folder."
     add = parser.add_argument
     add(
         "-d",
@@ -165,6 +167,32 @@ def _add_attribute(commands: Any, host: list[argparse.ArgumentParser]) -> None:
     _add_serving(parser)
     _add_verbose(parser)
     parser.set_defaults(run=_attribute)
+
+
+def _add_augment(commands: Any) -> None:
+    parser = commands.add_parser(
+        "augment",
+        help="explain a graph that circuit-tracer made earlier: heads and QK attributions",
+        description="Write the graph files of a saved graph (.pt), with head loadings and QK "
+        "attributions. The model and the transcoders that it was made with are named again.",
+        epilog=f"example: {PROGRAM} augment graph.pt -t org/transcoders --slug NAME "
+        "--graph_file_dir graphs",
+    )
+    add = parser.add_argument
+    add("graph", help="the saved graph (.pt)")
+    add("-m", "--model", help="model; can be inferred from the transcoders' config")
+    add("-t", "--transcoder_set", help="transcoders or a CLT: a hub id or a local folder")
+    add("--slug", required=True, help="slug of the graph files")
+    add("--graph_file_dir", required=True, help="folder for the graph files")
+    add("--node_threshold", type=float, default=0.8, help="node threshold (default: 0.8)")
+    add("--edge_threshold", type=float, default=0.98, help="edge threshold (default: 0.98)")
+    add("--dtype", choices=[*DTYPES.values(), *DTYPES], default="float32", help="of the weights")
+    add("--np-model", metavar="ID", help="Neuronpedia's model id, for files to be uploaded there.")
+    add("--server", action="store_true", help="serve the graphs afterwards")
+    add("--port", type=int, default=DEMO_PORT, help=f"its port (default: {DEMO_PORT})")
+    _add_serving(parser)
+    _add_verbose(parser)
+    parser.set_defaults(run=_augment)
 
 
 def _add_qk(commands: Any) -> None:
@@ -227,6 +255,8 @@ def _add_verbose(parser: argparse.ArgumentParser) -> None:
 
 def _attribute(args: argparse.Namespace) -> None:
     files = _checked_files(args)
+    if args.transcoder_set is not None:
+        return _attribute_transcoders(args, files)
     dtype = DTYPES.get(args.dtype) or args.dtype
     log.info("attributing %r with %s in %s", args.prompt, args.dictionaries, dtype)
     model = _load(args.model, args.dictionaries, dtype)
@@ -262,18 +292,106 @@ def _attribute(args: argparse.Namespace) -> None:
         _serve(args, folder, args.port, slug, graph)
 
 
+def _attribute_transcoders(args: argparse.Namespace, files: tuple[str, str] | None) -> None:
+    """circuit-tracer's own command, and its graph explained."""
+    from circuit_tracer_qk.host_cli import flags_of
+    from circuit_tracer_qk.host_entries import run_command
+    from circuit_tracer_qk.plugin import explaining
+
+    explain = args.qk and files is not None
+    flags = flags_of("attribute", args, leave_out=("server", "port"))
+    with explaining(explain, args.np_model) as run, _hushed():
+        run_command(["attribute", *flags])
+    if args.graph_output_path is not None:
+        print(f"graph written to {args.graph_output_path}")
+        if args.qk and files is None:
+            print(
+                "its heads go into graph files: give --slug and --graph_file_dir too, or later "
+                f"`{PROGRAM} augment {args.graph_output_path} -t {args.transcoder_set} ...`"
+            )
+    if files is None:
+        return
+    slug, folder = files
+    print(f"graph files written to {Path(folder) / slug}.json", flush=True)
+    if run.problem is not None:
+        raise UserError(f"these files are circuit-tracer's own, without heads: {run.problem}")
+    if args.server:
+        _serve(args, folder, args.port, slug, run.graph)
+
+
+def _augment(args: argparse.Namespace) -> None:
+    path = Path(args.graph)
+    if not path.is_file():
+        raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
+    _check_thresholds(args)
+    check_names(args.slug, args.np_model)
+    _probe_folder(Path(args.graph_file_dir))
+    if args.server:
+        _check_server(args)
+
+    from circuit_tracer_qk.record import beside
+
+    graph: Any
+    if beside(path).is_file():  # a residual graph brings all that it needs
+        graph = circuit_tracer_qk.load_graph(path)
+    else:
+        graph = _explained(args, path)
+    written = _write_files(
+        graph,
+        args.slug,
+        args.graph_file_dir,
+        node_threshold=args.node_threshold,
+        edge_threshold=args.edge_threshold,
+        np_model=args.np_model,
+    )
+    print(f"graph files written to {written}", flush=True)
+    if args.server:
+        _serve(args, args.graph_file_dir, args.port, args.slug, graph)
+
+
+def _explained(args: argparse.Namespace, path: Path) -> Any:
+    """A saved graph of circuit-tracer's, explained with the model and transcoders named."""
+    import torch
+
+    from circuit_tracer_qk import host, plugin
+
+    if args.transcoder_set is None:
+        raise UserError(
+            "-t/--transcoder_set is missing: name the transcoders that the graph was made with."
+        )
+    try:
+        stock = host.load_graph(path)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path} is no graph that circuit-tracer can read ({error}).") from error
+    dtype = getattr(torch, DTYPES.get(args.dtype) or args.dtype)
+    with _hushed():
+        model = plugin.load_replacement_model(args.model, args.transcoder_set, dtype)
+        return circuit_tracer_qk.explain_graph(stock, model)
+
+
 def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
     """Refuse what `attribute` could not finish; slug and folder of the graph files, if wanted.
 
     The rules for which outputs must be named are circuit-tracer's own.
     """
-    if args.transcoder_set is not None:
+    if args.transcoder_set is None and args.dictionaries is None:
         raise UserError(
-            f"-t {args.transcoder_set}: transcoder graphs come in a later release; use "
-            "`circuit-tracer attribute` for them, or give residual dictionaries with -d."
+            "-d/--dictionaries is missing: name residual SAEs or a crosscoder, or transcoders with "
+            "-t/--transcoder_set."
         )
-    if args.dictionaries is None:
-        raise UserError("-d/--dictionaries is missing: name residual SAEs or a crosscoder.")
+    if args.transcoder_set is not None and args.dictionaries is not None:
+        raise UserError("-t and -d make different graphs: give one of them.")
+    if args.transcoder_set is not None and args.qk:
+        backend = getattr(args, "backend", "transformerlens")
+        if backend != "transformerlens":
+            raise UserError(
+                f"--backend {backend}: heads are explained with transformerlens; leave --backend "
+                "out, or give --no-qk for circuit-tracer's own files."
+            )
+    if args.transcoder_set is not None and args.np_model is not None and not args.qk:
+        raise UserError(
+            "--np-model names files that --no-qk leaves to circuit-tracer: leave it out."
+        )
     slug, folder = args.slug, args.graph_file_dir
     files = None if slug is None or folder is None else (slug, folder)
     if args.server and files is None:
@@ -283,9 +401,7 @@ def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
             "no output is named: give both --slug and --graph_file_dir for graph files, or "
             "-o/--graph_output_path for a .pt file."
         )
-    for name in ("node_threshold", "edge_threshold"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} is {getattr(args, name)}: it must be 0 to 1.")
+    _check_thresholds(args)
     _check_prompt(args.prompt)
     if files is not None:
         check_names(files[0], args.np_model)
@@ -295,10 +411,7 @@ def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
     if args.graph_output_path is not None:
         _check_file(Path(args.graph_output_path))
     if args.server:
-        from circuit_tracer_qk.server import check_port
-
-        check_port(args.port, args.host)
-        _check_page()
+        _check_server(args)
     return files
 
 
@@ -430,7 +543,7 @@ def _load(model: str | None, dictionaries: str, dtype: str = "float32") -> Resid
 
 
 def _write_files(
-    graph: ResidualGraph, slug: str, folder: str, *, qk: bool = True, **options: Any
+    graph: ExplainedGraph, slug: str, folder: str, *, qk: bool = True, **options: Any
 ) -> Path:
     """Write graph files and return the graph's own."""
     with _hushed():
@@ -442,7 +555,7 @@ def _serve(
     folder: str,
     port: int,
     slug: str | None = None,
-    graph: ResidualGraph | None = None,
+    graph: ExplainedGraph | None = None,
 ) -> None:
     """Serve until interrupted, which is how serving ends.
 
@@ -454,9 +567,12 @@ def _serve(
     live, page = None, ""
     if slug is not None and graph is not None:
         from circuit_tracer_qk import demo, host
+        from circuit_tracer_qk.graph import ResidualGraph
         from circuit_tracer_qk.live import LiveGraphs
 
-        look = demo.first_look(graph, host.edge_influence(graph))
+        residual = isinstance(graph, ResidualGraph)
+        look_at = demo.first_look if residual else demo.first_transcoder_look
+        look = look_at(cast(Any, graph), host.edge_influence(graph))
         page = "&".join([f"/index.html?slug={slug}", *(f"{k}={v}" for k, v in look.items())])
         live = LiveGraphs({slug: graph})
     server = circuit_tracer_qk.serve(
@@ -493,6 +609,19 @@ def _show(lines: Sequence[str]) -> None:
 def _check_prompt(prompt: str) -> None:
     if not prompt:
         raise UserError("the prompt is empty: give at least one token of text with -p.")
+
+
+def _check_thresholds(args: argparse.Namespace) -> None:
+    for name in ("node_threshold", "edge_threshold"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be 0 to 1.")
+
+
+def _check_server(args: argparse.Namespace) -> None:
+    from circuit_tracer_qk.server import check_port
+
+    check_port(args.port, args.host)
+    _check_page()
 
 
 def _check_page() -> None:

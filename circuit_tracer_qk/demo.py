@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from circuit_tracer_qk.graph import Edge, ResidualGraph
+from circuit_tracer_qk.splits import Listing
+from circuit_tracer_qk.transcoder_graph import TranscoderGraph
 
 CANDIDATES = 64  # the strongest edges among which the page's first one is looked for
 
@@ -45,20 +46,11 @@ def predictions(graph: ResidualGraph, n: int = 5) -> list[tuple[int, float]]:
     return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
-def node_positions(graph: ResidualGraph) -> Tensor:
-    """(n_nodes,) token position of every node, in adjacency order."""
-    n_pos = graph.n_pos
-    features = graph.active_features[graph.selected_features, 1]
-    everywhere = torch.arange(n_pos, device=features.device)
-    logits = features.new_full((len(graph.logit_targets),), n_pos - 1)
-    return torch.cat([features, everywhere.repeat(graph.cfg.n_layers + 1), logits])
-
-
 def strongest_edges(
     graph: ResidualGraph, influence: Tensor, n: int, *, across: bool
 ) -> list[StrongEdge]:
     """The ``n`` edges of the largest influence, across positions or within one."""
-    position = node_positions(graph)
+    position = graph.positions
     crosses = position[:, None] != position[None]
     kept = influence * (crosses if across else ~crosses)
     top = kept.flatten().topk(min(n, int((kept > 0).sum())))
@@ -78,7 +70,7 @@ def source_position(graph: ResidualGraph, influence: Tensor) -> int | None:
     """
     earlier = graph.input_tokens[1:-1]
     said = earlier == predictions(graph, 1)[0][0]
-    position = node_positions(graph)
+    position = graph.positions
     last = influence[position == graph.n_pos - 1].sum(0)
     reached = last.new_zeros(graph.n_pos).index_add_(0, position, last)[1:-1]
     if bool(said.any()):
@@ -111,9 +103,32 @@ def first_look(graph: ResidualGraph, influence: Tensor) -> dict[str, str]:
     return {}
 
 
+def first_transcoder_look(graph: TranscoderGraph, influence: Tensor) -> dict[str, str]:
+    """As :func:`first_look`: the edge of most influence that reaches the last position from
+    another feature's, and the head that carried most of it, between the positions where it did.
+    """
+    position, n_features = graph.positions, graph.n_features
+    across = (position[:, None] == graph.n_pos - 1) & (position[None] < graph.n_pos - 1)
+    between = (influence * across)[:n_features, :n_features]
+    if not bool((between > 0).any()):
+        return {}
+    target, source = divmod(int(between.argmax()), n_features)
+    pairs = graph.split([source], [target], Listing(heads=1, pairs=1)).pairs
+    ids = [
+        f"{layer}_{feature}_{at}"
+        for layer, at, feature in graph.active_features[graph.selected_features].tolist()
+    ]
+    look = {"clickedId": ids[target], "qkEdge": f"{ids[source]}__{ids[target]}"}
+    if pairs is not None and len(pairs.edge):
+        best = int(pairs.value[:, 0].abs().argmax())
+        layer, head, query, key = (int(f.flatten()[best]) for f in pairs[1:5])
+        look["qk"] = f"L{layer}H{head}:q{query}:k{key}"
+    return look
+
+
 def carriers(graph: ResidualGraph, influence: Tensor, query: int, key: int) -> list[Carrier]:
     """The heads that carried edges from position ``key`` to ``query``, by influence."""
-    position = node_positions(graph)
+    position = graph.positions
     between = (position[:, None] == query) & (position[None] == key) & (influence > 0)
     target, source = between.nonzero(as_tuple=True)
     found = graph.edges(source, target)

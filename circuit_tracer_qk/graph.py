@@ -120,6 +120,14 @@ class ExplainedGraph(host.Graph, ABC):
         """How many feature nodes the graph has."""
         return len(self.selected_features)
 
+    @property
+    def positions(self) -> Tensor:
+        """(n_nodes,) token position of every node, in adjacency order."""
+        features = self.active_features[self.selected_features, 1]
+        everywhere = torch.arange(self.n_pos, device=features.device)
+        logits = features.new_full((len(self.logit_targets),), self.n_pos - 1)
+        return torch.cat([features, everywhere.repeat(self.run.n_layers + 1), logits])
+
     def qk(self, layer: int, head: int, query: int, key: int) -> QKTable:
         """QK attributions of any head at any pair of positions, in the graph or not.
 

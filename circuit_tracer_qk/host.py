@@ -314,7 +314,12 @@ def save_stock(graph: Graph, file: Any) -> None:
 
 def load_stock(path: Any, device: Any) -> dict[str, Any]:
     """The keyword arguments of the ``Graph`` in a ``.pt`` that this host wrote."""
-    return arguments_of(Graph.from_pt(str(path), map_location=str(device)))
+    return arguments_of(load_graph(path, device))
+
+
+def load_graph(path: Any, device: Any = "cpu") -> Graph:
+    """A graph that this host, or another tree of it, saved."""
+    return Graph.from_pt(str(path), map_location=str(device))
 
 
 def arguments_of(graph: Graph) -> dict[str, Any]:
@@ -345,6 +350,7 @@ __all__ = [
     "graph_arguments",
     "graph_scan",
     "graph_scores",
+    "load_graph",
     "load_stock",
     "logit_targets",
     "named_scan",

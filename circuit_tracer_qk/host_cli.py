@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,7 +46,7 @@ def command_parser(command: str) -> argparse.ArgumentParser:
 def _installed_parser(command: str) -> argparse.ArgumentParser:
     from circuit_tracer import __main__ as stock
 
-    with _logging_kept(), _parsing_replaced():
+    with logging_kept(), _parsing_replaced():
         try:
             stock.main()
         except _Captured as captured:
@@ -72,7 +72,7 @@ def _parsing_replaced() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _logging_kept() -> Iterator[None]:
+def logging_kept() -> Iterator[None]:
     """Undo the ``logging.basicConfig`` that circuit-tracer's ``main`` begins with."""
     handlers, level = logging.root.handlers[:], logging.root.level
     try:
@@ -122,6 +122,30 @@ def known_parser(command: str) -> argparse.ArgumentParser:
         add("--graph_file_dir", required=True, help="Folder that holds the graph files.")
     add("--port", type=int, default=8041, help="Port for the local server.")
     return parser
+
+
+def flags_of(command: str, args: argparse.Namespace, leave_out: Sequence[str] = ()) -> list[str]:
+    """The arguments of circuit-tracer's own command that parse to these.
+
+    Args:
+        command: the command.
+        args: parsed by :func:`command_parser`'s arguments, perhaps among others.
+        leave_out: names of arguments to leave out.
+    """
+    flags = []
+    for action in command_parser(command)._actions:
+        value = getattr(args, action.dest, action.default)
+        if action.dest in leave_out or value == action.default or not action.option_strings:
+            continue
+        name = max(action.option_strings, key=len)
+        if action.nargs == 0:  # a switch
+            no = [n for n in action.option_strings if n.startswith("--no-")]
+            flags.append(no[0] if no and value is False else name)
+        elif isinstance(value, list | tuple):
+            flags += [name, *map(str, value)]
+        else:
+            flags.append(f"{name}={value}")
+    return flags
 
 
 def assets() -> Path:

@@ -19,7 +19,7 @@ from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.heads import check_patterns, refuse_attention
 from circuit_tracer_qk.splits import Listing, Splits
 from circuit_tracer_qk.transcoder_qk import TranscoderQK
-from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph
+from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph, refuse_shared_rotary
 
 AGREES = 1e-3  # of the largest edge: what our sweeps may differ from the host's backward passes
 AGREES_HALF = 5e-2  # the same for a model in half precision, whose own passes round
@@ -69,15 +69,6 @@ class TranscoderGraph(ExplainedGraph):
         """Features of transcoders have no labels here: the page finds them by scan and index."""
         return ""
 
-    @property
-    def positions(self) -> Tensor:
-        """(n_nodes,) the position of every node in adjacency order."""
-        features = self.active_features[self.selected_features, 1]
-        places = torch.arange(self.n_pos, device=features.device)
-        others = places.repeat(self.run.n_layers + 1)  # errors by layer, then tokens
-        logits = torch.full_like(places[:1], self.n_pos - 1).expand(len(self.logit_targets))
-        return torch.cat([features, others, logits])
-
     def split(
         self,
         sources: Sequence[int] | Tensor,
@@ -115,6 +106,21 @@ class TranscoderGraph(ExplainedGraph):
         return self.parts.split(source, target, listing, progress)
 
 
+def check_model(model: Any) -> None:
+    """Refuse a replacement model whose graphs cannot be explained exactly.
+
+    Raises:
+        UserError: the reason and the way out.
+    """
+    if not hasattr(model, "transcoders") or not hasattr(model, "blocks"):
+        raise UserError(
+            f"{type(model).__name__} is no replacement model of circuit-tracer's TransformerLens "
+            'backend: load it with backend="transformerlens" to explain its heads.'
+        )
+    refuse_attention(model)
+    refuse_shared_rotary(model)
+
+
 @torch.no_grad()
 def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
     """Explain a graph that circuit-tracer made.
@@ -127,12 +133,7 @@ def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
         UserError: another model, a backend or architecture that is not done exactly, targets that
             are no tokens, or edges that our own sweeps do not reproduce.
     """
-    if not hasattr(model, "transcoders") or not hasattr(model, "blocks"):
-        raise UserError(
-            f"{type(model).__name__} is no replacement model of circuit-tracer's TransformerLens "
-            'backend: load it with backend="transformerlens" to explain its heads.'
-        )
-    refuse_attention(model)
+    check_model(model)
     W_U = model.unembed.W_U.detach()
     ids = [int(target[1]) for target in graph.logit_targets]
     if max(ids) >= W_U.shape[1]:

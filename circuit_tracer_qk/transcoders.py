@@ -98,7 +98,7 @@ def read_transcoder_graph(model: Any, graph: host.Graph, columns: Tensor) -> Tra
             "this replacement model is of the nnsight backend: load it with "
             'backend="transformerlens" to explain its heads.'
         )
-    _refuse_shared_rotary(model)
+    refuse_shared_rotary(model)
     tokens = graph.input_tokens.to(model.W_E.device)
     nodes = host.transcoder_nodes(model, tokens)
     if not torch.equal(nodes.active.cpu(), graph.active_features.cpu().to(nodes.active.dtype)):
@@ -230,8 +230,12 @@ def _reads(
     return Reads(*map(torch.cat, ((layer, of_logits), (position, at_end), (row, logits))))
 
 
-def _refuse_shared_rotary(model: Any) -> None:
-    """Refuse a host that runs local and global layers with one table where they need two."""
+def refuse_shared_rotary(model: Any) -> None:
+    """Refuse a host that runs local and global layers with one rotary table where they need two.
+
+    Raises:
+        UserError: it does.
+    """
     cfg = model.cfg
     local = getattr(cfg, "rotary_base_local", None)
     kinds = {block.attn.attn_type: block.attn for block in model.blocks}
@@ -245,4 +249,4 @@ def _refuse_shared_rotary(model: Any) -> None:
         )
 
 
-__all__ = ["Source", "TranscoderRun", "read_transcoder_graph"]
+__all__ = ["Source", "TranscoderRun", "read_transcoder_graph", "refuse_shared_rotary"]

@@ -1,0 +1,154 @@
+"""circuit-tracer's entry points, replaced for a while and put back.
+
+A replaced function is replaced in every module of circuit-tracer that holds it, so that
+``from circuit_tracer import attribute`` finds it wherever it is imported from afterwards.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.host_cli import logging_kept
+
+FUNCTIONS = {
+    "attribute": "circuit_tracer.attribution.attribute",
+    "create_graph_files": "circuit_tracer.utils.create_graph_files",
+    "serve": "circuit_tracer.frontend.local_server",
+    "load_transcoder_from_hub": "circuit_tracer.utils.hf_utils",
+}
+METHODS = ("from_pretrained", "from_pretrained_and_transcoders")  # of ReplacementModel
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""From what circuit-tracer has to what stands in for it."""
+
+
+def replace(wraps: Mapping[str, Wrap]) -> Callable[[], None]:
+    """Replace entry points.
+
+    Args:
+        wraps: by name, of ``FUNCTIONS`` or ``METHODS``.
+
+    Returns:
+        What puts all of them back.
+    """
+    undo: list[Callable[[], None]] = []
+    for name, wrap in wraps.items():
+        undo.append(_replace_method(name, wrap) if name in METHODS else _replace(name, wrap))
+
+    def put_back() -> None:
+        for one in reversed(undo):
+            one()
+
+    return put_back
+
+
+def _replace(name: str, wrap: Wrap) -> Callable[[], None]:
+    original = getattr(import_module(FUNCTIONS[name]), name)
+    wrapper = wrap(original)
+    _swap(original, wrapper)
+    return lambda: _swap(wrapper, original)
+
+
+def _swap(old: Any, new: Any) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "circuit_tracer" or not isinstance(module, ModuleType):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is old:
+                setattr(module, attribute, new)
+
+
+def _replace_method(name: str, wrap: Wrap) -> Callable[[], None]:
+    from circuit_tracer.replacement_model import ReplacementModel
+
+    kept = vars(ReplacementModel)[name]
+    wrapper = wrap(getattr(ReplacementModel, name))
+    setattr(ReplacementModel, name, staticmethod(wrapper))
+    return lambda: setattr(ReplacementModel, name, kept)
+
+
+def with_option(wrapper: Any, original: Callable[..., Any], name: str, default: Any) -> Any:
+    """``wrapper`` under the original's name and signature, one keyword argument added."""
+    signature = inspect.signature(original)
+    added = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+    parameters = [p for p in signature.parameters.values() if p.name != name]
+    last = parameters[-1:] if parameters and parameters[-1].kind == added.VAR_KEYWORD else []
+    parameters = [*parameters[: len(parameters) - len(last)], added, *last]
+    wrapper.__signature__ = signature.replace(parameters=parameters)
+    return wrapper
+
+
+def run_command(arguments: list[str]) -> None:
+    """The installed circuit-tracer's command line, as it is."""
+    from circuit_tracer import __main__ as stock
+
+    with _arguments(arguments), logging_kept():
+        stock.main()
+
+
+@contextmanager
+def _arguments(arguments: list[str]) -> Iterator[None]:
+    kept = sys.argv
+    sys.argv = ["circuit-tracer", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = kept
+
+
+def load_local_transcoders(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Transcoders of a local folder, by circuit-tracer's own loaders, and their config.
+
+    Args:
+        folder: ``config.yaml`` and the ``.safetensors`` files that a hub repository has.
+        **options: of ``load_transcoder_from_hub``.
+
+    Raises:
+        UserError: a folder without a config, or with one that names no kind.
+    """
+    from circuit_tracer.utils import hf_utils
+
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = config["model_kind"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no transcoder config ({error}): a folder of transcoders has a config.yaml "
+            "with model_kind, feature_input_hook and feature_output_hook, as a hub repository has."
+        ) from error
+    config = {"repo_id": str(folder), "scan": folder.name} | config
+    if kind == "cross_layer_transcoder":
+        from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+
+        known = inspect.signature(load_clt).parameters
+        hooks = {name: config.get(name) for name in ("feature_input_hook", "feature_output_hook")}
+        offered = options | hooks | {"scan": config["scan"]}
+        taken = {k: v for k, v in offered.items() if k in known}
+        return load_clt(str(folder), **taken), config
+    files = config.get("transcoders") or [
+        f"layer_{i}.safetensors" for i in range(len(list(folder.glob("layer_*.safetensors"))))
+    ]
+    config["transcoders"] = [f if f.startswith("hf://") else str(folder / f) for f in files]
+    known = inspect.signature(hf_utils.load_transcoders).parameters
+    taken = {name: value for name, value in options.items() if name in known}
+    return hf_utils.load_transcoders(config, **taken), config
+
+
+def replacement_model(transformer: Any, transcoders: Any) -> Any:
+    """A TransformerLens model with transcoders in the place of its MLPs."""
+    from circuit_tracer.replacement_model import replacement_model_transformerlens as home
+
+    transformer.__class__ = home.TransformerLensReplacementModel
+    transformer._configure_replacement_model(transcoders)
+    return transformer

@@ -1,0 +1,282 @@
+"""circuit-tracer's own entry points with heads: ``enable()`` and ``disable()``.
+
+While enabled, in this process, circuit-tracer's
+
+- ``attribute(..., qk=True)`` explains the graph that it makes, and attributes residual models;
+- ``ReplacementModel.from_pretrained(..., backend="residual")`` loads a residual model;
+- ``create_graph_files`` writes explained graphs with their heads and QK attributions;
+- ``serve`` shows them with the panel, and answers for any head of those still in memory.
+
+All else stays as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from circuit_tracer_qk import attribution, export, server
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.graph import ExplainedGraph
+from circuit_tracer_qk.host_entries import (
+    FUNCTIONS,
+    load_local_transcoders,
+    replace,
+    replacement_model,
+    with_option,
+)
+from circuit_tracer_qk.live import LiveGraphs
+from circuit_tracer_qk.models import load_transformer
+from circuit_tracer_qk.record import beside
+from circuit_tracer_qk.residual_model import ResidualModel, load_model
+from circuit_tracer_qk.sources import first_line
+from circuit_tracer_qk.transcoder_graph import TranscoderGraph, check_model, explain_graph
+
+_lock = Lock()
+_put_back: Callable[[], None] | None = None
+_written: WeakValueDictionary[tuple[str, str], ExplainedGraph] = WeakValueDictionary()
+"""Graphs in memory by the folder and slug of their files."""
+
+
+def enable() -> None:
+    """Let circuit-tracer's own entry points take ``qk=True`` and ``backend="residual"``.
+
+    Functions imported before stay as they were. A second call changes nothing.
+    """
+    global _put_back
+    with _lock:
+        if _put_back is None:
+            _put_back = replace(
+                {
+                    "attribute": _attribute,
+                    "create_graph_files": _create_graph_files,
+                    "serve": _serve,
+                    "from_pretrained": _from_pretrained,
+                }
+            )
+
+
+def disable() -> None:
+    """Undo :func:`enable`, wherever circuit-tracer holds its entry points."""
+    global _put_back
+    with _lock:
+        if _put_back is not None:
+            _put_back()
+            _put_back = None
+
+
+def _enabled() -> bool:
+    return _put_back is not None
+
+
+def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def attribute(prompt: Any, model: Any, *args: Any, **options: Any) -> Any:
+        if not _enabled():  # a name that was imported meanwhile
+            return original(prompt, model, *args, **options)
+        qk = options.pop("qk", False)
+        if isinstance(model, ResidualModel):
+            return attribution.attribute(prompt, model, *args, **options)
+        graph = original(prompt, model, *args, **options)
+        return explain_graph(graph, model) if qk else graph
+
+    return with_option(attribute, original, "qk", False)
+
+
+def _create_graph_files(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def create_graph_files(*args: Any, **options: Any) -> Any:
+        if not _enabled():
+            return original(*args, **options)
+        qk = options.pop("qk", True)
+        given = dict(signature.bind(*args, **options).arguments)
+        graph = given.pop("graph_or_path")
+        is_ours = isinstance(graph, ExplainedGraph)
+        if not is_ours and not (isinstance(graph, str | Path) and beside(graph).is_file()):
+            return original(*args, **options)
+        path = export.create_graph_files(graph, **given, qk=qk)
+        if is_ours:
+            _written[str(path.parent.resolve()), given["slug"]] = graph
+        return None
+
+    return with_option(create_graph_files, original, "qk", True)
+
+
+def _serve(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def serve(*args: Any, **options: Any) -> Any:
+        given = dict(signature.bind_partial(*args, **options).arguments)
+        if not _enabled() or given.pop("frontend_dir", None) is not None:
+            return original(*args, **options)
+        folder = str(Path(given["data_dir"]).resolve())
+        graphs = {slug: graph for (at, slug), graph in _written.items() if at == folder}
+        return server.serve(**given, live=LiveGraphs(graphs) if graphs else None)
+
+    return serve
+
+
+def _from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def from_pretrained(*args: Any, **options: Any) -> Any:
+        given = signature.bind_partial(*args, **options).arguments
+        if not _enabled() or given.get("backend") != "residual":
+            return original(*args, **options)
+        taken = {name: given[name] for name in ("dtype", "device") if name in given}
+        return load_model(given.get("model_name"), given.get("transcoder_set"), **taken)
+
+    return from_pretrained
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What one run of circuit-tracer's own command line made.
+
+    Attributes:
+        graph: the explained graph; None where it was not asked for or could not be.
+        problem: why it could not be explained after it was made.
+    """
+
+    graph: TranscoderGraph | None = None
+    problem: UserError | None = None
+
+
+@contextmanager
+def explaining(qk: bool, np_model: str | None = None) -> Iterator[Run]:
+    """Within, circuit-tracer explains the graph that it makes, and takes local folders too.
+
+    What can be refused is refused before the graph is made; what is found wrong afterwards leaves
+    circuit-tracer's own files, without heads.
+
+    Args:
+        qk: explain.
+        np_model: Neuronpedia's model id, for the files.
+
+    Raises:
+        UserError: transcoders or a model that cannot be loaded, or graphs that are not done
+            exactly.
+    """
+    run = Run()
+
+    def attribute(original: Callable[..., Any]) -> Callable[..., Any]:
+        def attribute(*args: Any, **options: Any) -> Any:
+            model = inspect.signature(original).bind(*args, **options).arguments["model"]
+            if qk:
+                check_model(model)
+            graph = original(*args, **options)
+            if qk:
+                try:
+                    run.graph = explain_graph(graph, model)
+                except UserError as problem:
+                    run.problem = problem
+            return run.graph or graph
+
+        return attribute
+
+    def create_graph_files(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_graph_files(*args: Any, **options: Any) -> Any:
+            given = dict(inspect.signature(original).bind(*args, **options).arguments)
+            if not isinstance(given["graph_or_path"], ExplainedGraph):
+                return original(*args, **options)
+            return export.create_graph_files(given.pop("graph_or_path"), **given, np_model=np_model)
+
+        return create_graph_files
+
+    put_back = replace(
+        {
+            "attribute": attribute,
+            "create_graph_files": create_graph_files,
+            "load_transcoder_from_hub": _load_transcoders,
+            "from_pretrained_and_transcoders": _load_replacement_model,
+        }
+    )
+    try:
+        yield run
+    finally:
+        put_back()
+
+
+def _load_transcoders(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load(*args: Any, **options: Any) -> Any:
+        given = dict(signature.bind(*args, **options).arguments)
+        reference = given.pop("hf_ref")
+        try:
+            if Path(reference).is_dir():
+                return load_local_transcoders(Path(reference), **given)
+            return original(*args, **options)
+        except UserError:
+            raise
+        except Exception as error:  # hubs, files and tensors fail in any way
+            raise UserError(
+                f"the transcoders {reference} cannot be loaded ({first_line(error)}): give a hub "
+                "id org/name[@revision] that can be reached, or a local folder with their files."
+            ) from error
+
+    return load
+
+
+def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load(*args: Any, **options: Any) -> Any:
+        given = dict(signature.bind(*args, **options).arguments)
+        name, backend = given["model_name"], given.get("backend", "transformerlens")
+        try:
+            if Path(name).is_dir() and backend == "transformerlens":
+                taken = {k: given[k] for k in ("dtype", "device") if k in given}
+                return replacement_model(load_transformer(name, **taken), given["transcoders"])
+            return original(*args, **options)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the model {name} cannot be loaded with these transcoders ({first_line(error)}): "
+                "give with -m the model that they were made for."
+            ) from error
+
+    return load
+
+
+def load_replacement_model(model: str | None, transcoders: str, dtype: torch.dtype) -> Any:
+    """circuit-tracer's replacement model, from hub ids or local folders.
+
+    Args:
+        model: the model; from the transcoders' config if left out.
+        transcoders: their hub id ``org/name[@revision]`` or folder.
+        dtype: of the weights.
+
+    Raises:
+        UserError: either cannot be loaded, or no model is named.
+    """
+    with explaining(qk=False):
+        found, config = import_module(
+            FUNCTIONS["load_transcoder_from_hub"]
+        ).load_transcoder_from_hub(transcoders, dtype=dtype)
+        model = model or config.get("model_name")
+        if not model:
+            raise UserError("-m/--model is missing: the transcoders' config names no model_name.")
+        from circuit_tracer.replacement_model import ReplacementModel
+
+        return ReplacementModel.from_pretrained_and_transcoders(
+            model_name=model, transcoders=found, dtype=dtype
+        )
