@@ -18,6 +18,7 @@ LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their l
 DELIVERED = 8  # heads listed as having delivered an edge, or more while the file stays small:
 DELIVERED_IN_ALL = 500_000
 NOISE = 1e-6  # of what a part is the difference of: float32 rounding, which is no part
+NOTHING = 1e-8  # of the sum of |part|: too little to list
 
 
 def transcoder_links(graph: TranscoderGraph, kept: Kept, progress: bool = True) -> Links:
@@ -99,7 +100,8 @@ def _heads(parts: Tensor, pairs: Pairs) -> list[list[Any]]:
     columns = [pairs.query.flatten().tolist(), pairs.key.flatten().tolist()]
     columns.append(rounded_all(pairs.value.flatten()))
     triples = [*map(list, zip(*columns, strict=True))]
-    ends = (n * torch.arange(len(parts)) + (pairs.value != 0).sum(1).cpu()).tolist()
+    there = pairs.value.abs() > NOTHING * parts.abs()[:, None]
+    ends = (n * torch.arange(len(parts)) + there.sum(1).cpu()).tolist()
     heads = zip(pairs.head.tolist(), rounded_all(parts), ends, strict=True)
     return [[head, part, triples[i * n : end]] for i, (head, part, end) in enumerate(heads)]
 
@@ -113,7 +115,7 @@ def _delivered(found: Splits) -> list[list[list[int | float | None]]]:
     for part in last.split(1 << 14):
         order = part.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
         values = part.gather(1, order)
-        n_listed = (values != 0).sum(1).tolist()
+        n_listed = (values.abs() > NOTHING * part.abs().sum(1, keepdim=True)).sum(1).tolist()
         left = part.sum(1, dtype=torch.float64) - values.sum(1, dtype=torch.float64)
         is_cut = ((part != 0).sum(1) > most).tolist()
         columns = [(order // n_heads).flatten().tolist(), (order % n_heads).flatten().tolist()]
