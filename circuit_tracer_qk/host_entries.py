@@ -88,6 +88,16 @@ def with_option(wrapper: Any, original: Callable[..., Any], name: str, default: 
     return wrapper
 
 
+def graph_files_arguments(
+    original: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of circuit-tracer's ``create_graph_files``, by the older names."""
+    given = dict(inspect.signature(original).bind(*args, **options).arguments)
+    if "scan_name" in given:  # in newer trees
+        given["scan"] = given.pop("scan_name")
+    return given
+
+
 def run_command(arguments: list[str]) -> None:
     """The installed circuit-tracer's command line, as it is."""
     from circuit_tracer import __main__ as stock
@@ -128,12 +138,13 @@ def load_local_transcoders(folder: Path, **options: Any) -> tuple[Any, dict[str,
             "with model_kind, feature_input_hook and feature_output_hook, as a hub repository has."
         ) from error
     config = {"repo_id": str(folder), "scan": folder.name} | config
+    config.setdefault("scan_name", config["scan"])  # in newer trees
     if kind == "cross_layer_transcoder":
         from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
 
         known = inspect.signature(load_clt).parameters
         hooks = {name: config.get(name) for name in ("feature_input_hook", "feature_output_hook")}
-        offered = options | hooks | {"scan": config["scan"]}
+        offered = options | hooks | {"scan": config["scan"], "scan_name": config["scan"]}
         taken = {k: v for k, v in offered.items() if k in known}
         return load_clt(str(folder), **taken), config
     files = config.get("transcoders") or [

@@ -30,6 +30,7 @@ from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.host_entries import (
     FUNCTIONS,
+    graph_files_arguments,
     load_local_transcoders,
     replace,
     replacement_model,
@@ -94,14 +95,12 @@ def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _create_graph_files(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
     @functools.wraps(original)
     def create_graph_files(*args: Any, **options: Any) -> Any:
         if not _enabled():
             return original(*args, **options)
         qk = options.pop("qk", True)
-        given = dict(signature.bind(*args, **options).arguments)
+        given = graph_files_arguments(original, args, options)
         graph = given.pop("graph_or_path")
         is_ours = isinstance(graph, ExplainedGraph)
         if not is_ours and not (isinstance(graph, str | Path) and beside(graph).is_file()):
@@ -193,7 +192,7 @@ def explaining(qk: bool, np_model: str | None = None) -> Iterator[Run]:
 
     def create_graph_files(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_graph_files(*args: Any, **options: Any) -> Any:
-            given = dict(inspect.signature(original).bind(*args, **options).arguments)
+            given = graph_files_arguments(original, args, options)
             if not isinstance(given["graph_or_path"], ExplainedGraph):
                 return original(*args, **options)
             return export.create_graph_files(given.pop("graph_or_path"), **given, np_model=np_model)
