@@ -161,8 +161,16 @@ OUT = ("-d", "dictionaries", "-p", "x")
         (("explain",), "invalid choice: 'explain'"),
         (("attribute",), "required: -p/--prompt"),
         (("attribute", "-p", "x"), "-d/--dictionaries is missing"),
-        (("attribute", "-p", "x", "-t", "gemma"), "-t gemma: transcoder graphs come in a later"),
-        (("attribute", "-p", "x", "-t", "gemma"), "use `circuit-tracer attribute`"),
+        (("attribute", "-p", "x", "-t", "gemma", "-d", "x"), "-t and -d make different graphs"),
+        (("attribute", "-p", "x", "-t", "gemma"), "no output is named"),
+        (
+            ("attribute", "-p", "x", "-t", "gemma", "-o", "x.pt", "--backend", "nnsight"),
+            "--backend nnsight: heads are explained with transformerlens",
+        ),
+        (
+            ("attribute", "-p", "x", "-t", "g", "-o", "x.pt", "--no-qk", "--np-model", "x"),
+            "--np-model names files that --no-qk leaves",
+        ),
         (("attribute", *OUT), "give both --slug and --graph_file_dir"),
         (("attribute", *OUT, "--server", "-o", "g.pt"), "--server needs both --slug"),
         (("attribute", *OUT, "--slug", "a/b", "--graph_file_dir", "g"), "the slug 'a/b'"),
