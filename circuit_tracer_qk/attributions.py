@@ -157,13 +157,15 @@ def _projection(
         tables: of one layer and query, so that their query components agree.
         outsiders: gets the components that are no nodes of the graph.
     """
-    by_key: dict[int, list[QKTable]] = defaultdict(list)
-    for table in tables:
-        by_key[table.key_position].append(table)
     queries = tables[0].query
-    keys = [c for same in by_key.values() for c in same[0].key]
-    summed = [torch.stack([t.terms for t in same]).sum(0) for same in by_key.values()]
-    terms = torch.cat(summed, 1).cpu()
+    at = {c: i for i, c in enumerate(dict.fromkeys(c for table in tables for c in table.key))}
+    keys = list(at)  # carried to several keys, one node may be a component of each
+    terms = tables[0].terms.cpu()
+    if len(tables) > 1:
+        terms = terms.new_zeros(len(queries), len(keys))
+        for table in tables:
+            columns = torch.tensor([at[c] for c in table.key])
+            terms.index_add_(1, columns, table.terms.cpu())
     row, column = largest_terms(terms, PROJECTED)
     pairs = zip(row.tolist(), column.tolist(), rounded_all(terms[row, column]), strict=True)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomposition
 from circuit_tracer_qk.errors import UserError
@@ -79,19 +80,16 @@ class QKTable:
         All nine pairs of feature, bias and error where the checkpoint has a dictionary; the kinds
         present elsewhere. The totals sum to the score.
         """
-        codes = [
-            torch.tensor([KINDS.index(c.kind) for c in side], device=self.terms.device)
+        rows, columns = (
+            one_hot(torch.tensor([KINDS.index(c.kind) for c in side]), len(KINDS)).to(self.terms)
             for side in (self.query, self.key)
-        ]
-        totals = self.terms.new_zeros(len(KINDS), len(KINDS))
-        rows = self.terms.new_zeros(len(KINDS), self.terms.shape[1])
-        rows.index_add_(0, codes[0], self.terms)
-        totals.index_add_(1, codes[1], rows)
+        )
+        totals = (rows.T @ self.terms @ columns).tolist()
         present = {c.kind for c in (*self.query, *self.key)}
         if not present & {"embedding", "position"}:
             present |= {"feature", "bias", "error"}
         kinds = [k for k in KINDS if k in present]
-        return {(a, b): float(totals[KINDS.index(a), KINDS.index(b)]) for a in kinds for b in kinds}
+        return {(a, b): totals[KINDS.index(a)][KINDS.index(b)] for a in kinds for b in kinds}
 
     def top(self, n: int) -> list[tuple[Component, Component, float]]:
         """The ``n`` terms largest by absolute value, signed, largest first."""

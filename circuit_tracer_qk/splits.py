@@ -180,7 +180,7 @@ def split_edges(
     shape = n, run.n_layers, n_heads
     between = torch.zeros(n, run.n_layers, dtype=torch.bool, device=source.device)
     out = Splits(zeros(n), zeros(shape), zeros(shape), zeros(n), between)
-    position = _by_source(writes, writes.position, "amin")
+    position, first = (_by_source(writes, values) for values in (writes.position, writes.layer))
     width = n_heads * d_head * run.residual.element_size()
 
     found: list[Pairs] = []
@@ -200,6 +200,7 @@ def split_edges(
             ends = of_group.unique()
             ends = ends[position[ends].argsort(stable=True)]
             for some in ends.split(some_sources):
+                some = some[first[some].argsort(stable=True)]
                 row = torch.full_like(position, -1)
                 row[some] = torch.arange(len(some), device=some.device)
                 kept = row[writes.source] >= 0
@@ -218,10 +219,10 @@ def split_edges(
     return out._replace(pairs=Pairs(*map(torch.cat, zip(*found, strict=True))))
 
 
-def _by_source(writes: Writes, values: Tensor, how: str) -> Tensor:
-    """(n_sources,) the least or greatest of each source's values."""
+def _by_source(writes: Writes, values: Tensor) -> Tensor:
+    """(n_sources,) the least of each source's values."""
     out = values.new_zeros(int(writes.source.max()) + 1 if len(writes.source) else 0)
-    return out.scatter_reduce_(0, writes.source, values, how, include_self=False)
+    return out.scatter_reduce_(0, writes.source, values, "amin", include_self=False)
 
 
 def _sweep(
@@ -234,12 +235,10 @@ def _sweep(
     out: Splits,
     listing: Listing | None,
 ) -> list[Pairs]:
-    """Carry some sources forward, and split their edges at each block."""
+    """Carry some sources forward, those written first in front, and split their edges."""
     run = carrier.heads.run
     start, end = int(writes.position.min()), int(reads.position.max()) + 1
-    position, first = (
-        _by_source(writes, values, "amin") for values in (writes.position, writes.layer)
-    )
+    position, first = (_by_source(writes, values) for values in (writes.position, writes.layer))
     n_sources, d_model = len(position), run.residual.shape[2]
     # nothing flows before the first source, and nothing after the last target is read
     x = run.residual.new_zeros(n_sources, end - start, d_model)
@@ -261,7 +260,8 @@ def _sweep(
     write(-1)
     for layer in range(run.n_layers):
         parallel = carrier.heads.block(layer).parallel
-        carried = carrier.carry(layer, x, start)
+        begun = int((first < layer).sum())  # sources are in this order: those after are zero
+        carried = carrier.carry(layer, x[:begun], start)
         ends_later = edges.target_layer > layer if parallel else edges.target_layer >= layer
         crossing = edges.only((first[edges.source] < layer) & ends_later)
         if len(crossing.at):
@@ -288,9 +288,9 @@ def _sweep(
                         listing,
                     )
                 )
-        reading = edges.only(edges.target_layer == layer)
+        reading = edges.only((edges.target_layer == layer) & (first[edges.source] < layer))
         out.weight[reading.at] = _read(carried.mid, reads, reading, start)
-        x = carried.out
+        x[:begun] = carried.out
         write(layer)
     reading = edges.only(edges.target_layer == run.n_layers)
     out.weight[reading.at] = _read(x, reads, reading, start)
@@ -337,7 +337,7 @@ def _pairs(
         first_key: (n_sources,) where each source is.
     """
     row, head = listed
-    order = edges.source[row].argsort()  # sources lie in the order of their positions
+    order = first_key[edges.source[row]].argsort()
     row, head = row[order], head[order]
     n, n_pos = listing.pairs, pattern.shape[1]
     where = row.new_zeros(len(row), n)

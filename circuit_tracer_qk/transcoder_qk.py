@@ -188,33 +188,39 @@ class TranscoderQK(Scores):
 
     def _streams(self, last: int) -> Iterator[tuple[int, list[_Stream]]]:
         """All rows at each block up to ``last``."""
-        run, writes, (_, first) = self.parts.run, self._writes, self._first
+        run, writes, (block, first) = self.parts.run, self._writes, self._first
         d_model = run.residual.shape[2]
         order = first.argsort(stable=True)
         order = order[first[order] < run.n_pos]  # logits write nothing
         some = max(1, STREAM_BYTES // (run.n_pos * d_model * run.residual.element_size()))
         streams = []
         for rows in order.split(some):
+            rows = rows[block[rows].argsort(stable=True)]
             start = int(first[rows].min())
             x = run.residual.new_zeros(len(rows), run.n_pos - start, d_model)
             streams.append(_Stream(rows, start, x))
         place = torch.full_like(first, -1)
         for layer in range(last + 1):
-            for i, stream in enumerate(streams):
-                x = stream.x
+            for rows, start, x in streams:
                 if layer:
-                    x = self.parts.carrier.carry(layer - 1, x, stream.start).out
+                    begun = int((block[rows] < layer).sum())  # those after are still zero
+                    x[:begun] = self.parts.carrier.carry(layer - 1, x[:begun], start).out
                 place.fill_(-1)
-                place[stream.rows] = torch.arange(len(stream.rows), device=place.device)
+                place[rows] = torch.arange(len(rows), device=place.device)
                 now = (writes.layer == layer - 1) & (place[writes.source] >= 0)
-                at = place[writes.source[now]], writes.position[now] - stream.start
+                at = place[writes.source[now]], writes.position[now] - start
                 x.index_put_(at, writes.vector[now], accumulate=True)
-                streams[i] = stream._replace(x=x)
             yield layer, streams
 
 
 class _Stream(NamedTuple):
-    """Some rows at one block: (n, m, d_model) at positions from ``start`` on."""
+    """Some rows at one block, those that are written first in front.
+
+    Attributes:
+        rows: (n,) the rows.
+        start: the first of their positions.
+        x: (n, m, d_model) at positions from ``start`` on.
+    """
 
     rows: Tensor
     start: int
