@@ -42,7 +42,8 @@ def _documents(kept: Kept, found: Splits, pairs: Pairs) -> list[dict[str, Any]]:
     """Links.
 
     Identities, as written: weight = bypass + the listed heads' parts + rest at every block; and
-    attention_free + the sum of delivered_by, up to the rounding of its numbers.
+    attention_free + the values in delivered_by, whose last entry is [null, null, value] where some
+    were left out (or where the host rounded, in half precision).
     """
     blocks = _blocks(kept, found, pairs)
     delivered = _delivered(found)
@@ -55,20 +56,25 @@ def _documents(kept: Kept, found: Splits, pairs: Pairs) -> list[dict[str, Any]]:
         rounded_all(found.attention_free),
         strict=True,
     )
-    return [
-        {
-            "source": kept.nodes[source].node_id,
-            "target": kept.nodes[target].node_id,
-            "weight": weight,
-            "head_loadings": [
-                block | {"rest": rest(weight, [block["bypass"], *(h[1] for h in block["heads"])])}
-                for block in some
-            ],
-            "delivered_by": by,
-            "attention_free": free,
-        }
-        for source, target, weight, some, by, free in columns
-    ]
+    links = []
+    for source, target, weight, some, by, free in columns:
+        for block in some:
+            block["rest"] = rest(weight, [block["bypass"], *(h[1] for h in block["heads"])])
+        values = [value for *_, value in by]
+        left = rest(weight, [free, *values])
+        if abs(left) > 10 * NOISE * (abs(weight) + sum(map(abs, values))):
+            by.append([None, None, left])
+        links.append(
+            {
+                "source": kept.nodes[source].node_id,
+                "target": kept.nodes[target].node_id,
+                "weight": weight,
+                "head_loadings": some,
+                "delivered_by": by,
+                "attention_free": free,
+            }
+        )
+    return links
 
 
 def _blocks(kept: Kept, found: Splits, pairs: Pairs) -> list[list[dict[str, Any]]]:
@@ -107,7 +113,7 @@ def _heads(parts: Tensor, pairs: Pairs) -> list[list[Any]]:
 
 
 def _delivered(found: Splits) -> list[list[list[int | float | None]]]:
-    """By link, [layer, head, value] by |value|; one [null, null, value] for what is left out."""
+    """By link, [layer, head, value] by |value|, the largest of them."""
     last = found.last.flatten(1)
     n_links, n_heads = len(last), found.last.shape[2]
     most = max(DELIVERED, DELIVERED_IN_ALL // max(n_links, 1))
@@ -116,17 +122,11 @@ def _delivered(found: Splits) -> list[list[list[int | float | None]]]:
         order = part.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
         values = part.gather(1, order)
         n_listed = (values.abs() > NOTHING * part.abs().sum(1, keepdim=True)).sum(1).tolist()
-        left = part.sum(1, dtype=torch.float64) - values.sum(1, dtype=torch.float64)
-        is_cut = ((part != 0).sum(1) > most).tolist()
         columns = [(order // n_heads).flatten().tolist(), (order % n_heads).flatten().tolist()]
         columns.append(rounded_all(values.flatten()))
         entries = [*map(list, zip(*columns, strict=True))]
         width = order.shape[1]
-        for i, (n, cut, missing) in enumerate(
-            zip(n_listed, is_cut, rounded_all(left), strict=True)
-        ):
-            listed = entries[i * width : i * width + n]
-            out.append([*listed, [None, None, missing]] if cut else listed)
+        out += [entries[i * width : i * width + n] for i, n in enumerate(n_listed)]
     return out
 
 

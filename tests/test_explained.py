@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def test_half_precision_rounds_and_says_so(tmp_path: Path):
         assert len(rounding) == 1 and table.query[rounding[0]].kind == "error"
         assert float(table.query_marginal[rounding[0]].abs()) < 0.05 * size
     path = ctqk.create_graph_files(graph, "half", tmp_path / "graphs")
-    assert path.is_file()
+    for link in json.loads(path.read_bytes())["links"]:
+        values = [value for *_, value in link["delivered_by"]]
+        total = link["attention_free"] + sum(values)
+        assert total == pytest.approx(link["weight"], abs=1e-5 * (1 + sum(map(abs, values))))
 
 
 def test_what_the_host_does_wrongly_is_refused(tmp_path: Path):
