@@ -25,6 +25,7 @@ PANEL_SCRIPTS = (
     "data.js",
     "examples.js",
     "edges.js",
+    "layers.js",
     "heads.js",
     "attention.js",
     "terms.js",

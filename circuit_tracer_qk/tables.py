@@ -84,9 +84,13 @@ def table_document(
     rows, columns = rows.tolist(), columns.tolist()
     marginals = [terms.sum(dim, dtype=torch.float64) for dim in (1, 0)]
     row_order, column_order = (
-        _listed(side, of_side, used)
-        for side, of_side, used in zip(
-            (table.query, table.key), marginals, (rows, columns), strict=True
+        _listed(side, of_side, used, position)
+        for side, of_side, used, position in zip(
+            (table.query, table.key),
+            marginals,
+            (rows, columns),
+            (table.query_position, table.key_position),
+            strict=True,
         )
     )
     at_row = {i: at for at, i in enumerate(row_order)}
@@ -142,10 +146,16 @@ def largest_terms(terms: Tensor, n: int, of_sign: int = 0) -> tuple[Tensor, Tens
     return rows[chosen // terms.shape[1]], chosen % terms.shape[1]
 
 
-def _listed(components: list[Component], marginals: Tensor, used: list[int]) -> list[int]:
-    """The components to list, by |marginal|: those used, the largest, and all but features."""
+def _listed(
+    components: list[Component], marginals: Tensor, used: list[int], position: int
+) -> list[int]:
+    """The components to list, by |marginal|: those used, the largest, and all but features.
+
+    In transcoder graphs errors and tokens are nodes at every earlier position too; of those that
+    were carried to this one, too, only the used and the largest are listed.
+    """
     most = min(MARGINALS_LISTED, len(components))
-    others = [i for i, c in enumerate(components) if c.kind != "feature"]
+    others = [i for i, c in enumerate(components) if c.kind != "feature" and c.position == position]
     chosen = {*used, *others, *marginals.abs().topk(most).indices.tolist()}
     values = marginals.tolist()
     return sorted(chosen, key=lambda i: (-abs(values[i]), i))

@@ -7,12 +7,12 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rounded(value: float) -> float:
@@ -21,7 +21,9 @@ def rounded(value: float) -> float:
 
 
 def rounded_all(values: Tensor) -> list[Any]:
-    """:func:`rounded` of every number of a tensor, as nested lists, in its own fraction of time."""
+    """:func:`rounded` of every number of a tensor, as nested lists, in a fraction of the time."""
+    import numpy as np  # here, since the page's server needs this module and no numbers
+
     x = values.detach().cpu().double().numpy()
     with np.errstate(all="ignore"):
         digits = 6 - np.floor(np.log10(np.abs(x)))

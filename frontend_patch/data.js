@@ -9,13 +9,61 @@ window.initQkData = function({data}){
   var asked = new Map()
 
   // A graph of circuit-tracer's own has links without heads.
-  var hasHeads = links.some(d => isResidual(d))
+  var hasHeads = links.some(d => isResidual(d) || isTranscoder(d))
+  var isTranscoderGraph = qk?.graph_kind == 'transcoder' || links.some(d => isTranscoder(d))
+  function isTranscoder(link){
+    return Array.isArray(link.delivered_by)
+  }
   function isResidual(link){
-    return Array.isArray(link.head_loadings) && (!link.head_loadings.length || Array.isArray(link.head_loadings[0]))
+    return !isTranscoder(link) && Array.isArray(link.head_loadings) &&
+      (!link.head_loadings.length || Array.isArray(link.head_loadings[0]))
   }
 
-  // Parts of a link that sum to its weight: {name, total, direct, pattern, head?}
-  function parts(link){
+  // Where a transcoder link can be cut, each time into parts that sum to its weight: at a block
+  // between its ends, or by the head that delivered it. total: what passes heads there.
+  function cuts(link){
+    if (!isTranscoder(link) || !link.head_loadings.length) return []
+    return [{cut: 'delivered', name: 'delivered', total: link.weight - link.attention_free}]
+      .concat(link.head_loadings.map(d => ({cut: d.layer, name: `L${d.layer}`, total: link.weight - d.bypass})))
+  }
+
+  // The block whose largest head moved most from one position to another
+  function bestCut(link){
+    var moved = cuts(link).length ? link.head_loadings.flatMap(({layer, heads}) => heads
+      .filter(([, , pairs]) => pairs.length && pairs[0][0] != pairs[0][1])
+      .map(([, part]) => ({layer, size: Math.abs(part)}))) : []
+    return d3.greatest(moved, d => d.size)?.layer ?? (cuts(link).length ? 'delivered' : null)
+  }
+
+  // Between which positions a head carried most of a transcoder link: [query, key, value]
+  function pairsOf(link, layer, head){
+    return link.head_loadings.find(d => d.layer == layer)?.heads.find(d => d[0] == head)?.[2] || []
+  }
+
+  function transcoderParts(link, cut){
+    var headPart = (layer, head, total, pairs) =>
+      ({kind: 'head', layer, head, name: utilQk.headName({layer, head}), total, pairs})
+    if (cut == 'delivered') {
+      var {ctx_idx: query} = link.targetNode
+      var key = link.sourceNode.ctx_idx
+      return link.delivered_by.map(([layer, head, total]) => {
+        if (layer === null) return {kind: 'rest', name: 'other heads', total}
+        var known = pairsOf(link, layer, head).filter(d => d[0] == query)
+        return headPart(layer, head, total, known.length ? known : [[query, key, null]])
+      }).concat(link.attention_free || link.sourceNode.ctx_idx == query ?
+        {kind: 'free', name: 'no attention', total: link.attention_free} : [])
+    }
+    var found = link.head_loadings.find(d => d.layer === cut)
+    if (!found) return []
+    var others = [{kind: 'rest', name: 'other heads', total: found.rest}, {kind: 'bypass', name: 'bypass', total: found.bypass}]
+    return found.heads.map(([head, total, pairs]) => headPart(cut, head, total, pairs))
+      .concat(others.filter(d => d.kind == 'bypass' || Math.abs(d.total) > 1e-6*link.absWeight))
+  }
+
+  // Parts of a link that sum to its weight: {name, total, head?}, and of a residual link's heads
+  // direct and pattern, of a transcoder link's the pairs of positions
+  function parts(link, cut){
+    if (isTranscoder(link)) return d3.sort(transcoderParts(link, cut), d => d.kind == 'rest' ? 1 : -Math.abs(d.total))
     if (!isResidual(link)) return []
     var heads = link.head_loadings.map(([head, total, direct, pattern]) => ({
       kind: 'head', layer: link.layer, head, name: utilQk.headName({layer: link.layer, head}), total, direct, pattern,
@@ -80,6 +128,10 @@ window.initQkData = function({data}){
     hasHeads,
     hasQk: tables.size > 0,
     isResidual,
+    isTranscoder,
+    isTranscoderGraph,
+    cuts,
+    bestCut,
     parts,
     edges,
     load,

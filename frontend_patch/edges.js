@@ -43,7 +43,8 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
 
   function searchText({link}){
     var ends = qk.state.tokens ? [link.sourceNode, link.targetNode] : [link.sourceNode]
-    var heads = qk.data.isResidual(link) ? link.head_loadings.map(([head]) => utilQk.headName({layer: link.layer, head})) : []
+    var heads = qk.data.isResidual(link) ? link.head_loadings.map(([head]) => utilQk.headName({layer: link.layer, head})) :
+      qk.data.cuts(link).flatMap(({cut}) => stripParts(link, cut)).map(d => d.name)
     return ends.flatMap(d => [d.ppClerp, `${d.ctx_idx} “${prompt_tokens[d.ctx_idx]}”`, utilQk.nodeName(d), d.nodeId])
       .concat(heads).join('\n').toLowerCase()
   }
@@ -73,7 +74,7 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
     if (!found.length) return listSel.append('div.qk-state').text('No edge matches the filter.')
 
     var nDigits = utilQk.digits(found.map(d => d.link.weight))
-    var maxTotal = d3.max(shown, d => d3.max(qk.data.parts(d.link), e => Math.abs(e.total))) || 1
+    var maxTotal = d3.max(shown, d => d3.max(stripParts(d.link), e => Math.abs(e.total))) || 1
     d3.groups(shown, d => d.isCross).forEach(([isCross, edges]) => {
       listSel.append('div.qk-group').at({role: 'presentation'})
         .text(isCross ? 'from other positions' : 'at the same position')
@@ -110,11 +111,16 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
     markSelected()
   }
 
+  // The heads of an edge that sum to it; of a transcoder link those that delivered it
+  function stripParts(link, cut='delivered'){
+    return qk.data.parts(link, cut).filter(d => d.kind == 'head')
+  }
+
   // One bar for each of the largest heads, up where positive; all strips share one scale.
   function addStrip(rowSel, max){
     var height = 12
     var y = d => Math.sqrt(Math.abs(d.total)/max)*height/2
-    var heads = d => qk.data.parts(d.link).filter(e => e.kind == 'head').slice(0, stripHeads)
+    var heads = d => stripParts(d.link).slice(0, stripHeads)
     var svg = rowSel.append('svg.qk-strip').at({width: stripHeads*6, height, role: 'img'})
       .at({'aria-label': d => heads(d).slice(0, 3).map(e => `${e.name} ${utilQk.signed(e.total)}`).join(', ')})
     svg.append('path').at({d: `M0,${height/2}H${stripHeads*6}`, stroke: '#ccc'})

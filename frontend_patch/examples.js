@@ -8,9 +8,14 @@ window.initQkExamples = function({visState, renderAll, data, qk}){
   var featureExamples = window.initFeatureExamples({containerSel: examplesSel, showLogits: true})
   var timer = null
 
+  var isTranscoder = qk.data.isTranscoderGraph
   var notes = {
-    bias: 'The decoder bias of the dictionary: the same at every position and for every prompt.',
-    error: 'What the dictionary does not explain of the residual stream at this position.',
+    bias: isTranscoder ? 'Biases of every earlier block and position, carried here: no nodes of the graph.' :
+      'The decoder bias of the dictionary: the same at every position and for every prompt.',
+    error: isTranscoder ? 'What the transcoder does not explain of the MLP’s output at its position.' :
+      'What the dictionary does not explain of the residual stream at this position.',
+    'unselected features': 'All active features that are not in the graph (--max_feature_nodes), together.',
+    'MLP where features are dropped': 'What the MLP writes at the positions where circuit-tracer drops all features, the first above all.',
     embedding: 'The token’s embedding.',
     position: 'The learned embedding of this position.',
   }
@@ -26,7 +31,7 @@ window.initQkExamples = function({visState, renderAll, data, qk}){
       d.node ? '' : 'not a node of this graph',
     ].filter(d => d).join(' · '))
 
-    noteSel.text(notes[d.kind] || (d.id === undefined ? 'No examples are stored for this feature.' : ''))
+    noteSel.text(notes[d.label] || notes[d.kind] || (d.id === undefined ? 'No examples are stored for this feature.' : ''))
     examplesSel.st({display: d.id === undefined ? 'none' : ''})
     if (d.id !== undefined) {
       var {scan, transcoder_list} = data.metadata
@@ -83,7 +88,7 @@ window.initQkExamples = function({visState, renderAll, data, qk}){
       node,
       glyph: utilQk.glyphs[d.kind],
       label: node && d.kind != 'error' ? utilQk.nodeLabel(node) : utilQk.componentLabel(data, d),
-      name: d.kind == 'feature' ? utilQk.featureName(d) : d.kind,
+      name: utilQk.componentName(data, d),
       activation: d.activation,
       position: d.position,
       layer: d.checkpoint - 1,

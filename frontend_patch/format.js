@@ -51,6 +51,12 @@ window.utilQk = (function(){
     return checkpoint ? `L${checkpoint - 1}/${feature}` : `L0 input/${feature}`
   }
 
+  // An error of a transcoder graph is one layer's; the layer's name tells several apart.
+  function componentName(data, {kind, label, checkpoint, feature}){
+    if (kind == 'feature') return featureName({checkpoint, feature})
+    return data.qk?.graph_kind == 'transcoder' && label == 'error' ? `L${checkpoint - 1} error` : kind
+  }
+
   function nodeName(node){
     if (node.feature_type != 'cross layer transcoder') return utilCg.layerLocationLabel(node.layer, node.probe_location_idx)
     return `L${node.layer}/${util.cantorUnpair(node.feature)[1]}`
@@ -65,7 +71,8 @@ window.utilQk = (function(){
   }
 
   function componentLabel(data, component){
-    if (component.kind == 'error') return `error: ${tokenName(data, component.position)}`
+    if (component.kind == 'error' && component.label == 'error') return `error: ${tokenName(data, component.position)}`
+    if (component.kind == 'error') return component.label
     if (component.kind == 'bias') return `bias ${component.label}`
     return isolate(component.label || '(no label)')
   }
@@ -107,6 +114,7 @@ window.utilQk = (function(){
     isolate,
     tokenName,
     featureName,
+    componentName,
     nodeName,
     nodeLabel,
     nodeGlyph,

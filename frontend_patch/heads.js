@@ -2,11 +2,13 @@
 window.initQkHeads = function({data, cgSel, qk}){
   var sel = cgSel.select('.qk-heads').html('')
   var titleSel = sel.append('div.qk-title').at({id: 'qk-heads-title'})
+  sel.append('div.qk-layers')
+  window.initQkLayers({cgSel, qk})
   var listSel = sel.append('div.qk-list').at({role: 'listbox', 'aria-labelledby': 'qk-heads-title'})
   var footSel = sel.append('div.qk-foot')
 
   function render(){
-    var {link} = qk.state
+    var {link, cut} = qk.state
     titleSel.html('')
     titleSel.append('b').text('Heads ')
     listSel.html('')
@@ -16,11 +18,14 @@ window.initQkHeads = function({data, cgSel, qk}){
     var {sourceNode, targetNode} = link
     titleSel.append('span')
       .text(`${utilQk.tokenName(data, sourceNode.ctx_idx)} → ${utilQk.tokenName(data, targetNode.ctx_idx)}` +
-        (link.layer == null ? '' : `, through block L${link.layer}`))
+        (cut == 'delivered' ? ', delivered by' : cut != null ? `, at block L${cut}` : link.layer == null ? '' : `, through block L${link.layer}`))
 
-    var parts = qk.data.parts(link)
-    if (!qk.data.isResidual(link)) return listSel.append('div.qk-state').text('This link has no head loadings.')
-    if (link.layer == null) {
+    var parts = qk.data.parts(link, cut)
+    var isTranscoder = qk.data.isTranscoder(link)
+    if (!isTranscoder && !qk.data.isResidual(link)) return listSel.append('div.qk-state').text('This link has no head loadings.')
+    if (isTranscoder) {
+      if (cut == null) listSel.append('div.qk-state').text('A same-position edge between neighbours: no attention lies between its ends.')
+    } else if (link.layer == null) {
       listSel.append('div.qk-state').text('A logit edge: the logit reads the last residual stream directly, no block and no head lies between.')
     } else if (sourceNode.ctx_idx == targetNode.ctx_idx) {
       listSel.append('div.qk-state').text('A same-position edge: the residual stream and the MLP carry it, and heads that attend to their own position.')
@@ -32,9 +37,9 @@ window.initQkHeads = function({data, cgSel, qk}){
     headerSel.append('span.qk-value').text('total')
     headerSel.append('span.qk-share').text('(share)')
     headerSel.append('span.qk-bar').st({width: barWidth()}).text('')
-    headerSel.append('span.qk-attends').text('pattern')
+    headerSel.append('span.qk-attends').text(isTranscoder ? 'key → query' : 'pattern')
 
-    var max = d3.max(parts, d => Math.max(Math.abs(d.total), Math.abs(d.direct || 0), Math.abs(d.total - (d.direct || 0))))
+    var max = d3.max(parts, d => Math.max(Math.abs(d.total), Math.abs(directOf(d)), Math.abs(d.total - directOf(d))))
     var nDigits = utilQk.digits(parts.map(d => d.total).concat(link.weight))
     var rowSel = listSel.appendMany('div.qk-row', parts)
       .classed('is-head', d => d.kind == 'head')
@@ -44,7 +49,7 @@ window.initQkHeads = function({data, cgSel, qk}){
     rowSel.append('span.qk-share').text(d => `(${utilQk.percent(d.total, link.weight)})`)
     rowSel.call(addBars, max)
     rowSel.filter(d => d.kind == 'head').append('span.qk-attends')
-      .text(d => d3.format('.3f')(d.pattern))
+      .text(d => isTranscoder ? pairName(d.pairs[0]) : d3.format('.3f')(d.pattern))
 
     rowSel.filter(d => d.kind == 'head')
       .at({
@@ -52,19 +57,35 @@ window.initQkHeads = function({data, cgSel, qk}){
         'data-layer': d => d.layer,
         'data-head': d => d.head,
         tabindex: -1,
-        title: d => `${d.name} ${utilQk.signed(d.total, nDigits)}: ${utilQk.signed(d.direct, nDigits)} direct, ` +
+        title: d => isTranscoder ? describePairs(d, nDigits) :
+          `${d.name} ${utilQk.signed(d.total, nDigits)}: ${utilQk.signed(d.direct, nDigits)} direct, ` +
           `${utilQk.signed(d.total - d.direct, nDigits)} via the block’s MLP; its pattern from query to key is ${d3.format('.3f')(d.pattern)}`,
       })
-      .on('click', (ev, d) => qk.selectHead({layer: d.layer, head: d.head, query: targetNode.ctx_idx, key: sourceNode.ctx_idx}))
+      .on('click', (ev, d) => qk.selectHead(qk.placeOfPart(link, d)))
 
     footSel.append('span').text('sum = weight ')
     footSel.append('b').text(utilQk.signed(link.weight, nDigits))
       .at({'data-qk': 'sum', 'data-of': 'heads', 'data-value': link.weight, 'data-parts': d3.sum(parts, d => d.total)})
-    if (parts.some(d => d.kind == 'head')) {
+    if (!isTranscoder && parts.some(d => d.kind == 'head')) {
       footSel.call(addKey, 'direct', false)
       footSel.call(addKey, 'via the MLP', true)
     }
     markSelected()
+  }
+
+  // A part that went through no MLP is all direct.
+  function directOf(d){
+    return d.direct ?? (d.kind == 'head' ? d.total : 0)
+  }
+
+  function pairName([query, key]){
+    return query == key ? `at ${query}` : `${key} → ${query}`
+  }
+
+  function describePairs(d, nDigits){
+    var lines = d.pairs.filter(pair => pair[2] !== null).map(([query, key, value]) =>
+      `${utilQk.signed(value, nDigits)} from ${utilQk.tokenName(data, key)} to ${utilQk.tokenName(data, query)}`)
+    return [`${d.name} ${utilQk.signed(d.total, nDigits)}${lines.length ? ', the most of it:' : ''}`, ...lines].join('\n')
   }
 
   // Upper half: the direct part, filled. Lower half: via the MLP, hatched. The line: the total.
@@ -76,12 +97,13 @@ window.initQkHeads = function({data, cgSel, qk}){
     svg.each(function(d){
       var svgSel = d3.select(this)
       var isHead = d.kind == 'head'
-      var halves = isHead ? [d.direct, d.total - d.direct] : [d.total]
+      var isSplit = isHead && d.direct != null
+      var halves = isSplit ? [d.direct, d.total - d.direct] : [d.total]
       halves.forEach((value, i) => svgSel.append('rect').at({
         x: width/2 + Math.min(0, x(value)),
-        y: isHead ? 1 + i*6 : 3,
+        y: isSplit ? 1 + i*6 : 3,
         width: Math.abs(x(value)),
-        height: isHead ? 6 : 8,
+        height: isSplit ? 6 : 8,
         fill: i ? `url(#qk-hatch-${value > 0 ? 'positive' : 'negative'})` : isHead ? utilQk.colorOf(value) : '#999',
       }))
       svgSel.append('path').at({
@@ -91,7 +113,8 @@ window.initQkHeads = function({data, cgSel, qk}){
   }
 
   function barWidth(){
-    return d3.clamp(40, qk.widthOf('.qk-heads') - 228, 150)
+    var others = qk.state.link && qk.data.isTranscoder(qk.state.link) ? 250 : 228
+    return d3.clamp(40, qk.widthOf('.qk-heads') - others, 150)
   }
 
   function addKey(sel, text, isHatched){

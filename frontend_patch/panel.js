@@ -9,11 +9,13 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
   var qk = {
     data: window.initQkData({data}),
     fns,
-    state: {node: null, tokens: null, link: null, place: null, answer: null, view: 'marginals'},
+    state: {node: null, tokens: null, link: null, cut: null, place: null, answer: null, view: 'marginals'},
     isStarted: false,
     selectTokens,
     selectEdge,
+    selectCut,
     selectHead,
+    placeOfPart,
     hoverTerm: d => run('hover', d),
     widthOf,
     say,
@@ -74,21 +76,37 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
   // The strongest edge in view and its largest head
   function autoSelect(isStep){
     var link = qk.data.edges(state)[0]?.link || null
-    state.link = link
-    state.place = link && placeOf(link)
+    setLink(link)
     show(isStep)
   }
 
   function selectEdge(link){
-    state.link = link
-    state.place = placeOf(link)
+    setLink(link)
     show(true)
   }
 
-  function placeOf(link){
-    var head = qk.data.isResidual(link) && link.layer != null && link.head_loadings[0]
-    if (!head) return null
-    return {layer: link.layer, head: head[0], query: link.targetNode.ctx_idx, key: link.sourceNode.ctx_idx}
+  // A cut of a transcoder link, and its largest head
+  function selectCut(cut){
+    state.cut = cut
+    state.place = placeOf(state.link, cut)
+    show(true)
+  }
+
+  function setLink(link){
+    state.link = link
+    state.cut = link && qk.data.bestCut(link)
+    state.place = link && placeOf(link, state.cut)
+  }
+
+  function placeOf(link, cut){
+    var head = qk.data.parts(link, cut).find(d => d.kind == 'head')
+    return head ? placeOfPart(link, head) : null
+  }
+
+  // Where a head carried an edge: from source to target, or between the positions listed
+  function placeOfPart(link, {layer, head, pairs}){
+    var [query, key] = pairs ? pairs[0] : [link.targetNode.ctx_idx, link.sourceNode.ctx_idx]
+    return {layer, head, query, key}
   }
 
   function selectHead(place){
@@ -141,7 +159,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     var capped = table.score_capped != table.score ? `, ${utilQk.signed(table.score_capped)} after the soft-cap` : ''
     var others = row ? row.scores.map((score, key) => ({score, key})).filter(d => d.score !== null && d.key != table.key) : []
     var best = d3.greatest(others, d => d.score)
-    var isMoved = state.link && state.link.sourceNode.ctx_idx != table.key
+    var isMoved = state.link && qk.data.isResidual(state.link) && state.link.sourceNode.ctx_idx != table.key
     return `score ${utilQk.signed(table.score)}${capped} · pattern ${d3.format('.4f')(table.pattern)}` +
       (best ? ` · best other key ${utilQk.tokenName(data, best.key)}: ${utilQk.signed(best.score)}` : '') +
       (isMoved ? ` · not the key of the chosen edge, ${state.link.sourceNode.ctx_idx}` : '')
@@ -156,9 +174,12 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
 
   function problem(answer, link){
     var {prompt, slug} = data.metadata
-    var command = `circuit-tracer-qk attribute -m MODEL -d DICTIONARIES -p ${JSON.stringify(prompt)} --slug ${slug} --graph_file_dir DIR`
-    if (!qk.data.hasHeads) return ['This graph has neither head loadings nor QK attributions. The command that makes one with them:', command]
+    var dictionaries = qk.data.isTranscoderGraph ? '-t TRANSCODERS' : '-d DICTIONARIES'
+    var command = `circuit-tracer-qk attribute -m MODEL ${dictionaries} -p ${JSON.stringify(prompt)} --slug ${slug} --graph_file_dir DIR`
+    if (!qk.data.hasHeads) return ['This graph has neither head loadings nor QK attributions. The command that adds them to a saved graph of transcoders:',
+      `circuit-tracer-qk augment GRAPH.pt -m MODEL -t TRANSCODERS --slug ${slug} --graph_file_dir DIR`]
     if (!answer) {
+      if (link && qk.data.isTranscoder(link)) return ['Choose a head.'].filter(() => qk.data.cuts(link).length)
       if (link && link.layer == null) return ['A logit edge reads the last residual stream directly: there is no head to explain.']
       return [link ? 'Choose a head.' : 'Choose an edge and one of its heads.']
     }
@@ -199,6 +220,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     qkPage.setParams({
       qk: state.place && utilQk.placeName(state.place),
       qkEdge: state.link?.linkId,
+      qkCut: state.cut == 'delivered' ? state.cut : null,
       qkTokens: state.tokens?.join('-'),
       qkView: state.view == 'pairs' ? 'pairs' : null,
     }, isStep)
@@ -214,7 +236,8 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     var tokens = /^(\d+)-(\d+)$/.exec(saved('qkTokens') || '')
     state.node = data.nodes.idToNode[visState.clickedId] || null
     state.tokens = tokens ? [+tokens[1], +tokens[2]] : null
-    state.link = link || edgeOf(place)
+    setLink(link || edgeOf(place))
+    if (place && state.link) state.cut = cutOf(state.link, place, saved('qkCut'))
     state.place = place
     state.view = saved('qkView') == 'pairs' ? 'pairs' : 'marginals'
     run('edges')
@@ -223,9 +246,16 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
   }
 
   // The strongest edge in view that a head at a place may have carried
-  function edgeOf({layer, query, key}){
-    return qk.data.edges(state).map(d => d.link)
-      .find(d => d.layer === layer && d.targetNode.ctx_idx == query && d.sourceNode.ctx_idx == key) || null
+  function edgeOf({layer, head, query, key}){
+    var isHere = d => d.kind == 'head' && d.head == head && d.pairs[0][0] == query && d.pairs[0][1] == key
+    return qk.data.edges(state).map(d => d.link).find(d => qk.data.isTranscoder(d) ? qk.data.parts(d, layer).some(isHere) :
+      d.layer === layer && d.targetNode.ctx_idx == query && d.sourceNode.ctx_idx == key) || null
+  }
+
+  // The cut that an address meant: the block of its head, if the edge crosses it
+  function cutOf(link, place, named){
+    if (named == 'delivered' && qk.data.cuts(link).length) return named
+    return qk.data.cuts(link).some(d => d.cut === place.layer) ? place.layer : qk.data.bestCut(link)
   }
 
   d3.select(window).on('popstate.qk', () => {
@@ -285,11 +315,21 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
   function moveHead(step){
     if (!state.place) return false
     var {place, link} = state
+    if (link && qk.data.isTranscoder(link)) return movePart(step)
     var heads = link && link.layer == place.layer ? link.head_loadings.map(d => d[0]) :
       Array.from(new Set(qk.data.places().filter(d => d.layer == place.layer).map(d => d.head))).sort(d3.ascending)
     if (!heads.length) return false
     var at = heads.indexOf(place.head)
     selectHead({...place, head: heads[at < 0 ? 0 : d3.clamp(0, at + step, heads.length - 1)]})
+  }
+
+  // The next head of a transcoder link's cut
+  function movePart(step){
+    var {link, cut, place} = state
+    var heads = qk.data.parts(link, cut).filter(d => d.kind == 'head')
+    if (!heads.length) return false
+    var at = heads.findIndex(d => d.layer == place.layer && d.head == place.head)
+    selectHead(placeOfPart(link, heads[at < 0 ? 0 : d3.clamp(0, at + step, heads.length - 1)]))
   }
 
   function moveKey(step){
@@ -301,7 +341,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
   function stepBack(){
     if (qk.examples.isOpen()) return void qk.examples.hide()
     if (state.place) state.place = null
-    else if (state.link) state.link = null
+    else if (state.link) state.link = state.cut = null
     else return false
     show(true)
   }

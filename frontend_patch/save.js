@@ -7,7 +7,7 @@ window.initQkSave = function({data, cgSel, qk}){
   var buttonSel = sel.append('span.qk-buttons').appendMany('button', [
     {name: 'CSV', title: 'the table’s components and terms', isReady: () => qk.state.answer?.table, fn: saveCsv},
     {name: 'JSON', title: 'the table and its attention row', isReady: () => qk.state.answer?.table, fn: saveJson},
-    {name: 'SVG', title: 'the heads of this edge', isReady: () => qk.state.link && qk.data.isResidual(qk.state.link), fn: saveSvg},
+    {name: 'SVG', title: 'the heads of this edge', isReady: () => qk.state.link && qk.data.parts(qk.state.link, qk.state.cut).length, fn: saveSvg},
   ])
   buttonSel.text(d => d.name).at({title: d => `Save ${d.title}`, type: 'button'}).on('click', (ev, d) => d.fn())
 
@@ -55,8 +55,8 @@ window.initQkSave = function({data, cgSel, qk}){
 
   // Drawn anew, so that it stands without the page's styles
   function saveSvg(){
-    var {link} = qk.state
-    var parts = qk.data.parts(link)
+    var {link, cut} = qk.state
+    var parts = qk.data.parts(link, cut)
     var nDigits = utilQk.digits(parts.map(d => d.total))
     var max = d3.max(parts, d => Math.abs(d.total)) || 1
     var rowHeight = 18, barWidth = 220, left = 120, width = left + barWidth + 150
@@ -70,7 +70,8 @@ window.initQkSave = function({data, cgSel, qk}){
     svg.append('rect').at({width: '100%', height: '100%', fill: '#fff'})
     svg.append('text').at({x: 8, y: 16, fontWeight: 'bold'})
       .text(`${utilQk.nodeLabel(link.sourceNode)} (${utilQk.tokenName(data, link.sourceNode.ctx_idx)}) → ` +
-        `${utilQk.nodeLabel(link.targetNode)} (${utilQk.tokenName(data, link.targetNode.ctx_idx)})`)
+        `${utilQk.nodeLabel(link.targetNode)} (${utilQk.tokenName(data, link.targetNode.ctx_idx)})` +
+        (cut == null ? '' : cut == 'delivered' ? ', delivered by' : `, at block L${cut}`))
     var x = value => value/max*barWidth/2
     var rowSel = svg.appendMany('g', parts).translate((d, i) => [0, (i + 1)*rowHeight + 8])
     rowSel.append('text').at({x: left - 8, y: 12, textAnchor: 'end'}).text(d => d.name)

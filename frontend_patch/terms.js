@@ -10,24 +10,31 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
     qk.state.view == 'pairs' ? renderPairs(table) : ['query', 'key'].forEach(side => renderSide(table, side))
   }
 
+  // Bias, error and position rows stay in view; where errors and tokens of every position are nodes
+  // of the graph, they are listed like features.
+  function isPinned({component: {kind, label}}){
+    if (!qk.data.isTranscoderGraph) return kind != 'feature'
+    return kind == 'bias' || kind == 'position' || kind == 'error' && label != 'error'
+  }
+
   // The largest features, and every component that is none
   function renderSide(table, side){
     var maxFeatures = 20
     var all = table[`${side}_components`]
       .map((component, at) => ({component, value: component.marginal, [side == 'query' ? 'i' : 'j']: at}))
-    var hidden = new Set(all.filter(d => d.component.kind == 'feature').slice(maxFeatures))
+    var hidden = new Set(all.filter(d => !isPinned(d)).slice(maxFeatures))
     var shown = all.filter(d => !hidden.has(d))
     var rest = table[`${side}_rest`] + d3.sum(hidden, d => d.value)
 
     var listSel = addList(`${side[0].toUpperCase() + side.slice(1)} side, at ${utilQk.tokenName(data, table[side])}`,
       `what each component adds to the score, all ${side == 'query' ? 'key' : 'query'} components summed`, true)
     var nDigits = utilQk.digits(shown.map(d => d.value).concat(table.score))
-    var rowSel = listSel.appendMany('div.qk-row', shown.filter(d => d.component.kind == 'feature'))
+    var rowSel = listSel.appendMany('div.qk-row', shown.filter(d => !isPinned(d)))
     // below the list that scrolls, so that they are always in view
     var otherSel = d3.select(listSel.node().parentNode).append('div.qk-others').at({role: 'listbox', 'aria-label': 'bias, error and embedding'})
-      .appendMany('div.qk-row', shown.filter(d => d.component.kind != 'feature'))
+      .appendMany('div.qk-row', shown.filter(isPinned))
     ;[rowSel, otherSel].forEach(sel => {
-      sel.call(addRow, `${side}-term`).call(addComponent, d => d.component)
+      sel.call(addRow, `${side}-term`).call(addComponent, d => d.component, table[side])
       sel.append('span.qk-activation').at({title: 'activation'})
         .text(({component}) => component.activation == null ? '' : d3.format('.3~g')(component.activation))
       sel.call(addValue, shown, table, nDigits)
@@ -42,9 +49,9 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
     var listSel = addList('Pairs: query component × key component', 'the largest terms by size; one pair alone can mislead, see the marginals', false)
     var nDigits = utilQk.digits(shown.map(d => d.value).concat(table.score))
     var rowSel = listSel.appendMany('div.qk-row', shown).call(addRow, 'pair-term')
-    rowSel.call(addComponent, d => d.query)
+    rowSel.call(addComponent, d => d.query, table.query)
     rowSel.append('span.qk-times').text('×')
-    rowSel.call(addComponent, d => d.key)
+    rowSel.call(addComponent, d => d.key, table.key)
     rowSel.call(addValue, shown, table, nDigits)
     addFoot(listSel, 'pairs', table, table.rest, shown, nDigits)
   }
@@ -67,7 +74,7 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
       .on('mouseleave.link', () => qk.hoverTerm(null))
   }
 
-  function addComponent(rowSel, toComponent){
+  function addComponent(rowSel, toComponent, position){
     rowSel.append('span.qk-glyph').text(d => utilQk.glyphs[toComponent(d).kind]).at({title: d => toComponent(d).kind})
     var info = d => qk.examples.componentInfo(toComponent(d))
     var labelSel = utilQk.addText(rowSel, 'span.qk-label', d => info(d).label)
@@ -80,7 +87,9 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
         qk.examples.hide()
         utilCg.clickFeature(visState, renderAll, node, ev.metaKey || ev.ctrlKey)
       })
-    rowSel.append('span.qk-name').text(d => toComponent(d).kind == 'feature' ? utilQk.featureName(toComponent(d)) : toComponent(d).kind)
+    // in transcoder graphs attention may have carried a component from an earlier position
+    utilQk.addText(rowSel.filter(d => toComponent(d).position != position), 'span.qk-token', d => `from ${utilQk.tokenName(data, toComponent(d).position)}`)
+    rowSel.append('span.qk-name').text(d => utilQk.componentName(data, toComponent(d)))
   }
 
   function addValue(rowSel, rows, table, nDigits){
