@@ -176,8 +176,8 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     var {prompt, slug} = data.metadata
     var dictionaries = qk.data.isTranscoderGraph ? '-t TRANSCODERS' : '-d DICTIONARIES'
     var command = `circuit-tracer-qk attribute -m MODEL ${dictionaries} -p ${JSON.stringify(prompt)} --slug ${slug} --graph_file_dir DIR`
-    if (!qk.data.hasHeads) return ['This graph has neither head loadings nor QK attributions. The command that adds them to a saved graph of transcoders:',
-      `circuit-tracer-qk augment GRAPH.pt -m MODEL -t TRANSCODERS --slug ${slug} --graph_file_dir DIR`]
+    if (!qk.data.hasHeads) return ['This graph has neither head loadings nor QK attributions. The command that adds them to a saved graph of transcoders, and the one that makes a graph of residual dictionaries:',
+      `circuit-tracer-qk augment GRAPH.pt -m MODEL -t TRANSCODERS --slug ${slug} --graph_file_dir DIR`, command]
     if (!answer) {
       if (link && qk.data.isTranscoder(link)) return ['Choose a head.'].filter(() => qk.data.cuts(link).length)
       if (link && link.layer == null) return ['A logit edge reads the last residual stream directly: there is no head to explain.']
@@ -198,7 +198,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     lines = [lines].flat()
     stateSel.html('').st({display: lines.length ? '' : 'none'})
     if (lines[0]) stateSel.append('span').text(lines[0])
-    if (lines[1]) stateSel.append('code').text(lines[1])
+    stateSel.appendMany('code', lines.slice(1)).text(d => d)
   }
 
   function say(text){

@@ -508,7 +508,9 @@ def test_a_graph_of_circuit_tracers_own_opens(watch: Watch, alone: Served):
     page.goto(alone.address(clickedId=target["target"]))
     expect(part(page, "edge").first).to_be_visible()
     expect(page.locator(".qk-why > .qk-state")).to_contain_text("neither head loadings nor QK")
-    expect(page.locator(".qk-why > .qk-state code")).to_contain_text("circuit-tracer-qk attribute")
+    expect(page.locator(".qk-why > .qk-state code").last).to_contain_text(
+        "circuit-tracer-qk attribute"
+    )
     expect(page.locator(".feature-detail")).to_contain_text("--online")
 
 
