@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import circuit_tracer_qk
 from circuit_tracer_qk.errors import UserError
@@ -570,9 +571,10 @@ def _serve(
         from circuit_tracer_qk.graph import ResidualGraph
         from circuit_tracer_qk.live import LiveGraphs
 
-        residual = isinstance(graph, ResidualGraph)
-        look_at = demo.first_look if residual else demo.first_transcoder_look
-        look = look_at(cast(Any, graph), host.edge_influence(graph))
+        if isinstance(graph, ResidualGraph):
+            look = demo.first_look(graph, host.edge_influence(graph))
+        else:
+            look = demo.first_transcoder_look(json.loads(Path(folder, f"{slug}.json").read_bytes()))
         page = "&".join([f"/index.html?slug={slug}", *(f"{k}={v}" for k, v in look.items())])
         live = LiveGraphs({slug: graph})
     server = circuit_tracer_qk.serve(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from circuit_tracer_qk.graph import Edge, ResidualGraph
-from circuit_tracer_qk.splits import Listing
-from circuit_tracer_qk.transcoder_graph import TranscoderGraph
 
 CANDIDATES = 64  # the strongest edges among which the page's first one is looked for
 
@@ -103,27 +101,35 @@ def first_look(graph: ResidualGraph, influence: Tensor) -> dict[str, str]:
     return {}
 
 
-def first_transcoder_look(graph: TranscoderGraph, influence: Tensor) -> dict[str, str]:
-    """As :func:`first_look`: the edge of most influence that reaches the last position from
-    another feature's, and the head that carried most of it, between the positions where it did.
+def first_transcoder_look(document: dict[str, Any]) -> dict[str, str]:
+    """As :func:`first_look`, of a transcoder graph's file: the strongest edge that reaches the
+    answer from another position, and the head that moved most of it from one to another.
     """
-    position, n_features = graph.positions, graph.n_features
-    across = (position[:, None] == graph.n_pos - 1) & (position[None] < graph.n_pos - 1)
-    between = (influence * across)[:n_features, :n_features]
-    if not bool((between > 0).any()):
+    nodes = {node["node_id"]: node for node in document["nodes"]}
+    most = document["metadata"]["node_threshold"]
+    answer = next((i for i, node in nodes.items() if node.get("is_target_logit")), None)
+
+    def reaches(link: dict[str, Any]) -> bool:
+        source = nodes[link["source"]]
+        return (
+            link["target"] == answer
+            and source["ctx_idx"] != nodes[answer]["ctx_idx"]
+            and source["feature_type"] != "mlp reconstruction error"
+            and (source["influence"] or 0) <= most  # the page shows no others
+        )
+
+    links = [link for link in document["links"] if reaches(link)]
+    if answer is None or not links:
         return {}
-    target, source = divmod(int(between.argmax()), n_features)
-    pairs = graph.split([source], [target], Listing(heads=1, pairs=1)).pairs
-    ids = [
-        f"{layer}_{feature}_{at}"
-        for layer, at, feature in graph.active_features[graph.selected_features].tolist()
+    link = max(links, key=lambda link: abs(link["weight"]))
+    moved = [
+        (abs(part), f"L{block['layer']}H{head}:q{pairs[0][0]}:k{pairs[0][1]}")
+        for block in link["head_loadings"]
+        for head, part, pairs in block["heads"]
+        if pairs and pairs[0][0] != pairs[0][1]
     ]
-    look = {"clickedId": ids[target], "qkEdge": f"{ids[source]}__{ids[target]}"}
-    if pairs is not None and len(pairs.edge):
-        best = int(pairs.value[:, 0].abs().argmax())
-        layer, head, query, key = (int(f.flatten()[best]) for f in pairs[1:5])
-        look["qk"] = f"L{layer}H{head}:q{query}:k{key}"
-    return look
+    look = {"clickedId": answer, "qkEdge": f"{link['source']}__{link['target']}"}
+    return look | ({"qk": max(moved)[1]} if moved else {})
 
 
 def carriers(graph: ResidualGraph, influence: Tensor, query: int, key: int) -> list[Carrier]:

@@ -1,4 +1,5 @@
-"""Draw ``panel.png`` and ``page.png``: the miniature's story as the page shows it, for the README.
+"""Draw the README's pictures: ``panel.png`` and ``page.png``, the miniature's story as the page shows
+it, and ``transcoders.png``, the same prompt in a graph of tiny transcoders.
 
 Needs Chromium or Chrome and Playwright (``pip install -e .[test]``); downloads nothing.
 """
@@ -6,14 +7,17 @@ Needs Chromium or Chrome and Playwright (``pip install -e .[test]``); downloads 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import demo, host, server
+from circuit_tracer_qk import cli, demo, host, server
 from circuit_tracer_qk.live import LiveGraphs
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
@@ -54,15 +58,43 @@ def main() -> None:
             draw(f"{running.url}/index.html?{query}", args.output, answer)
         finally:
             running.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        draw_transcoders(Path(folder), args.output)
+
+
+def draw_transcoders(folder: Path, output: Path) -> None:
+    """Save the panel of a transcoder graph, made by the command line as the README says."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    tiny = import_module("tiny_transcoders").make_set(folder / "tiny")
+    flags = ["-t", str(tiny), "-p", PROMPT, "--slug", "sally"]
+    cli.main(["attribute", *flags, "--graph_file_dir", str(folder / "graphs"), "--qk"])
+    look = demo.first_transcoder_look(json.loads((folder / "graphs" / "sally.json").read_bytes()))
+    running = ctqk.serve(folder / "graphs", port=server.next_free_port(8041))
+    query = "&".join(f"{k}={v}" for k, v in ({"slug": "sally"} | look).items())
+    try:
+        with sync_playwright() as playwright:
+            browser = launched(playwright)
+            page = opened(browser, f"{running.url}/index.html?{query}", (1280, 900), 2, False)
+            page.mouse.move(5, 400)
+            page.locator(".qk-panel").screenshot(path=output / "transcoders.png")
+            browser.close()
+    finally:
+        running.stop()
+    print(f"{output / 'transcoders.png'} written")
+
+
+def launched(playwright: Playwright) -> Browser:
+    """The machine's own browser."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        raise SystemExit("there is no Chromium or Chrome on this machine: install one.")
+    return playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
 
 
 def draw(address: str, folder: Path, answer: str) -> None:
     """Save what browser windows show once the panel is filled: the whole page, and the panel."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        raise SystemExit("there is no Chromium or Chrome on this machine: install one.")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = launched(playwright)
         page = opened(browser, address, (1920, 960), 1)
         page.screenshot(path=folder / "page.png")
         page = opened(browser, address, (1280, 1060), 2)
@@ -73,12 +105,15 @@ def draw(address: str, folder: Path, answer: str) -> None:
     print(f"{folder / 'page.png'} and {folder / 'panel.png'} written")
 
 
-def opened(browser: Browser, address: str, size: tuple[int, int], scale: int) -> Page:
+def opened(
+    browser: Browser, address: str, size: tuple[int, int], scale: int, examples: bool = True
+) -> Page:
     width, height = size
     page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
     page.goto(address)
     page.locator("[data-qk=key-term]").first.wait_for()
-    page.locator(".feature-detail .ctx-container").first.wait_for()
+    if examples:
+        page.locator(".feature-detail .ctx-container").first.wait_for()
     page.wait_for_timeout(500)  # the drawings settle
     return page
 
