@@ -18,7 +18,7 @@ from circuit_tracer_qk.qk import QK
 from circuit_tracer_qk.record import Record
 from circuit_tracer_qk.residual_model import ResidualModel
 from circuit_tracer_qk.sweep import Sweep
-from circuit_tracer_qk.transcoder_graph import TranscoderGraph, explain_graph
+from circuit_tracer_qk.transcoder_graph import TranscoderGraph, check_model, explain_graph
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -146,6 +146,8 @@ def attribute(
         UserError: a prompt, targets or dictionaries that cannot be attributed exactly.
     """
     if not isinstance(model, ResidualModel) and hasattr(model, "transcoders"):
+        if qk:
+            check_model(model)  # before the work
         with torch.enable_grad():  # which circuit-tracer's backward passes need
             made = host.attribute_transcoders(
                 prompt,

@@ -88,6 +88,8 @@ def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
         qk = options.pop("qk", False)
         if isinstance(model, ResidualModel):
             return attribution.attribute(prompt, model, *args, **options)
+        if qk:
+            check_model(model)  # before the work
         graph = original(prompt, model, *args, **options)
         return explain_graph(graph, model) if qk else graph
 

@@ -84,7 +84,8 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, list[fl
     if not path.is_file():
         raise UserError(
             f"there is no {path}, so the graph's heads are not known: keep it beside the .pt, or "
-            "make the graph again with circuit-tracer-qk."
+            "make the graph again with circuit-tracer-qk; graphs of transcoders are explained by "
+            "`circuit-tracer-qk augment` or circuit_tracer_qk.explain_graph."
         )
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:

@@ -35,22 +35,24 @@ window.initQkData = function({data}){
     return d3.greatest(moved, d => d.size)?.layer ?? (cuts(link).length ? 'delivered' : null)
   }
 
-  // Between which positions a head carried most of a transcoder link: [query, key, value]
-  function pairsOf(link, layer, head){
-    return link.head_loadings.find(d => d.layer == layer)?.heads.find(d => d[0] == head)?.[2] || []
+  // Where a head that delivered was looking, by [query, key, value]: it wrote at the target. At the
+  // first block on the way it read at the source; later ones are known where the file lists them.
+  function pairsOf(link, layer, head, total){
+    var query = link.targetNode.ctx_idx
+    if (layer == link.head_loadings[0]?.layer) return [[query, link.sourceNode.ctx_idx, total]]
+    var listed = link.head_loadings.find(d => d.layer == layer)?.heads.find(d => d[0] == head)?.[2] || []
+    return listed.filter(d => d[0] == query)
   }
 
   function transcoderParts(link, cut){
     var headPart = (layer, head, total, pairs) =>
       ({kind: 'head', layer, head, name: utilQk.headName({layer, head}), total, pairs})
     if (cut == 'delivered') {
-      var {ctx_idx: query} = link.targetNode
-      var key = link.sourceNode.ctx_idx
+      var isSame = link.sourceNode.ctx_idx == link.targetNode.ctx_idx
       return link.delivered_by.map(([layer, head, total]) => {
         if (layer === null) return {kind: 'rest', name: 'other heads', total}
-        var known = pairsOf(link, layer, head).filter(d => d[0] == query)
-        return headPart(layer, head, total, known.length ? known : [[query, key, null]])
-      }).concat(link.attention_free || link.sourceNode.ctx_idx == query ?
+        return headPart(layer, head, total, pairsOf(link, layer, head, total))
+      }).concat(link.attention_free || isSame ?
         {kind: 'free', name: 'no attention', total: link.attention_free} : [])
     }
     var found = link.head_loadings.find(d => d.layer === cut)

@@ -6,9 +6,17 @@ window.initQkHeads = function({data, cgSel, qk}){
   window.initQkLayers({cgSel, qk})
   var listSel = sel.append('div.qk-list').at({role: 'listbox', 'aria-labelledby': 'qk-heads-title'})
   var footSel = sel.append('div.qk-foot')
+  var shown = null
+
+  // The same parts keep their rows, and so the focus on one of them
+  function renderOther(){
+    var {link, cut} = qk.state
+    if (!shown || shown.link != link || shown.cut !== cut) render()
+  }
 
   function render(){
     var {link, cut} = qk.state
+    shown = {link, cut}
     titleSel.html('')
     titleSel.append('b').text('Heads ')
     listSel.html('')
@@ -17,8 +25,9 @@ window.initQkHeads = function({data, cgSel, qk}){
 
     var {sourceNode, targetNode} = link
     titleSel.append('span')
-      .text(`${utilQk.tokenName(data, sourceNode.ctx_idx)} → ${utilQk.tokenName(data, targetNode.ctx_idx)}` +
-        (cut == 'delivered' ? ', delivered by' : cut != null ? `, at block L${cut}` : link.layer == null ? '' : `, through block L${link.layer}`))
+      .text((cut == 'delivered' ? 'that delivered ' : cut != null ? `of block L${cut}, ` : '') +
+        `${utilQk.tokenName(data, sourceNode.ctx_idx)} → ${utilQk.tokenName(data, targetNode.ctx_idx)}` +
+        (link.layer == null ? '' : `, through block L${link.layer}`))
 
     var parts = qk.data.parts(link, cut)
     var isTranscoder = qk.data.isTranscoder(link)
@@ -49,7 +58,7 @@ window.initQkHeads = function({data, cgSel, qk}){
     rowSel.append('span.qk-share').text(d => `(${utilQk.percent(d.total, link.weight)})`)
     rowSel.call(addBars, max)
     rowSel.filter(d => d.kind == 'head').append('span.qk-attends')
-      .text(d => isTranscoder ? pairName(d.pairs[0]) : d3.format('.3f')(d.pattern))
+      .text(d => isTranscoder ? pairName(d, link) : d3.format('.3f')(d.pattern))
 
     rowSel.filter(d => d.kind == 'head')
       .at({
@@ -78,14 +87,19 @@ window.initQkHeads = function({data, cgSel, qk}){
     return d.direct ?? (d.kind == 'head' ? d.total : 0)
   }
 
-  function pairName([query, key]){
-    return query == key ? `at ${query}` : `${key} → ${query}`
+  // The largest pair, with dots where others carried more than a tenth of the head's part. A head
+  // that delivered wrote at the target; from where is unknown where the file lists no pair.
+  function pairName({pairs, total}, link){
+    if (!pairs.length) return qk.state.cut == 'delivered' ? `? → ${link.targetNode.ctx_idx}` : ''
+    var [query, key, value] = pairs[0]
+    return (query == key ? `at ${query}` : `${key} → ${query}`) + (Math.abs(total - value) > Math.abs(total)/10 ? ' …' : '')
   }
 
   function describePairs(d, nDigits){
-    var lines = d.pairs.filter(pair => pair[2] !== null).map(([query, key, value]) =>
+    var lines = d.pairs.map(([query, key, value]) =>
       `${utilQk.signed(value, nDigits)} from ${utilQk.tokenName(data, key)} to ${utilQk.tokenName(data, query)}`)
-    return [`${d.name} ${utilQk.signed(d.total, nDigits)}${lines.length ? ', the most of it:' : ''}`, ...lines].join('\n')
+    var note = lines.length ? ', the most of it:' : '; the file does not list from where, a click looks at the edge’s own source'
+    return [`${d.name} ${utilQk.signed(d.total, nDigits)}${note}`, ...lines].join('\n')
   }
 
   // Upper half: the direct part, filled. Lower half: via the MLP, hatched. The line: the total.
@@ -113,8 +127,11 @@ window.initQkHeads = function({data, cgSel, qk}){
   }
 
   function barWidth(){
-    var others = qk.state.link && qk.data.isTranscoder(qk.state.link) ? 250 : 228
-    return d3.clamp(40, qk.widthOf('.qk-heads') - others, 150)
+    return d3.clamp(40, qk.widthOf('.qk-heads') - (isTranscoderShown() ? 270 : 228), 150)
+  }
+
+  function isTranscoderShown(){
+    return !!qk.state.link && qk.data.isTranscoder(qk.state.link)
   }
 
   function addKey(sel, text, isHatched){
@@ -131,9 +148,10 @@ window.initQkHeads = function({data, cgSel, qk}){
       .filter(d => d.kind == 'head')
     var none = !headSel.filter(isSelected).size()
     headSel.at({'aria-selected': isSelected, tabindex: (d, i) => isSelected(d) || none && !i ? 0 : -1})
+    if (listSel.node().contains(document.activeElement)) headSel.filter(isSelected).node()?.focus()
   }
 
-  qk.fns.edge.push(render)
+  qk.fns.edge.push(renderOther)
   qk.fns.resize.push(render)
   qk.fns.head.push(markSelected)
 }

@@ -1,9 +1,13 @@
 // Which blocks carried an edge of a transcoder graph: one cell a block, and the heads that delivered.
 window.initQkLayers = function({cgSel, qk}){
   var sel = cgSel.select('.qk-layers').html('')
+  var shownLink = null
 
+  // The same link keeps its cells, and so the focus on one of them
   function render(){
     var {link} = qk.state
+    if (link && link == shownLink) return markSelected()
+    shownLink = link
     var cuts = link ? qk.data.cuts(link) : []
     sel.html('').st({display: cuts.length ? '' : 'none'})
     if (!cuts.length) return
@@ -25,14 +29,14 @@ window.initQkLayers = function({cgSel, qk}){
     cutSel.append('span.qk-cut-name').text(d => d.name)
     cutSel.append('span').call(addBar, max)
     cutSel.append('span.qk-share').text(d => utilQk.percent(d.total, link.weight))
-    sel.append('div.qk-more').text('Share of the edge that passes heads. Each block is a cut of the whole edge: cuts overlap, never add them.')
+    sel.append('div.qk-more')
     markSelected()
   }
 
   function describe({cut, total}, link, nDigits){
     var value = utilQk.signed(total, nDigits), weight = utilQk.signed(link.weight, nDigits)
     return cut == 'delivered' ?
-      `delivered by heads of any block: ${value} of ${weight}; what is left passes no attention at all` :
+      `delivered by the last head of each path, of any block: ${value} of ${weight}; what is left passes no attention at all` :
       `through the heads of block L${cut}: ${value} of ${weight}; the bypass is what crosses at other blocks`
   }
 
@@ -47,10 +51,15 @@ window.initQkLayers = function({cgSel, qk}){
   }
 
   function markSelected(){
-    var isSelected = d => d.cut === qk.state.cut
+    var {cut} = qk.state
+    var isSelected = d => d.cut === cut
     sel.selectAll('.qk-cut')
       .classed('is-selected', isSelected)
       .at({'aria-selected': isSelected, tabindex: d => isSelected(d) ? 0 : -1})
+      .filter(isSelected).each(function(){ this.scrollIntoView({block: 'nearest'}) })
+    sel.select('.qk-more').text(cut == 'delivered' ?
+      'Every path counts once, at its last head: these parts add up over all blocks.' :
+      'Each block is a cut of the whole edge and sums to it by itself: cuts overlap, never add them.')
   }
 
   qk.fns.edge.push(render)

@@ -105,7 +105,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
 
   // Where a head carried an edge: from source to target, or between the positions listed
   function placeOfPart(link, {layer, head, pairs}){
-    var [query, key] = pairs ? pairs[0] : [link.targetNode.ctx_idx, link.sourceNode.ctx_idx]
+    var [query, key] = pairs?.[0] || [link.targetNode.ctx_idx, link.sourceNode.ctx_idx]
     return {layer, head, query, key}
   }
 
@@ -220,7 +220,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     qkPage.setParams({
       qk: state.place && utilQk.placeName(state.place),
       qkEdge: state.link?.linkId,
-      qkCut: state.cut == 'delivered' ? state.cut : null,
+      qkCut: state.cut == null || state.cut === cutOf(state.link, state.place) ? null : state.cut,
       qkTokens: state.tokens?.join('-'),
       qkView: state.view == 'pairs' ? 'pairs' : null,
     }, isStep)
@@ -237,7 +237,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     state.node = data.nodes.idToNode[visState.clickedId] || null
     state.tokens = tokens ? [+tokens[1], +tokens[2]] : null
     setLink(link || edgeOf(place))
-    if (place && state.link) state.cut = cutOf(state.link, place, saved('qkCut'))
+    if (state.link) state.cut = cutOf(state.link, place, saved('qkCut'))
     state.place = place
     state.view = saved('qkView') == 'pairs' ? 'pairs' : 'marginals'
     run('edges')
@@ -247,15 +247,15 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
 
   // The strongest edge in view that a head at a place may have carried
   function edgeOf({layer, head, query, key}){
-    var isHere = d => d.kind == 'head' && d.head == head && d.pairs[0][0] == query && d.pairs[0][1] == key
+    var isHere = d => d.kind == 'head' && d.head == head && d.pairs[0]?.[0] == query && d.pairs[0]?.[1] == key
     return qk.data.edges(state).map(d => d.link).find(d => qk.data.isTranscoder(d) ? qk.data.parts(d, layer).some(isHere) :
       d.layer === layer && d.targetNode.ctx_idx == query && d.sourceNode.ctx_idx == key) || null
   }
 
-  // The cut that an address meant: the block of its head, if the edge crosses it
+  // The cut that an address meant: the one it names, else the block of its head
   function cutOf(link, place, named){
-    if (named == 'delivered' && qk.data.cuts(link).length) return named
-    return qk.data.cuts(link).some(d => d.cut === place.layer) ? place.layer : qk.data.bestCut(link)
+    var cuts = qk.data.cuts(link).map(d => d.cut)
+    return cuts.find(d => String(d) === named) ?? cuts.find(d => d === place?.layer) ?? qk.data.bestCut(link)
   }
 
   d3.select(window).on('popstate.qk', () => {
@@ -277,8 +277,8 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     var move = {
       ArrowUp: () => moveRow(-1),
       ArrowDown: () => moveRow(1),
-      ArrowLeft: () => moveHead(-1),
-      ArrowRight: () => moveHead(1),
+      ArrowLeft: () => ev.target.matches('[data-qk=layer]') ? moveRow(-1) : moveHead(-1),
+      ArrowRight: () => ev.target.matches('[data-qk=layer]') ? moveRow(1) : moveHead(1),
       '[': () => moveKey(-1),
       ']': () => moveKey(1),
       m: () => selectView(state.view == 'pairs' ? 'marginals' : 'pairs'),
@@ -297,7 +297,8 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     ;(row.matches('[data-qk$=term]') && labelled || row).dispatchEvent(new MouseEvent('click', {bubbles: true}))
   }
 
-  // The next row of the list in focus; of the edges otherwise, which are chosen as one passes them
+  // The next row of the list in focus, of the edges otherwise; those of the upper half are chosen
+  // as one passes them
   function moveRow(step){
     var focused = sel.node().contains(document.activeElement) ? document.activeElement.closest('[role=option]') : null
     var listSel = d3.select(focused?.closest('[role=listbox]') || sel.select('.qk-edge-list').node())
@@ -309,7 +310,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     listSel.selectAll('[role=option]').at({tabindex: -1})
     row.setAttribute('tabindex', 0)
     row.focus()
-    if (row.dataset.qk == 'edge' || row.dataset.qk == 'head') row.dispatchEvent(new MouseEvent('click', {bubbles: true}))
+    if (['edge', 'layer', 'head'].includes(row.dataset.qk)) row.dispatchEvent(new MouseEvent('click', {bubbles: true}))
   }
 
   function moveHead(step){

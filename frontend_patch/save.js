@@ -1,7 +1,11 @@
 // Taking results away: the table as CSV and JSON, the head strip as SVG, the line that recomputes it.
 window.initQkSave = function({data, cgSel, qk}){
   var sel = cgSel.select('.qk-save').html('')
-  var pythonSel = sel.append('code.qk-python').at({title: 'recomputes this table; click to copy', tabindex: 0, role: 'button'})
+  // how the graph that circuit-tracer saved gets its heads back
+  var explained = 'graph = ctqk.explain_graph(circuit_tracer.Graph.from_pt("graph.pt"), model)'
+  var setup = qk.data.isTranscoderGraph ? explained + '\n' : ''
+  var pythonSel = sel.append('code.qk-python')
+    .at({title: `${setup && `${setup}… `}recomputes this table; click to copy`, tabindex: 0, role: 'button'})
     .on('click', copy)
     .on('keydown', ev => ev.key == 'Enter' ? copy() : null)
   var buttonSel = sel.append('span.qk-buttons').appendMany('button', [
@@ -22,7 +26,7 @@ window.initQkSave = function({data, cgSel, qk}){
   }
 
   function copy(){
-    var text = pythonSel.text()
+    var text = setup + pythonSel.text()
     navigator.clipboard?.writeText(text).then(() => qk.say('copied'), () => qk.say('the browser does not let pages copy'))
   }
 
@@ -49,7 +53,7 @@ window.initQkSave = function({data, cgSel, qk}){
 
   function saveJson(){
     var {place, answer: {table, row}} = qk.state
-    var document = {slug: data.metadata.slug, prompt: data.metadata.prompt, python: python(place), table, row}
+    var document = {slug: data.metadata.slug, prompt: data.metadata.prompt, python: setup + python(place), table, row}
     save(JSON.stringify(document, null, 1), `${fileName(place)}.json`, 'application/json')
   }
 
@@ -71,7 +75,7 @@ window.initQkSave = function({data, cgSel, qk}){
     svg.append('text').at({x: 8, y: 16, fontWeight: 'bold'})
       .text(`${utilQk.nodeLabel(link.sourceNode)} (${utilQk.tokenName(data, link.sourceNode.ctx_idx)}) → ` +
         `${utilQk.nodeLabel(link.targetNode)} (${utilQk.tokenName(data, link.targetNode.ctx_idx)})` +
-        (cut == null ? '' : cut == 'delivered' ? ', delivered by' : `, at block L${cut}`))
+        (cut == null ? '' : cut == 'delivered' ? ', by the heads that delivered it' : `, at block L${cut}`))
     var x = value => value/max*barWidth/2
     var rowSel = svg.appendMany('g', parts).translate((d, i) => [0, (i + 1)*rowHeight + 8])
     rowSel.append('text').at({x: left - 8, y: 12, textAnchor: 'end'}).text(d => d.name)
