@@ -27,7 +27,7 @@ from circuit_tracer_qk.files import check_folder, check_names
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.graph import ExplainedGraph
-    from circuit_tracer_qk.qk import QK
+    from circuit_tracer_qk.qk import Scores
     from circuit_tracer_qk.residual_model import ResidualModel
 
 log = logging.getLogger(__name__)
@@ -206,6 +206,7 @@ def _add_qk(commands: Any) -> None:
     )
     add = parser.add_argument
     add("graph", nargs="?", help="a saved graph (.pt), in place of -m, -d and -p")
+    add("-t", "--transcoder_set", help="the transcoders of a saved graph of circuit-tracer's")
     add("-m", "--model", help="model folder, hub id or TransformerLens name")
     add("-d", "--dictionaries", metavar="REF", help="residual SAEs or a crosscoder, see attribute")
     add("-p", "--prompt", help="the prompt (default on the miniature: the demo's)")
@@ -295,9 +296,9 @@ def _attribute(args: argparse.Namespace) -> None:
 
 def _attribute_transcoders(args: argparse.Namespace, files: tuple[str, str] | None) -> None:
     """circuit-tracer's own command, and its graph explained."""
+    from circuit_tracer_qk.explaining import explaining
     from circuit_tracer_qk.host_cli import flags_of
     from circuit_tracer_qk.host_entries import run_command
-    from circuit_tracer_qk.plugin import explaining
 
     explain = args.qk and files is not None
     flags = flags_of("attribute", args, leave_out=("server", "port"))
@@ -354,19 +355,22 @@ def _explained(args: argparse.Namespace, path: Path) -> Any:
     """A saved graph of circuit-tracer's, explained with the model and transcoders named."""
     import torch
 
-    from circuit_tracer_qk import host, plugin
+    from circuit_tracer_qk import explaining, host
 
     if args.transcoder_set is None:
         raise UserError(
             "-t/--transcoder_set is missing: name the transcoders that the graph was made with."
         )
+    if not path.is_file():
+        raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
     try:
         stock = host.load_graph(path)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} is no graph that circuit-tracer can read ({error}).") from error
-    dtype = getattr(torch, DTYPES.get(args.dtype) or args.dtype)
+    named = getattr(args, "dtype", "float32")
+    dtype = getattr(torch, DTYPES.get(named) or named)
     with _hushed():
-        model = plugin.load_replacement_model(args.model, args.transcoder_set, dtype)
+        model = explaining.load_replacement_model(args.model, args.transcoder_set, dtype)
         return circuit_tracer_qk.explain_graph(stock, model)
 
 
@@ -420,7 +424,10 @@ def _qk(args: argparse.Namespace) -> None:
     layer, head, query, key = _selection(args)
     if args.top < 1:
         raise UserError(f"--top is {args.top}: it must be at least 1.")
-    if args.graph is not None and (args.model or args.dictionaries or args.prompt is not None):
+    if args.transcoder_set is not None and args.graph is None:
+        raise UserError("-t explains a saved graph: give its .pt, which `attribute -t -o` writes.")
+    own_model = args.model and args.transcoder_set is None
+    if args.graph is not None and (own_model or args.dictionaries or args.prompt is not None):
         raise UserError("a saved graph has its own model and prompt: leave out -m, -d and -p.")
     qk, tokens = _opened(args) if args.graph is not None else _run(args)
 
@@ -437,7 +444,8 @@ def _qk(args: argparse.Namespace) -> None:
         key = _position("key", key, n)
     table = qk.table(layer, head, query, key)
     lines = report.prompt_lines(tokens, {query: "query", key: "key"} if key != query else {})
-    _show([*lines, "", *report.qk_lines(table, row, tokens, args.top, note), "", *report.FOOTNOTE])
+    foot = report.FOOTNOTE if args.transcoder_set is None else report.TRANSCODER_FOOTNOTE
+    _show([*lines, "", *report.qk_lines(table, row, tokens, args.top, note), "", *foot])
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -507,15 +515,16 @@ def _position(name: str, position: int, n: int) -> int:
     return position % n
 
 
-def _opened(args: argparse.Namespace) -> tuple[QK, list[str]]:
+def _opened(args: argparse.Namespace) -> tuple[Scores, list[str]]:
     """QK attributions of a saved graph, and its tokens."""
-    from circuit_tracer_qk.qk import QK
+    if args.transcoder_set is None:
+        graph = circuit_tracer_qk.load_graph(args.graph)
+    else:
+        graph = _explained(args, Path(args.graph))
+    return graph.scores, graph.token_strings
 
-    record = circuit_tracer_qk.load_graph(args.graph).record
-    return QK(record.parts, record.heads, record.names), record.token_strings
 
-
-def _run(args: argparse.Namespace) -> tuple[QK, list[str]]:
+def _run(args: argparse.Namespace) -> tuple[Scores, list[str]]:
     """QK attributions of a prompt, without its graph, and its tokens."""
     prompt = args.prompt
     if args.dictionaries is None:

@@ -14,34 +14,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
-
 from circuit_tracer_qk import attribution, export, server
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.graph import ExplainedGraph
-from circuit_tracer_qk.host_entries import (
-    FUNCTIONS,
-    graph_files_arguments,
-    load_local_transcoders,
-    replace,
-    replacement_model,
-    with_option,
-)
+from circuit_tracer_qk.host_entries import graph_files_arguments, replace, with_option
 from circuit_tracer_qk.live import LiveGraphs
-from circuit_tracer_qk.models import load_transformer
 from circuit_tracer_qk.record import beside
 from circuit_tracer_qk.residual_model import ResidualModel, load_model
-from circuit_tracer_qk.sources import first_line
-from circuit_tracer_qk.transcoder_graph import TranscoderGraph, check_model, explain_graph
+from circuit_tracer_qk.transcoder_graph import check_model, explain_graph
 
 _lock = Lock()
 _put_back: Callable[[], None] | None = None
@@ -142,142 +127,3 @@ def _from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         return load_model(given.get("model_name"), given.get("transcoder_set"), **taken)
 
     return from_pretrained
-
-
-# The command line ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """What one run of circuit-tracer's own command line made.
-
-    Attributes:
-        graph: the explained graph; None where it was not asked for or could not be.
-        problem: why it could not be explained after it was made.
-    """
-
-    graph: TranscoderGraph | None = None
-    problem: UserError | None = None
-
-
-@contextmanager
-def explaining(qk: bool, np_model: str | None = None) -> Iterator[Run]:
-    """Within, circuit-tracer explains the graph that it makes, and takes local folders too.
-
-    What can be refused is refused before the graph is made; what is found wrong afterwards leaves
-    circuit-tracer's own files, without heads.
-
-    Args:
-        qk: explain.
-        np_model: Neuronpedia's model id, for the files.
-
-    Raises:
-        UserError: transcoders or a model that cannot be loaded, or graphs that are not done
-            exactly.
-    """
-    run = Run()
-
-    def attribute(original: Callable[..., Any]) -> Callable[..., Any]:
-        def attribute(*args: Any, **options: Any) -> Any:
-            model = inspect.signature(original).bind(*args, **options).arguments["model"]
-            if qk:
-                check_model(model)
-            graph = original(*args, **options)
-            if qk:
-                try:
-                    run.graph = explain_graph(graph, model)
-                except UserError as problem:
-                    run.problem = problem
-            return run.graph or graph
-
-        return attribute
-
-    def create_graph_files(original: Callable[..., Any]) -> Callable[..., Any]:
-        def create_graph_files(*args: Any, **options: Any) -> Any:
-            given = graph_files_arguments(original, args, options)
-            if not isinstance(given["graph_or_path"], ExplainedGraph):
-                return original(*args, **options)
-            return export.create_graph_files(given.pop("graph_or_path"), **given, np_model=np_model)
-
-        return create_graph_files
-
-    put_back = replace(
-        {
-            "attribute": attribute,
-            "create_graph_files": create_graph_files,
-            "load_transcoder_from_hub": _load_transcoders,
-            "from_pretrained_and_transcoders": _load_replacement_model,
-        }
-    )
-    try:
-        yield run
-    finally:
-        put_back()
-
-
-def _load_transcoders(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def load(*args: Any, **options: Any) -> Any:
-        given = dict(signature.bind(*args, **options).arguments)
-        reference = given.pop("hf_ref")
-        try:
-            if Path(reference).is_dir():
-                return load_local_transcoders(Path(reference), **given)
-            return original(*args, **options)
-        except UserError:
-            raise
-        except Exception as error:  # hubs, files and tensors fail in any way
-            raise UserError(
-                f"the transcoders {reference} cannot be loaded ({first_line(error)}): give a hub "
-                "id org/name[@revision] that can be reached, or a local folder with their files."
-            ) from error
-
-    return load
-
-
-def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def load(*args: Any, **options: Any) -> Any:
-        given = dict(signature.bind(*args, **options).arguments)
-        name, backend = given["model_name"], given.get("backend", "transformerlens")
-        try:
-            if Path(name).is_dir() and backend == "transformerlens":
-                taken = {k: given[k] for k in ("dtype", "device") if k in given}
-                return replacement_model(load_transformer(name, **taken), given["transcoders"])
-            return original(*args, **options)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"the model {name} cannot be loaded with these transcoders ({first_line(error)}): "
-                "give with -m the model that they were made for."
-            ) from error
-
-    return load
-
-
-def load_replacement_model(model: str | None, transcoders: str, dtype: torch.dtype) -> Any:
-    """circuit-tracer's replacement model, from hub ids or local folders.
-
-    Args:
-        model: the model; from the transcoders' config if left out.
-        transcoders: their hub id ``org/name[@revision]`` or folder.
-        dtype: of the weights.
-
-    Raises:
-        UserError: either cannot be loaded, or no model is named.
-    """
-    with explaining(qk=False):
-        found, config = import_module(
-            FUNCTIONS["load_transcoder_from_hub"]
-        ).load_transcoder_from_hub(transcoders, dtype=dtype)
-        model = model or config.get("model_name")
-        if not model:
-            raise UserError("-m/--model is missing: the transcoders' config names no model_name.")
-        from circuit_tracer.replacement_model import ReplacementModel
-
-        return ReplacementModel.from_pretrained_and_transcoders(
-            model_name=model, transcoders=found, dtype=dtype
-        )

@@ -35,6 +35,13 @@ FOOTNOTE = [
 ]
 
 
+TRANSCODER_FOOTNOTE = [
+    "c2/17: feature 17 of layer 1's transcoder (circuit-tracer's node 1_17). from 5: its node is at",
+    "position 5, and attention carried it here. bias: of every earlier block, carried too.",
+    "A part of the score that is the same for every key does not change where the head looks.",
+]
+
+
 # Words and columns --------------------------------------------------------------------------------
 
 
@@ -71,9 +78,15 @@ def feature_name(component: Component) -> str:
     return "" if component.feature is None else f"c{component.checkpoint}/{component.feature}"
 
 
-def component_name(component: Component) -> str:
-    """A component in one phrase: the feature and its label, or the label of another kind."""
-    return f"{feature_name(component)} {component.label}".strip()
+def component_name(component: Component, position: int | None = None) -> str:
+    """A component in one phrase: the feature and its label, or the label of another kind.
+
+    Args:
+        component: the component.
+        position: where it is looked at; said where it comes from another.
+    """
+    came = "" if position in (None, component.position) else f" from {component.position}"
+    return f"{feature_name(component)} {component.label}".strip() + came
 
 
 # A QK table ---------------------------------------------------------------------------------------
@@ -161,9 +174,15 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
     components = (table.query, table.key)[side]
     values = (table.query_marginal, table.key_marginal)[side].tolist()
     order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
-    features = [i for i in order if components[i].kind == "feature"]
-    left_out = set(features[top:])
     own, other = ("query", "key") if side == 0 else ("key", "query")
+    own_position = (table.query_position, table.key_position)[side]
+
+    def came_from(i: int) -> bool:  # of a transcoder graph, carried by attention
+        return components[i].position != own_position
+
+    many = [i for i in order if components[i].kind == "feature" or came_from(i)]
+    left_out = set(many[top:])
+    noun = "feature" if all(components[i].kind == "feature" for i in left_out) else "component"
     lines = [
         f"{own} side: what each component at the {own} adds (all components at the {other} summed)",
         "       value   share  kind       feature   activation  label",
@@ -176,11 +195,12 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
         activation = "" if c.activation is None else f"{c.activation:.3f}"
         line = f"  {values[i]:+10.3f}  {share(values[i])}  {c.kind:9}  {feature_name(c):8}"
         label = c.label if c.label != c.kind else ""
-        lines.append(cut_line(f"{line}  {activation:>10}  {label}"))
+        came = f"from {c.position}  " if came_from(i) else ""
+        lines.append(cut_line(f"{line}  {activation:>10}  {came}{label}"))
     if left_out:
         rest = sum(values[i] for i in left_out)
         lines.append(
-            f"  {rest:+10.3f}  {share(rest)}  rest: {count(len(left_out), 'smaller feature')}"
+            f"  {rest:+10.3f}  {share(rest)}  rest: {count(len(left_out), f'smaller {noun}')}"
         )
     total = sum(values)
     return [*lines, f"  {total:+10.3f}  {share(total)}  sum = score"]
@@ -196,7 +216,8 @@ def pair_lines(table: QKTable, top: int) -> list[str]:
         "       value   share  query component                        key component",
     ]
     for query, key, value in terms:
-        names = f"{cut(component_name(query), 37):37}  {cut(component_name(key), 37)}"
+        left = component_name(query, table.query_position)
+        names = f"{cut(left, 37):37}  {cut(component_name(key, table.key_position), 37)}"
         lines.append(f"  {value:+10.3f}  {share(value)}  {names}".rstrip())
     rest = float(table.terms.sum()) - sum(value for *_, value in terms)
     if n > len(terms):

@@ -23,9 +23,15 @@ NOTHING = 1e-8  # of the sum of |part|: too little to list
 
 def transcoder_links(graph: TranscoderGraph, kept: Kept, progress: bool = True) -> Links:
     """The links with what carried them past every block, and the tables that they want."""
-    found = graph.split(kept.sources, kept.targets, Listing(), progress=progress)
+    found = _on_cpu(graph.split(kept.sources, kept.targets, Listing(), progress=progress))
     pairs = _in_order(found)
     return Links(_documents(kept, found, pairs), *_places(graph, kept, found, pairs))
+
+
+def _on_cpu(found: Splits) -> Splits:
+    assert found.pairs is not None
+    parts = {name: part.cpu() for name, part in found._asdict().items() if name != "pairs"}
+    return found._replace(**parts, pairs=Pairs(*(part.cpu() for part in found.pairs)))
 
 
 def _in_order(found: Splits) -> Pairs:
@@ -107,7 +113,7 @@ def _heads(parts: Tensor, pairs: Pairs) -> list[list[Any]]:
     columns.append(rounded_all(pairs.value.flatten()))
     triples = [*map(list, zip(*columns, strict=True))]
     there = pairs.value.abs() > NOTHING * parts.abs()[:, None]
-    ends = (n * torch.arange(len(parts)) + there.sum(1).cpu()).tolist()
+    ends = (n * torch.arange(len(parts)) + there.sum(1)).tolist()
     heads = zip(pairs.head.tolist(), rounded_all(parts), ends, strict=True)
     return [[head, part, triples[i * n : end]] for i, (head, part, end) in enumerate(heads)]
 
@@ -139,11 +145,11 @@ def _places(
         By target, the places of its strongest cross-position links' largest heads of any block;
         and every place listed for a cross-position link, by the largest |value| there.
     """
-    position = graph.positions.to(kept.sources.device)
-    across = position[kept.sources] != position[kept.targets]
+    position = graph.positions.cpu()
+    across = position[kept.sources.cpu()] != position[kept.targets.cpu()]
     part = found.through[pairs.edge, pairs.layer, pairs.head].abs()
     value = pairs.value.abs()
-    rows = (across.to(part.device)[pairs.edge] & (value[:, 0] > 0)).nonzero().flatten()
+    rows = (across[pairs.edge] & (value[:, 0] > 0)).nonzero().flatten()
     rows = rows[part[rows].argsort(descending=True, stable=True)]
 
     strength = kept.weights.abs()

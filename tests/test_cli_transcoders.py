@@ -14,7 +14,7 @@ from test_cli import run as run  # noqa: PLC0414  (a fixture)
 from tiny_transcoders import make_clt, make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, host, host_cli, plugin
+from circuit_tracer_qk import cli, explaining, host, host_cli
 
 Run = Callable[..., Result]
 
@@ -47,6 +47,10 @@ def test_attribute_and_augment(run: Run, transcoders: Path, tmp_path: Path):
         for _, _, pairs in block["heads"][:1]
     }
     assert {(0, 6, 5), (1, 14, 6)} <= steps
+
+    asked = run("qk", saved, "-t", transcoders, "--head", "L1H2", "--key", 6)
+    assert asked.status == cli.DONE, asked.err
+    assert "from 5" in asked.out and "layer 1's transcoder" in asked.out
 
     later = run("augment", saved, "-t", transcoders, "--slug", "later", *files[2:])
     assert later.status == cli.DONE, later.err
@@ -109,7 +113,7 @@ def test_what_cannot_be_explained_afterwards_leaves_the_stock_files(
     def refuse(graph: object, model: object) -> None:
         raise ctqk.UserError("our sweeps give other edges")
 
-    monkeypatch.setattr(plugin, "explain_graph", refuse)
+    monkeypatch.setattr(explaining, "explain_graph", refuse)
     files = ["--slug", "s", "--graph_file_dir", tmp_path / "graphs", "-o", tmp_path / "g.pt"]
     done = run("attribute", "-t", transcoders, "-p", "I met Aunt Sally", *files)
     assert done.status == cli.MISTAKE

@@ -14,7 +14,7 @@ from test_panel import PROMPT, Served, number, part, serve, values
 from tiny_transcoders import make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import plugin
+from circuit_tracer_qk import explaining
 from circuit_tracer_qk.live import LiveGraphs
 
 
@@ -23,7 +23,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> ctqk.TranscoderGraph:
     import torch
 
     folder = make_set(tmp_path_factory.mktemp("tiny") / "set")
-    model = plugin.load_replacement_model(None, str(folder), torch.float32)
+    model = explaining.load_replacement_model(None, str(folder), torch.float32)
     graph = ctqk.attribute(PROMPT, model, max_n_logits=3)
     assert isinstance(graph, ctqk.TranscoderGraph)
     return graph
