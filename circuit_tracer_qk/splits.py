@@ -16,6 +16,7 @@ what each head carried from every key to every query.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuit_tracer_qk.carry import Carried, Carrier
-
-GRADIENT_BYTES = 512 << 20  # of targets carried back at once
-STREAM_BYTES = 16 << 20  # of sources carried at once, before what their block makes of them
 
 
 class Writes(NamedTuple):
@@ -129,6 +127,24 @@ class _Back(NamedTuple):
     local: Tensor
 
 
+class _Meeting(NamedTuple):
+    """Sources and targets at the outputs of one block's heads.
+
+    Attributes:
+        layer: the block.
+        start: the first position that the sources are carried over.
+        carried: the sources there.
+        back: the targets there.
+        pattern: (n_heads, n_pos, n_pos) the block's attention.
+    """
+
+    layer: int
+    start: int
+    carried: Carried
+    back: _Back
+    pattern: Tensor
+
+
 class _Edges(NamedTuple):
     """Some of the edges, with the places of their ends.
 
@@ -147,6 +163,24 @@ class _Edges(NamedTuple):
     def only(self, chosen: Tensor) -> _Edges:
         """Those at ``chosen``, indices or a mask."""
         return _Edges(*(part[chosen] for part in self))
+
+
+def stream_bytes(device: torch.device) -> int:
+    """How much may be carried forward at once: what a cache holds, or keeps a GPU busy."""
+    return (256 if device.type == "cuda" else 16) << 20
+
+
+def gradient_bytes(device: torch.device) -> int:
+    """How much of targets may be carried back at once; all sources are carried for each such part.
+
+    A quarter of what is free on a GPU, an eighth of a machine's memory, at least 512 MiB.
+    """
+    available = 0
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0] // 4
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+    return max(available, 512 << 20)
 
 
 @torch.no_grad()
@@ -187,8 +221,8 @@ def split_edges(
     causal = position[source] <= reads.position[target]  # all else is zero
     order = target[causal].unique()
     order = order[reads.position[order].argsort(stable=True)]
-    some_targets = max(1, GRADIENT_BYTES // (width * run.n_pos * run.n_layers))
-    some_sources = max(1, STREAM_BYTES // (width * run.n_pos))
+    some_targets = max(1, gradient_bytes(source.device) // (width * run.n_pos * run.n_layers))
+    some_sources = max(1, stream_bytes(source.device) // (width * run.n_pos))
     with tqdm(total=n, desc="edges by head", delay=2, disable=None if progress else True) as bar:
         for mine in order.split(some_targets):
             local = torch.full_like(reads.layer, -1)
@@ -265,29 +299,14 @@ def _sweep(
         ends_later = edges.target_layer > layer if parallel else edges.target_layer >= layer
         crossing = edges.only((first[edges.source] < layer) & ends_later)
         if len(crossing.at):
-            through = _through(carried.z, back[layer], crossing, start, end)
+            meeting = _Meeting(layer, start, carried, back[layer], run.pattern[layer])
+            through = _through(meeting, crossing)
             out.between[crossing.at, layer] = True
             out.through[crossing.at, layer] = through
-            s, t = crossing.source, back[layer].row[crossing.target]
-            z = carried.z.flatten(2).flatten(0, 1)
-            at = s * carried.z.shape[1] + (crossing.target_position - start)
-            last = _dots(z, at, back[layer].local.flatten(1), t, through.shape[1])
-            out.last[crossing.at, layer] = last
-            listed = None if listing is None else _largest(through, listing)
-            if listing is not None and listed is not None and len(listed[0]):
-                found.append(
-                    _pairs(
-                        carried,
-                        back[layer],
-                        run.pattern[layer],
-                        crossing,
-                        listed,
-                        layer,
-                        start,
-                        position,
-                        listing,
-                    )
-                )
+            out.last[crossing.at, layer] = _last(meeting, crossing)
+            if listing is not None:
+                row, head = _largest(through, listing)
+                found.append(_pairs(meeting, crossing, row, head, position, listing.pairs))
         reading = edges.only((edges.target_layer == layer) & (first[edges.source] < layer))
         out.weight[reading.at] = _read(carried.mid, reads, reading, start)
         x[:begun] = carried.out
@@ -297,13 +316,23 @@ def _sweep(
     return found
 
 
-def _through(z: Tensor, back: _Back, edges: _Edges, start: int, end: int) -> Tensor:
+def _through(meeting: _Meeting, edges: _Edges) -> Tensor:
     """(n, n_heads): products over positions, of every source with every target in one product."""
+    _, start, carried, back, _ = meeting
     sources, s = edges.source.unique(return_inverse=True)
     targets, t = edges.target.unique(return_inverse=True)
-    left = z[sources].permute(2, 0, 1, 3).flatten(2)
-    right = back.whole[:, back.row[targets], start:end].flatten(2)
+    left = carried.z[sources].permute(2, 0, 1, 3).flatten(2)
+    right = back.whole[:, back.row[targets], start : start + carried.z.shape[1]].flatten(2)
     return (left @ right.transpose(1, 2))[:, s, t].T
+
+
+def _last(meeting: _Meeting, edges: _Edges) -> Tensor:
+    """(n, n_heads): products at the target's position alone, from where no attention follows."""
+    _, start, carried, back, _ = meeting
+    n_heads = carried.z.shape[2]
+    at = edges.source * carried.z.shape[1] + (edges.target_position - start)
+    z, local = carried.z.flatten(2).flatten(0, 1), back.local.flatten(1)
+    return _dots(z, at, local, back.row[edges.target], n_heads)
 
 
 def _largest(through: Tensor, listing: Listing) -> tuple[Tensor, Tensor]:
@@ -317,32 +346,32 @@ def _largest(through: Tensor, listing: Listing) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(
-    carried: Carried,
-    back: _Back,
-    pattern: Tensor,
+    meeting: _Meeting,
     edges: _Edges,
-    listed: tuple[Tensor, Tensor],
-    layer: int,
-    start: int,
+    row: Tensor,
+    head: Tensor,
     first_key: Tensor,
-    listing: Listing,
+    n: int,
     chunk: int = 128,
 ) -> Pairs:
-    """What each listed head carried from every key to every query, the largest of it.
+    """What each listed head carried from every key to every query, the ``n`` largest of it.
 
     Args:
-        pattern: (n_heads, n_pos, n_pos)
-        listed: rows of ``edges`` and heads.
-        start: the position of the first of what is carried.
+        meeting: the block.
+        edges: that cross it.
+        row, head: (n_listed,) rows of ``edges``, and the head listed.
         first_key: (n_sources,) where each source is.
+        n: how many.
     """
-    row, head = listed
+    layer, start, carried, back, pattern = meeting
     order = first_key[edges.source[row]].argsort()
     row, head = row[order], head[order]
-    n, n_pos = listing.pairs, pattern.shape[1]
+    n_pos = pattern.shape[1]
     where = row.new_zeros(len(row), n)
     value = pattern.new_zeros(len(row), n)
     for at in torch.arange(len(row), device=row.device).split(chunk):
+        if not len(at):  # no head is listed
+            break
         r, h = row[at], head[at]
         # from the first key that any of these has to the last query
         key = int(first_key[edges.source[r]].min())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.qk import Label, Place, QKTable, Scores
-from circuit_tracer_qk.splits import STREAM_BYTES, Writes
+from circuit_tracer_qk.splits import Writes, stream_bytes
 from circuit_tracer_qk.transcoders import TranscoderRun
 
 UNSELECTED = "unselected features"
@@ -192,7 +192,8 @@ class TranscoderQK(Scores):
         d_model = run.residual.shape[2]
         order = first.argsort(stable=True)
         order = order[first[order] < run.n_pos]  # logits write nothing
-        some = max(1, STREAM_BYTES // (run.n_pos * d_model * run.residual.element_size()))
+        width = run.n_pos * d_model * run.residual.element_size()
+        some = max(1, stream_bytes(order.device) // width)
         streams = []
         for rows in order.split(some):
             rows = rows[block[rows].argsort(stable=True)]
