@@ -109,7 +109,8 @@ def read_ports(
     for layer, block in enumerate(blocks):
         ln2 = absent
         if reads != "hook_resid_mid":
-            ln2 = norm(block.ln2, bare=reads == "ln2.hook_normalized")
+            bare = reads == "ln2.hook_normalized" and _hooked_before_gain(block.ln2)
+            ln2 = norm(block.ln2, bare=bare)
         post = norm(getattr(block, "ln2_post", None)) if writes == "mlp.hook_out" else absent
         skip = skips[layer]
         ports.append(
@@ -122,6 +123,23 @@ def read_ports(
             )
         )
     return ports
+
+
+@torch.no_grad()
+def _hooked_before_gain(ln: Any) -> bool:
+    """Whether a norm's ``hook_normalized`` lies before its gain, not after.
+
+    TransformerLens' versions differ, so the module is asked. Where the gain is one, both are right.
+    """
+    seen: list[Tensor] = []
+    handle = ln.hook_normalized.register_forward_hook(lambda _, __, out: seen.append(out))
+    parameter = next(iter(ln.parameters()), torch.zeros(ln.cfg.d_model))
+    probe = torch.linspace(-1, 2, ln.cfg.d_model).to(parameter)
+    try:
+        out = ln(probe.expand(1, 2, -1))
+    finally:
+        handle.remove()
+    return not torch.allclose(seen[0], out)
 
 
 __all__ = ["READS", "WRITES", "Port", "read_ports"]

@@ -35,11 +35,12 @@ window.initQkData = function({data}){
     return d3.greatest(moved, d => d.size)?.layer ?? (cuts(link).length ? 'delivered' : null)
   }
 
-  // Where a head that delivered was looking, by [query, key, value]: it wrote at the target. At the
-  // first block on the way it read at the source; later ones are known where the file lists them.
+  // Where a head that delivered was looking, by [query, key, value]: it wrote at the target. It read
+  // at the source if it stands at the first block on the way, or if both are one position; other
+  // heads are known where the file lists them.
   function pairsOf(link, layer, head, total){
-    var query = link.targetNode.ctx_idx
-    if (layer == link.head_loadings[0]?.layer) return [[query, link.sourceNode.ctx_idx, total]]
+    var query = link.targetNode.ctx_idx, key = link.sourceNode.ctx_idx
+    if (query == key || layer == link.head_loadings[0]?.layer) return [[query, key, total]]
     var listed = link.head_loadings.find(d => d.layer == layer)?.heads.find(d => d[0] == head)?.[2] || []
     return listed.filter(d => d[0] == query)
   }

@@ -57,6 +57,12 @@ window.utilQk = (function(){
     return data.qk?.graph_kind == 'transcoder' && label == 'error' ? `L${checkpoint - 1} error` : kind
   }
 
+  // Whether attention carried a component from another position, which its row then names. The
+  // label of an error names its position already.
+  function isCarried({kind, label, position}, to){
+    return position != to && !(kind == 'error' && label == 'error')
+  }
+
   function nodeName(node){
     if (node.feature_type != 'cross layer transcoder') return utilCg.layerLocationLabel(node.layer, node.probe_location_idx)
     return `L${node.layer}/${util.cantorUnpair(node.feature)[1]}`
@@ -115,6 +121,7 @@ window.utilQk = (function(){
     tokenName,
     featureName,
     componentName,
+    isCarried,
     nodeName,
     nodeLabel,
     nodeGlyph,

@@ -29,6 +29,7 @@ window.initQkHeads = function({data, cgSel, qk}){
         `${utilQk.tokenName(data, sourceNode.ctx_idx)} → ${utilQk.tokenName(data, targetNode.ctx_idx)}` +
         (link.layer == null ? '' : `, through block L${link.layer}`))
 
+    sel.classed('is-narrow', isNarrow()).classed('is-transcoder', isTranscoderShown())
     var parts = qk.data.parts(link, cut)
     var isTranscoder = qk.data.isTranscoder(link)
     if (!isTranscoder && !qk.data.isResidual(link)) return listSel.append('div.qk-state').text('This link has no head loadings.')
@@ -127,7 +128,12 @@ window.initQkHeads = function({data, cgSel, qk}){
   }
 
   function barWidth(){
-    return d3.clamp(40, qk.widthOf('.qk-heads') - (isTranscoderShown() ? 270 : 228), 150)
+    return d3.clamp(isTranscoderShown() ? 28 : 40, qk.widthOf('.qk-heads') - (isTranscoderShown() ? isNarrow() ? 206 : 250 : 228), 150)
+  }
+
+  // No room for shares: the bars show them
+  function isNarrow(){
+    return qk.widthOf('.qk-heads') < (isTranscoderShown() ? 310 : 268)
   }
 
   function isTranscoderShown(){

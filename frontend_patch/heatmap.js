@@ -49,7 +49,7 @@ window.initQkHeatmap = function({data, cgSel, qk}){
       if (!d || d.i === undefined || d.j === undefined) {
         return `${nRows} × ${nColumns} largest: ${utilQk.signed(shown, nDigits)} + rest ${utilQk.signed(table.score - shown, nDigits)} = score ${utilQk.signed(table.score, nDigits)}`
       }
-      var [query, key] = [table.query_components[d.i], table.key_components[d.j]].map(c => utilQk.componentLabel(data, c))
+      var [query, key] = [[table.query_components[d.i], table.query], [table.key_components[d.j], table.key]].map(nameOf)
       return `${query} × ${key}: ${utilQk.signed(d.value, nDigits)} (${utilQk.percent(d.value, table.score)})`
     }
     noteSel.text(note())
@@ -65,6 +65,10 @@ window.initQkHeatmap = function({data, cgSel, qk}){
     }
   }
   var hover = () => {}
+
+  function nameOf([component, position]){
+    return utilQk.componentLabel(data, component) + (utilQk.isCarried(component, position) ? ` from ${component.position}` : '')
+  }
 
   function renderBlocks(table){
     var blocks = Object.entries(table.blocks).map(([key, value]) => ({kinds: key.split('|'), value}))

@@ -56,10 +56,17 @@ window.initQkLayers = function({cgSel, qk}){
     sel.selectAll('.qk-cut')
       .classed('is-selected', isSelected)
       .at({'aria-selected': isSelected, tabindex: d => isSelected(d) ? 0 : -1})
-      .filter(isSelected).each(function(){ this.scrollIntoView({block: 'nearest'}) })
+      .filter(isSelected).each(intoView)
     sel.select('.qk-more').text(cut == 'delivered' ?
       'Every path counts once, at its last head: these parts add up over all blocks.' :
       'Each block is a cut of the whole edge and sums to it by itself: cuts overlap, never add them.')
+  }
+
+  // Of many blocks some are below the fold of their own list; nothing around it scrolls.
+  function intoView(){
+    var list = this.parentNode
+    var top = this.offsetTop - list.offsetTop
+    list.scrollTop = d3.clamp(top + this.offsetHeight - list.clientHeight, list.scrollTop, top)
   }
 
   qk.fns.edge.push(render)

@@ -88,7 +88,7 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
         utilCg.clickFeature(visState, renderAll, node, ev.metaKey || ev.ctrlKey)
       })
     // in transcoder graphs attention may have carried a component from an earlier position
-    utilQk.addText(rowSel.filter(d => toComponent(d).position != position), 'span.qk-token', d => `from ${utilQk.tokenName(data, toComponent(d).position)}`)
+    utilQk.addText(rowSel.filter(d => utilQk.isCarried(toComponent(d), position)), 'span.qk-token.qk-from', d => `from ${utilQk.tokenName(data, toComponent(d).position)}`)
     rowSel.append('span.qk-name').text(d => utilQk.componentName(data, toComponent(d)))
   }
 

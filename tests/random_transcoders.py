@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def random_transcoders(
     """Transcoders of which about a third of the features are active."""
     generator = torch.Generator().manual_seed(5)
     if kind.startswith("clt"):
-        clt = CrossLayerTranscoder(
+        clt: Any = CrossLayerTranscoder(
             n_layers,
             d_dict,
             d_model,
@@ -63,7 +64,7 @@ def random_transcoders(
             lazy_decoder=False,
             feature_input_hook=reads,
             feature_output_hook=writes,
-            scan="random",
+            **_named(CrossLayerTranscoder),
             device=torch.device("cpu"),
             dtype=torch.float32,
         )
@@ -86,7 +87,15 @@ def random_transcoders(
             dtype=torch.float32,
         )
         _draw(made[layer], generator, d_model)
-    return TranscoderSet(made, feature_input_hook=reads, feature_output_hook=writes, scan="random")
+    return TranscoderSet(
+        made, feature_input_hook=reads, feature_output_hook=writes, **_named(TranscoderSet)
+    )
+
+
+def _named(kind: type) -> dict[str, Any]:
+    """The scan, by the name that this circuit-tracer has for it."""
+    parameters = inspect.signature(kind.__init__).parameters
+    return {"scan_name" if "scan_name" in parameters else "scan": "random"}
 
 
 def _draw(module: torch.nn.Module, generator: torch.Generator, d_model: int) -> None:

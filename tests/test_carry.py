@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from linear_blocks import KINDS, Cases, N, linear_block
 from torch import Tensor
+from transformer_lens import HookedTransformerConfig
+from transformer_lens.components.layer_norm import LayerNorm
 
 from circuit_tracer_qk import UserError
 from circuit_tracer_qk.ports import READS, WRITES, read_ports
@@ -72,3 +76,29 @@ def test_unknown_hooks_are_refused(cases):
     case = cases("gpt2", READS[0], WRITES[0], False)
     with pytest.raises(UserError, match="hook_resid_post"):
         read_ports([], case.carrier.heads.run, "hook_resid_post", WRITES[0], [])
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the gain", "after it"])
+def test_where_a_norms_hook_lies_is_asked_of_the_norm(cases, monkeypatch, before):
+    """TransformerLens' LayerNorm has had ``hook_normalized`` on either side of its gain."""
+    run = cases("gpt2", READS[0], WRITES[0], False).carrier.heads.run
+
+    def forward(self: LayerNorm, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        x = x / self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        if before:
+            return self.hook_normalized(x) * self.w + self.b
+        return self.hook_normalized(x * self.w + self.b)
+
+    monkeypatch.setattr(LayerNorm, "forward", forward)
+    cfg = HookedTransformerConfig(
+        n_layers=1, d_model=8, n_ctx=4, d_head=4, n_heads=2, attn_only=True, d_vocab=5
+    )
+    ln = LayerNorm(cfg)
+    torch.nn.init.normal_(ln.w)
+    blocks = [SimpleNamespace(ln2=ln, ln2_post=None)] * run.n_layers
+    none = [None] * run.n_layers
+    (port, *_) = read_ports(blocks, run, "ln2.hook_normalized", "hook_mlp_out", none)
+    assert (port.ln2.w is None) == before
+    (port, *_) = read_ports(blocks, run, "mlp.hook_in", "hook_mlp_out", none)
+    assert port.ln2.w is not None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Watch
-from playwright.sync_api import Locator, Page, expect
+from browsing import Watch, opened
+from playwright.sync_api import Browser, Locator, Page, expect
 from test_panel import PROMPT, Served, number, part, serve, values
 from tiny_transcoders import make_set
 
@@ -166,6 +168,56 @@ def test_keys_address_and_delivered_heads(live: Served, watch: Watch):
     expect(cell).to_have_attribute("aria-selected", "true")
 
 
+def test_arrows_walk_the_blocks_and_the_heads(live: Served, watch: Watch):
+    page = watch.page
+    link = find(live.document, across=True, blocks=3)
+    open_link(page, live, link)
+    cells, heads, place = part(page, "layer"), part(page, "head"), page.locator(".qk-place")
+    first = link["head_loadings"][0]
+    cells.first.click()
+    cells.first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(cells.nth(1)).to_be_focused()
+    expect(cells.nth(1)).to_have_attribute("aria-selected", "true")
+    expect(place).to_have_value(re.compile(f"^L{first['layer']}H{first['heads'][0][0]}:"))
+    heads.first.focus()
+    for at in (1, 2):  # the focus goes with the selection
+        page.keyboard.press("ArrowRight")
+        expect(heads.nth(at)).to_be_focused()
+        expect(place).to_have_value(re.compile(f"^L{first['layer']}H{first['heads'][at][0]}:"))
+    # without a head, the block stays in the address
+    page.mouse.move(0, 0)
+    page.keyboard.press("Escape")
+    expect(place).to_have_value("")
+    page.reload()
+    expect(cells.nth(1)).to_have_attribute("aria-selected", "true")
+
+
+def test_where_a_head_delivered_from_is_not_guessed(live: Served, watch: Watch):
+    page = watch.page
+    link = find(live.document, across=True, blocks=3)
+    place = {node["node_id"]: node["ctx_idx"] for node in live.document["nodes"]}
+    source, target = place[link["source"]], place[link["target"]]
+    listed = {
+        (block["layer"], head): [pair for pair in pairs if pair[0] == target]
+        for block in link["head_loadings"]
+        for head, _, pairs in block["heads"]
+    }
+    open_link(page, live, link)
+    part(page, "layer").first.click()
+    shown = part(page, "head").locator(".qk-attends").all_inner_texts()
+    assert len(shown) == len(link["delivered_by"])
+    for text, (layer, head, _) in zip(shown, link["delivered_by"], strict=True):
+        key: int | str = "?"
+        if layer == link["head_loadings"][0]["layer"]:
+            key = source
+        elif pairs := listed.get((layer, head)):
+            key = pairs[0][1]
+        expected = f"at {target}" if key == target else f"{key} → {target}"
+        assert text.removesuffix(" …") == expected
+    assert any(text.startswith("?") for text in shown)
+
+
 def test_same_position_edges(live: Served, watch: Watch):
     page = watch.page
     link = find(live.document, across=False, blocks=1)
@@ -214,6 +266,46 @@ def test_svg_of_a_cut(live: Served, watch: Watch, tmp_path: Path):
     download.value.save_as(tmp_path / "heads.svg")
     text = (tmp_path / "heads.svg").read_text(encoding="utf-8")
     assert "at block L" in text and "bypass" in text and "edge weight" in text
+
+
+def test_many_blocks_and_parts_of_nothing(live: Served, browser: Browser, tmp_path: Path):
+    """Thirty blocks in a narrow window: nothing is cut off; heads without pairs do not break it."""
+    document = json.loads(json.dumps(live.document))
+    link = find(document, across=True, blocks=3)
+    block = link["head_loadings"][-1]
+    empty = {"heads": [[0, 0.0, []]], "rest": 0.0, "bypass": link["weight"]}
+    link["head_loadings"] += [{"layer": block["layer"] + 1 + at, **empty} for at in range(27)]
+    tables = [t for t in document["qk"]["attributions"] if t["query_components"]]
+    for side in ("query", "key"):
+        component = {"kind": "error", "label": "unselected features", "position": 1}
+        table = next(t for t in tables if t["query"] > 1)
+        table[f"{side}_components"].append({**component, "checkpoint": 1, "marginal": 0.0})
+    (tmp_path / "plt.json").write_text(json.dumps(document))
+    shutil.copy(live.folder / "graph-metadata.json", tmp_path)
+    running, served = serve(tmp_path, "plt")
+    try:
+        with opened(browser, (1000, 800)) as watch:
+            page = watch.page
+            open_link(page, served, link)
+            cells = part(page, "layer")
+            expect(cells).to_have_count(len(link["head_loadings"]) + 1)
+            cells.last.click()
+            expect(cells.last).to_be_in_viewport()
+            expect(page.locator(".qk-place")).to_have_value(
+                re.compile(f"^L{block['layer'] + 27}H0:")
+            )
+            assert page.locator(".qk-cuts").evaluate("d => d.scrollWidth <= d.clientWidth")
+            page.locator('.qk-panel [data-qk="layer"][data-layer="delivered"]').click()
+            rows = page.locator(".qk-heads .qk-row")
+            assert all(rows.evaluate_all("all => all.map(d => d.scrollWidth <= d.clientWidth)"))
+            at = "L{layer}H{head}:q{query}:k{key}".format(**table)
+            page.locator(".qk-place").fill(at)
+            page.locator(".qk-place").press("Enter")
+            named = page.locator(".qk-others .qk-row", has_text="unselected features")
+            expect(named).to_have_count(2)
+            expect(named.first).to_contain_text("from 1")
+    finally:
+        running.stop()
 
 
 def test_a_graph_of_circuit_tracers_own_says_how_to_explain_it(

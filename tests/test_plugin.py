@@ -99,7 +99,7 @@ def test_residual_backend_files_and_server(enabled: None, tmp_path: Path):
     graph: Any = attribute("I met Aunt Sally. I like Aunt", some, max_feature_nodes=60)
     assert isinstance(graph, ctqk.ResidualGraph)
     create_graph_files(
-        graph_or_path=graph, slug="sally", output_path=str(tmp_path), scan=None, node_threshold=0.6
+        graph_or_path=graph, slug="sally", output_path=str(tmp_path), node_threshold=0.6
     )
     document = json.loads((tmp_path / "sally.json").read_bytes())
     assert document["qk"]["graph_kind"] == "residual"
