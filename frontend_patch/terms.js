@@ -89,7 +89,8 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
       })
     // in transcoder graphs attention may have carried a component from an earlier position
     utilQk.addText(rowSel.filter(d => utilQk.isCarried(toComponent(d), position)), 'span.qk-token.qk-from', d => `from ${utilQk.tokenName(data, toComponent(d).position)}`)
-    rowSel.append('span.qk-name').text(d => utilQk.componentName(data, toComponent(d)))
+    var name = d => utilQk.componentName(data, toComponent(d))
+    rowSel.append('span.qk-name').text(name).classed('is-kind', d => name(d) == toComponent(d).kind)
   }
 
   function addValue(rowSel, rows, table, nDigits){
