@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.attribution import attribute, explain
     from circuit_tracer_qk.components import Component
     from circuit_tracer_qk.dictionaries import load_dictionaries
+    from circuit_tracer_qk.edits import HeadEdit, QKEdit, swap
     from circuit_tracer_qk.errors import UserError
     from circuit_tracer_qk.export import create_graph_files
     from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.qk import QKRow, QKTable
     from circuit_tracer_qk.residual_model import ResidualModel, load_model
     from circuit_tracer_qk.server import serve
+    from circuit_tracer_qk.steering import SteeredRun, generate, steer, sweep
     from circuit_tracer_qk.transcoder_graph import TranscoderGraph, explain_graph
 
 __version__ = "0.1.0"
@@ -33,6 +35,9 @@ _HOMES = {
     "load_dictionaries": "dictionaries",
     "enable": "plugin",
     "disable": "plugin",
+    "HeadEdit": "edits",
+    "QKEdit": "edits",
+    "swap": "edits",
     "UserError": "errors",
     "create_graph_files": "export",
     "Edge": "graph",
@@ -44,16 +49,23 @@ _HOMES = {
     "load_model": "residual_model",
     "load_graph": "graph",
     "serve": "server",
+    "SteeredRun": "steering",
+    "generate": "steering",
+    "steer": "steering",
+    "sweep": "steering",
 }
 
 __all__ = [
     "Component",
     "Edge",
+    "HeadEdit",
     "LiveGraphs",
+    "QKEdit",
     "QKRow",
     "QKTable",
     "ResidualGraph",
     "ResidualModel",
+    "SteeredRun",
     "TranscoderGraph",
     "UserError",
     "attribute",
@@ -62,10 +74,14 @@ __all__ = [
     "explain",
     "explain_graph",
     "create_graph_files",
+    "generate",
     "load_dictionaries",
     "load_graph",
     "load_model",
     "serve",
+    "steer",
+    "swap",
+    "sweep",
 ]
 
 

@@ -14,10 +14,10 @@ from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.frozen import freeze
 from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.heads import Heads, logit_directions, read_blocks
+from circuit_tracer_qk.influence import Sweep
 from circuit_tracer_qk.qk import QK
 from circuit_tracer_qk.record import Record
 from circuit_tracer_qk.residual_model import ResidualModel
-from circuit_tracer_qk.sweep import Sweep
 from circuit_tracer_qk.transcoder_graph import TranscoderGraph, check_model, explain_graph
 
 if TYPE_CHECKING:
@@ -78,12 +78,16 @@ def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:
     Raises:
         UserError: a prompt that cannot be used.
     """
-    parts, heads = _read(prompt, model)
+    parts, heads = read(prompt, model)
     return QK(parts, heads, model.dictionaries.label)
 
 
-def _read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomposition, Heads]:
-    """One frozen run of the prompt, taken apart, and the heads on it."""
+def read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomposition, Heads]:
+    """One frozen run of a prompt, taken apart, and the heads on it.
+
+    Raises:
+        UserError: a prompt that cannot be used, or a model of another kind.
+    """
     if not isinstance(model, ResidualModel):
         raise UserError(
             f"this needs the model of circuit_tracer_qk.load_model, not {type(model).__name__}: "
@@ -167,7 +171,7 @@ def attribute(
         raise UserError("batch_size must be at least 1 and max_feature_nodes not negative.")
     if isinstance(model, ResidualModel):
         check_graph_set(model.dictionaries, model.cfg.n_layers)
-    parts, heads = _read(prompt, model)
+    parts, heads = read(prompt, model)
     run, transformer = parts.run, model.transformer
     targets = host.logit_targets(
         attribution_targets=attribution_targets,

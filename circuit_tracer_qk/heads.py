@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,12 +45,14 @@ class Norm:
         b: (d,) bias; None where there is none.
         centred: LayerNorm subtracts the mean, RMSNorm does not.
         present: False stands for a model without this norm: the identity.
+        eps: what its denominator adds to the mean square.
     """
 
     w: Tensor | None = None
     b: Tensor | None = None
     centred: bool = False
     present: bool = False
+    eps: float = 0.0
 
     @classmethod
     def read(cls, module: torch.nn.Module | None) -> Norm:
@@ -68,6 +70,7 @@ class Norm:
             getattr(module, "b", None),
             centred=name.startswith("Layer"),
             present=True,
+            eps=float(module.eps),  # type: ignore[arg-type]
         )
 
     def linear(self, u: Tensor, scale: Tensor) -> Tensor:
@@ -76,6 +79,12 @@ class Norm:
             return u
         u = (u - u.mean(-1, keepdim=True) if self.centred else u) / scale[..., None]
         return u if self.w is None else u * self.w
+
+    def denominator(self, x: Tensor) -> Tensor:
+        """(...,) what the norm divides (..., d) streams ``x`` by when it is not frozen."""
+        if not self.present:
+            return x.new_ones(x.shape[:-1])
+        return _rms(x - x.mean(-1, keepdim=True) if self.centred else x, self.eps)
 
     def pull(self, g: Tensor, scale: Tensor) -> Tensor:
         """The transpose of :meth:`linear`: <g, linear(u)> = <pull(g), u>."""
@@ -100,6 +109,18 @@ def _cast(block: Any, dtype: torch.dtype) -> Any:
         elif isinstance(value, Tensor) and value.is_floating_point():
             changed[f.name] = value.to(dtype)
     return replace(block, **changed)
+
+
+class Denominators(NamedTuple):
+    """What a block's queries or keys are divided by.
+
+    Attributes:
+        scale: (n,) of ln1.
+        tau: (n,) of one head's QK-norm; None without QK-norm.
+    """
+
+    scale: Tensor
+    tau: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +225,47 @@ class AttentionBlock:
             flipped = torch.cat([-second, first], -1)
         cos, sin = (t[positions].view(shape).to(x.dtype) for t in (self.cos, self.sin))
         return torch.cat([turned * cos + flipped * sin, rest], -1)
+
+    def denominators(self, x: Tensor, head: int, side: int) -> Denominators:
+        """Of ln1 and of the QK-norm on streams ``x`` (n, d_model), as the model computes them.
+
+        Args:
+            head: the query head (``side`` 0) or key-value head (``side`` 1).
+        """
+        scale = self.ln1.denominator(x)
+        if (self.q_gain, self.k_gain)[side] is None:
+            return Denominators(scale, None)
+        n = self.ln1.linear(x, scale)
+        whole = n @ self._weight(side)[head].to(x.dtype) + self._constant(head, side, x.dtype)
+        return Denominators(scale, _rms(whole, self.qk_eps))
+
+    def image(self, u: Tensor, positions: Tensor, head: int, side: int, by: Denominators) -> Tensor:
+        """(n, d_head): q(u) (``side`` 0) or k(u) (``side`` 1) of one head, denominators given."""
+        projected = self.ln1.linear(u, by.scale) @ self._weight(side)[head].to(u.dtype)
+        return self._turned(projected, positions, side, by)
+
+    def live(self, x: Tensor, positions: Tensor, head: int, side: int) -> Tensor:
+        """(n, d_head): one head's queries or keys of whole streams, every norm recomputed."""
+        by = self.denominators(x, head, side)
+        constant = self._constant(head, side, x.dtype).expand(len(x), -1)
+        turned = self._turned(constant, positions, side, by)
+        return self.image(x, positions, head, side, by) + turned
+
+    def _turned(self, x: Tensor, positions: Tensor, side: int, by: Denominators) -> Tensor:
+        gain = (self.q_gain, self.k_gain)[side]
+        if gain is not None and by.tau is not None:
+            x = x * gain.to(x.dtype) / by.tau[..., None]
+        return self.rotate(x, positions)
+
+    def _weight(self, side: int) -> Tensor:
+        return (self.W_Q, self.W_K)[side]
+
+    def _constant(self, head: int, side: int, dtype: torch.dtype) -> Tensor:
+        """(d_head,) what the projection of a zero stream is: b_ln W + b."""
+        bias = (self.b_Q, self.b_K)[side][head].to(dtype)
+        if self.ln1.b is None:
+            return bias
+        return bias + self.ln1.b.to(dtype) @ self._weight(side)[head].to(dtype)
 
     def cap(self, scores: Tensor) -> Tensor:
         """The scores after the soft-cap."""
@@ -428,6 +490,13 @@ class Heads:
             self.queries(layer, x, everywhere) + q_const,
             self.keys(layer, x, everywhere) + k_const,
         )
+
+    def frozen(self, layer: int, positions: Tensor, head: int, side: int) -> Denominators:
+        """The run's own denominators at positions, of a query head (0) or key-value head (1)."""
+        tau = None
+        if (self.blocks[layer].q_gain, self.blocks[layer].k_gain)[side] is not None:
+            tau = self._taus(layer)[side][positions, head]
+        return Denominators(self.run.scale("ln1", layer)[positions], tau)
 
     def scores(self, layer: int) -> Tensor:
         """(n_heads, n_pos, n_pos) attention scores before soft-cap and mask, from whole vectors."""

@@ -184,6 +184,39 @@ def decoder(tokenizer: Any, vocab_size: int) -> Any:
     return _Ids(vocab_size) if tokenizer is None else tokenizer
 
 
+def token_id(token: str | int, tokenizer: Any, vocab_size: int) -> int:
+    """The id of one token, given as its id or its text.
+
+    Text is looked up in the vocabulary as it is written (a leading space matters); what is not
+    there is encoded and must give one token.
+
+    Raises:
+        UserError: text that is not one token, or an id out of range.
+    """
+    if not isinstance(token, str):
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise UserError(f"{token!r} is no token: give its text or its id.")
+        if not 0 <= int(token) < vocab_size:
+            raise UserError(
+                f"token id {token} is out of range: the vocabulary has ids 0 to {vocab_size - 1}."
+            )
+        return int(token)
+    if tokenizer is None:
+        raise UserError(f"this model has no tokenizer to read {token!r} with: give the token's id.")
+    vocabulary = tokenizer.get_vocab()
+    # SentencePiece and byte-level BPE write a space as one of these
+    for space in (" ", "\u2581", "\u0120"):
+        if (written := token.replace(" ", space)) in vocabulary:
+            return vocabulary[written]
+    ids = tokenizer(token, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise UserError(
+            f"{token!r} is not one token of this model's vocabulary: give one token (a leading "
+            "space matters) or its id."
+        )
+    return ids[0]
+
+
 def logit_targets(
     *,
     attribution_targets: Any,
@@ -233,6 +266,15 @@ def logit_targets(
             f"model's is {unembed.shape[1]}: give directions of the residual stream."
         )
     return targets
+
+
+def key_value_cache(model: Any) -> Any:
+    """An empty cache of keys and values for one sequence of a TransformerLens model."""
+    import transformer_lens
+
+    names = ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache")
+    kind = next(k for k in (getattr(transformer_lens, n, None) for n in names) if k is not None)
+    return kind.init_cache(model.cfg, model.W_E.device, batch_size=1)
 
 
 class TranscoderNodes(NamedTuple):

@@ -271,7 +271,7 @@ def test_logit_edges_use_the_demeaned_column_through_the_frozen_norm(case: Case)
 
 def test_influence_is_circuit_tracers(case: Case) -> None:
     """One sweep equals the iterated influence of the full adjacency, and picks the same nodes."""
-    from circuit_tracer_qk.sweep import Sweep
+    from circuit_tracer_qk.influence import Sweep
 
     g, record = case.graph, case.graph.record
     A = g.adjacency_matrix.double()

@@ -66,3 +66,16 @@ def test_bobs_first_letter_is_copied_by_the_heads_that_look_at_it(
         top = sorted(zip(table.key_marginal.tolist(), table.key, strict=True), reverse=True)
         named = {c.feature for _, c in top[:8]}
         assert {444, 344} & named, "the key features that carry the effect rank high"
+
+
+def test_two_key_features_carry_bobs_copy_and_others_do_not(model: ctqk.ResidualModel) -> None:
+    """shared/stories260K/README.md: .959 to .187 without 444 and 344; no other pair below .770."""
+    if model.dictionaries.kind != "residual_sae_set":
+        pytest.skip("the features are the SAEs'")
+    edit = ctqk.QKEdit([(4, 0), (4, 1)], "key", 4, [444, 344], positions=15, factor=0.0)
+    run = ctqk.steer(model, PROMPT, [edit], norms="frozen", controls=20, seed=0)
+    assert run.clean.probability("o") == pytest.approx(0.959, abs=1e-3)
+    assert run.probability("o") == pytest.approx(0.187, abs=1e-3)
+    assert len(run.controls) == 20
+    assert min(control.probability("o") for control in run.controls) >= 0.770
+    assert min(control.probability("o") for control in run.head_controls) >= 0.95

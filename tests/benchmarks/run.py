@@ -42,8 +42,8 @@ from circuit_tracer_qk.components import Decomposition, decompose
 from circuit_tracer_qk.dictionaries import Dictionary, DictionarySet
 from circuit_tracer_qk.frozen import freeze
 from circuit_tracer_qk.heads import Heads, read_blocks
+from circuit_tracer_qk.influence import Rows, Sweep
 from circuit_tracer_qk.qk import QK, TopTerms
-from circuit_tracer_qk.sweep import Rows, Sweep
 
 LAYER = 1  # the block measured, of two
 VOCAB = 100

@@ -1,0 +1,120 @@
+"""A steered run as JSON: what was changed, what it did, and the controls beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from circuit_tracer_qk.edits import Changed, Edit, Head, HeadEdit
+from circuit_tracer_qk.steering import Spread, SteeredRun
+
+
+def head_name(head: Head) -> str:
+    """(4, 0) as L4H0."""
+    return f"L{head[0]}H{head[1]}"
+
+
+def run_document(
+    run: SteeredRun, tokens: Sequence[str | int] = (), queries: Iterable[int] = (), top: int = 10
+) -> dict[str, Any]:
+    """A steered run with its clean run and controls.
+
+    Args:
+        run: of :func:`circuit_tracer_qk.steer`.
+        tokens: next tokens to report; without any, the likeliest clean and the likeliest steered.
+        queries: query positions whose attention rows are wanted; without any, the last.
+        top: how many predictions to list.
+
+    Raises:
+        UserError: a token that is none.
+    """
+    ids = [run.token_id(t) for t in tokens] or _leading(run)
+    names = {i: name for r in (run, run.clean) for name, i, _ in r.top(len(run.logits))}
+    queries = list(queries) or [len(run.token_strings) - 1]
+    return {
+        "prompt_tokens": run.token_strings,
+        "freeze": run.freeze,
+        "norms": run.norms,
+        "edits": [_edit(edit) for edit in run.edits],
+        "changes": _changes(run),
+        "outputs": [
+            {"head": head_name(head), "factors": list(factors)}
+            for head, factors in run.outputs.items()
+        ],
+        "clean": {"top": _predictions(run.clean, top)},
+        "steered": {"top": _predictions(run, top)},
+        "tokens": [
+            {
+                "token": names[i],
+                "id": i,
+                "before": effect.before,
+                "after": effect.after,
+                "controls": _spread(effect.features),
+                "head_controls": _spread(effect.heads),
+            }
+            for i in ids
+            for effect in [run.effect(i)]
+        ],
+        "attention": [
+            {
+                "head": head_name(head),
+                "query": query,
+                "before": run.clean.patterns[head][query, : query + 1].tolist(),
+                "after": run.patterns[head][query, : query + 1].tolist(),
+            }
+            for head in run.heads
+            for query in queries
+        ],
+        "controls": [_control(control, ids) for control in run.controls],
+        "head_controls": [_control(control, ids) for control in run.head_controls],
+        "notes": list(run.notes),
+    }
+
+
+def _leading(run: SteeredRun) -> list[int]:
+    return list(dict.fromkeys([run.clean.top(1)[0][1], run.top(1)[0][1]]))
+
+
+def _predictions(run: SteeredRun, n: int) -> list[list[Any]]:
+    return [[token, i, p] for token, i, p in run.top(n)]
+
+
+def _control(control: SteeredRun, ids: Sequence[int]) -> dict[str, Any]:
+    return {
+        "heads": [head_name(h) for h in sorted({(c[0], c[1]) for c in control.changes})]
+        or [head_name(h) for h in control.outputs],
+        "features": sorted({(c.checkpoint, c.component, c.position) for c in _all(control)}),
+        "probabilities": [control.probability(i) for i in ids],
+    }
+
+
+def _all(run: SteeredRun) -> list[Changed]:
+    return [change for changes in run.changes.values() for change in changes]
+
+
+def _changes(run: SteeredRun) -> list[dict[str, Any]]:
+    return [
+        {"head": head_name((layer, head)), "side": side, **change._asdict()}
+        for (layer, head, side), changes in run.changes.items()
+        for change in changes
+    ]
+
+
+def _spread(spread: Spread) -> dict[str, Any] | None:
+    return spread._asdict() if spread.n else None
+
+
+def _edit(edit: Edit) -> dict[str, Any]:
+    at = None if edit.positions is None else list(edit.positions)  # type: ignore[arg-type]
+    heads = [head_name(head) for head in edit.heads]  # type: ignore[arg-type]
+    if isinstance(edit, HeadEdit):
+        return {"heads": heads, "positions": at, "factor": edit.factor}
+    how = {"factor": edit.factor} if edit.inject is None else {"inject": edit.inject}
+    return {
+        "heads": heads,
+        "side": edit.side,
+        "checkpoint": edit.checkpoint,
+        "features": list(edit.features),  # type: ignore[arg-type]
+        "positions": at,
+        **how,
+    }
