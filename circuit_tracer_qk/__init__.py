@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.errors import UserError
     from circuit_tracer_qk.export import create_graph_files
     from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
+    from circuit_tracer_qk.head_choice import carriers, select_heads
+    from circuit_tracer_qk.head_curve import head_curve
     from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.plugin import disable, enable
     from circuit_tracer_qk.qk import QKRow, QKTable
@@ -35,6 +37,9 @@ _HOMES = {
     "load_dictionaries": "dictionaries",
     "enable": "plugin",
     "disable": "plugin",
+    "carriers": "head_choice",
+    "select_heads": "head_choice",
+    "head_curve": "head_curve",
     "HeadEdit": "edits",
     "QKEdit": "edits",
     "swap": "edits",
@@ -69,15 +74,18 @@ __all__ = [
     "TranscoderGraph",
     "UserError",
     "attribute",
+    "carriers",
     "disable",
     "enable",
     "explain",
     "explain_graph",
     "create_graph_files",
     "generate",
+    "head_curve",
     "load_dictionaries",
     "load_graph",
     "load_model",
+    "select_heads",
     "serve",
     "steer",
     "swap",

@@ -20,23 +20,6 @@ class StrongEdge(NamedTuple):
     edge: Edge
 
 
-class Carrier(NamedTuple):
-    """A head that carried edges between two positions.
-
-    Attributes:
-        influence: the edges' influence, each times |the head's part| / |the edge|: where heads
-            work against one another it exceeds what arrives.
-        along: the share of ``influence`` in which the head's part has the sign of the edge.
-        attention: the head's pattern between the two positions.
-    """
-
-    layer: int
-    head: int
-    influence: float
-    along: float
-    attention: float
-
-
 def predictions(graph: ResidualGraph, n: int = 5) -> list[tuple[int, float]]:
     """The ``n`` likeliest next tokens, (id, probability)."""
     probabilities = graph.record.heads.run.logits.softmax(0)
@@ -130,32 +113,3 @@ def first_transcoder_look(document: dict[str, Any]) -> dict[str, str]:
     ]
     look = {"clickedId": answer, "qkEdge": f"{link['source']}__{link['target']}"}
     return look | ({"qk": max(moved)[1]} if moved else {})
-
-
-def carriers(graph: ResidualGraph, influence: Tensor, query: int, key: int) -> list[Carrier]:
-    """The heads that carried edges from position ``key`` to ``query``, by influence."""
-    position = graph.positions
-    between = (position[:, None] == query) & (position[None] == key) & (influence > 0)
-    target, source = between.nonzero(as_tuple=True)
-    found = graph.edges(source, target)
-    weight = graph.adjacency_matrix[target, source].to(found.parts.total)[:, None]
-    through = influence[target, source].to(weight)[:, None] * found.parts.total / weight
-    out = []
-    for layer in found.layer.unique().tolist():
-        mine = found.layer == layer
-        if layer < 0:  # a logit that reads its own checkpoint crosses no block
-            continue
-        sizes, along = through[mine].abs().sum(0), through[mine].clamp(min=0).sum(0)
-        pattern = graph.record.heads.run.pattern[layer, :, query, key]
-        for head, size in enumerate(sizes.tolist()):
-            if size > 0:
-                out.append(
-                    Carrier(
-                        layer,
-                        head,
-                        influence=size,
-                        along=float(along[head]) / size,
-                        attention=float(pattern[head]),
-                    )
-                )
-    return sorted(out, key=lambda carrier: -carrier.influence)

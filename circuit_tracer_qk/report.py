@@ -11,14 +11,13 @@ from torch import Tensor
 
 from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.demo import (
-    Carrier,
     StrongEdge,
-    carriers,
     predictions,
     source_position,
     strongest_edges,
 )
 from circuit_tracer_qk.graph import ResidualGraph
+from circuit_tracer_qk.head_choice import Carrier, carriers
 from circuit_tracer_qk.host import edge_influence, graph_scores
 from circuit_tracer_qk.qk import QKRow, QKTable
 
@@ -383,7 +382,7 @@ def story_lines(graph: ResidualGraph, decode: Callable[[int], str]) -> list[str]
     key = source_position(graph, influence)
     if key is None:
         return lines
-    found = carriers(graph, influence, last, key)
+    found = carriers(graph, influence, query=last, key=key)
     copied = tokens[key] == predicted[0][0]
     what = "name-copying heads: they" if copied else "heads that"
     title = (

@@ -1,0 +1,145 @@
+"""Which heads to steer: those that carried a graph's edges between two tokens, or into a node.
+
+Loadings of different targets have different scales, so a head counts by influence: the share of
+what reaches the logits that ran through an edge, times the head's part of that edge (paper,
+"Induction": "a set of heads with high head loadings between the two tokens").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from circuit_tracer_qk import host
+from circuit_tracer_qk.edits import Head
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.graph import ResidualGraph
+
+
+class Carrier(NamedTuple):
+    """A head that carried edges.
+
+    Attributes:
+        influence: the edges' influence, each times |the head's part| / |the edge|: where heads
+            work against one another it exceeds what arrives.
+        along: the share of ``influence`` in which the head's part has the sign of the edge.
+        attention: the head's pattern, summed over the pairs of positions of these edges.
+    """
+
+    layer: int
+    head: int
+    influence: float
+    along: float
+    attention: float
+
+
+def carriers(
+    graph: ResidualGraph,
+    influence: Tensor | None = None,
+    *,
+    query: int | None = None,
+    key: int | None = None,
+    node: int | None = None,
+) -> list[Carrier]:
+    """The heads that carried edges across positions, largest influence first.
+
+    Args:
+        graph: a residual graph.
+        influence: (n_nodes, n_nodes) of :func:`circuit_tracer_qk.host.edge_influence`, if known.
+        query, key: only edges into this position, from this position.
+        node: only edges into this node (index in adjacency order).
+
+    Raises:
+        UserError: nothing to choose by, an index that does not exist, or a graph of transcoders.
+    """
+    if not isinstance(graph, ResidualGraph):
+        raise UserError(
+            "heads are chosen from residual graphs, whose edges cross one block: attribute with "
+            "residual dictionaries."
+        )
+    n_nodes = len(graph.adjacency_matrix)
+    for name, value, limit in (
+        ("query position", query, graph.n_pos),
+        ("key position", key, graph.n_pos),
+        ("node", node, n_nodes),
+    ):
+        if value is not None and not 0 <= value < limit:
+            raise UserError(f"{name} {value} is out of range: it must be from 0 to {limit - 1}.")
+    if query is None and key is None and node is None:
+        raise UserError("name a query or key position, or a node, whose edges' heads are wanted.")
+    influence = host.edge_influence(graph) if influence is None else influence
+    position = graph.positions
+    wanted = influence > 0
+    if query is None or query != key:  # a position's own edges are not attention's alone
+        wanted = wanted & (position[:, None] != position[None])
+    if query is not None:
+        wanted = wanted & (position[:, None] == query)
+    if key is not None:
+        wanted = wanted & (position[None] == key)
+    if node is not None:
+        kept = wanted[node].clone()
+        wanted = wanted & False
+        wanted[node] = kept
+    target, source = wanted.nonzero(as_tuple=True)
+    found = graph.edges(source, target)
+    weight = graph.adjacency_matrix[target, source].to(found.parts.total)[:, None]
+    through = influence[target, source].to(weight)[:, None] * found.parts.total / weight
+    out = []
+    for layer in found.layer.unique().tolist():
+        mine = found.layer == layer
+        if layer < 0:  # a logit that reads its own checkpoint crosses no block
+            continue
+        sizes, along = through[mine].abs().sum(0), through[mine].clamp(min=0).sum(0)
+        # each pair of positions once
+        pairs = (found.query[mine] * graph.n_pos + found.key[mine]).unique()
+        pattern = graph.run.pattern[layer][:, pairs // graph.n_pos, pairs % graph.n_pos].sum(1)
+        for head, size in enumerate(sizes.tolist()):
+            if size > 0:
+                share = float(along[head]) / size
+                out.append(Carrier(layer, head, size, share, float(pattern[head])))
+    return sorted(out, key=lambda carrier: -carrier.influence)
+
+
+def select_heads(
+    graph: ResidualGraph,
+    *,
+    query: int | None = None,
+    key: int | None = None,
+    node: int | None = None,
+    count: int | None = None,
+    share: float | None = None,
+) -> list[Head]:
+    """The heads that carried most of a graph's edges, for :func:`circuit_tracer_qk.steer`.
+
+    Args:
+        graph: a residual graph.
+        query, key: edges into this position, from this position.
+        node: edges into this node.
+        count: how many heads; or
+        share: as many as carry this share of the influence.
+
+    Returns:
+        (layer, head), largest first; fewer than ``count`` if no others carried anything.
+
+    Raises:
+        UserError: both or neither of count and share, a number out of range, or what
+            :func:`carriers` refuses.
+    """
+    if (count is None) == (share is None):
+        raise UserError("give either count= (how many heads) or share= (of the influence).")
+    if count is not None and count < 1:
+        raise UserError(f"count is {count}: it must be at least 1.")
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"share is {share}: it must be above 0 and at most 1.")
+    found = carriers(graph, query=query, key=key, node=node)
+    if count is not None:
+        return [(c.layer, c.head) for c in found[:count]]
+    chosen: list[Head] = []
+    left = (share or 0.0) * sum(c.influence for c in found) * (1 - 1e-9)
+    for carrier in found:
+        if left <= 0:
+            break
+        chosen.append((carrier.layer, carrier.head))
+        left -= carrier.influence
+    return chosen
