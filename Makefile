@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint
+.PHONY: demo test lint studies
 
 # Attribute a prompt on the bundled miniature and serve the graph; ARGS=--no-serve ends after writing.
 demo: $(READY)
 	$(BIN)/circuit-tracer-qk demo $(ARGS)
+
+# Steer the miniature as the paper steered its model: studies/report.html and studies/report.json.
+studies: $(READY)
+	$(BIN)/python demos/studies/run.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.export import create_graph_files
     from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
     from circuit_tracer_qk.head_choice import carriers, select_heads
-    from circuit_tracer_qk.head_curve import head_curve
+    from circuit_tracer_qk.heads_needed import head_curve
     from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.plugin import disable, enable
     from circuit_tracer_qk.qk import QKRow, QKTable
@@ -39,7 +39,7 @@ _HOMES = {
     "disable": "plugin",
     "carriers": "head_choice",
     "select_heads": "head_choice",
-    "head_curve": "head_curve",
+    "head_curve": "heads_needed",
     "HeadEdit": "edits",
     "QKEdit": "edits",
     "swap": "edits",

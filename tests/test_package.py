@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import circuit_tracer_qk as ctqk
 
 PROGRAM = """
 import sys, time
@@ -25,3 +28,9 @@ def test_import_is_fast_and_loads_nothing_heavy():
         assert not heavy
         times.append(float(elapsed))
     assert min(times) < 0.3
+
+
+def test_no_public_name_is_hidden_by_a_module() -> None:
+    """Importing ``circuit_tracer_qk.x`` sets the package's attribute ``x`` to the module."""
+    modules = {path.stem for path in Path(ctqk.__file__).parent.glob("*.py")}
+    assert not modules & set(ctqk.__all__)
