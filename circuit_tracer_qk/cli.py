@@ -1,4 +1,4 @@
-"""The command line: ``circuit-tracer-qk demo | attribute | augment | qk | start-server``.
+"""The command line: ``circuit-tracer-qk demo | attribute | augment | qk | steer | start-server``.
 
 Arguments, order of work and exit status; the text is :mod:`circuit_tracer_qk.report`'s. Whatever
 can be refused without the model is refused before it is loaded, and parsing imports no torch.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import circuit_tracer_qk
+from circuit_tracer_qk import steer_command
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import check_folder, check_names
 
@@ -93,6 +94,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     _add_attribute(commands, _host_flags(command, "attribute"))
     _add_augment(commands)
     _add_qk(commands)
+    _add_steer(commands)
     _add_start_server(commands, _host_flags(command, "start-server"))
     return parser
 
@@ -219,6 +221,18 @@ def _add_qk(commands: Any) -> None:
     parser.set_defaults(run=_qk)
 
 
+def _add_steer(commands: Any) -> None:
+    parser = commands.add_parser(
+        "steer",
+        help="change features inside some heads' QK circuits and see what the model says",
+        description=steer_command.DESCRIPTION,
+        epilog=steer_command.EPILOG,
+    )
+    steer_command.add_arguments(parser)
+    _add_verbose(parser)
+    parser.set_defaults(run=_steer)
+
+
 def _add_start_server(commands: Any, host: list[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "start-server",
@@ -291,7 +305,7 @@ def _attribute(args: argparse.Namespace) -> None:
     )
     print(f"graph files written to {written}")
     if args.server:
-        _serve(args, folder, args.port, slug, graph)
+        _serve(args, folder, args.port, slug, graph, model)
 
 
 def _attribute_transcoders(args: argparse.Namespace, files: tuple[str, str] | None) -> None:
@@ -448,6 +462,16 @@ def _qk(args: argparse.Namespace) -> None:
     _show([*lines, "", *report.qk_lines(table, row, tokens, args.top, note), "", *foot])
 
 
+def _steer(args: argparse.Namespace) -> None:
+    steer_command.check(args)
+    if args.json not in (None, "-"):
+        _check_file(Path(args.json), "--json")
+    prompt, model = _prompt_and_model(args)
+    with _hushed():
+        lines = steer_command.steer(args, prompt, model)
+    _show(lines)
+
+
 def _demo(args: argparse.Namespace) -> None:
     _check_prompt(args.prompt)
     folder = Path(args.output)
@@ -471,7 +495,7 @@ def _demo(args: argparse.Namespace) -> None:
     _show(["", f"any head at any two positions: {PROGRAM} qk --help"])
     _show([f"graph files written to {written}"])
     if not args.no_serve:
-        _serve(args, args.output, next_free_port(args.port, args.host), slug, graph)
+        _serve(args, args.output, next_free_port(args.port, args.host), slug, graph, model)
 
 
 def _start_server(args: argparse.Namespace) -> None:
@@ -524,8 +548,8 @@ def _opened(args: argparse.Namespace) -> tuple[Scores, list[str]]:
     return graph.scores, graph.token_strings
 
 
-def _run(args: argparse.Namespace) -> tuple[Scores, list[str]]:
-    """QK attributions of a prompt, without its graph, and its tokens."""
+def _prompt_and_model(args: argparse.Namespace) -> tuple[str, ResidualModel]:
+    """The prompt and the model to run it on; without both, the miniature and the demo's."""
     prompt = args.prompt
     if args.dictionaries is None:
         if args.model is not None:
@@ -534,7 +558,13 @@ def _run(args: argparse.Namespace) -> tuple[Scores, list[str]]:
     if prompt is None:
         raise UserError("-p/--prompt is missing: give the prompt to explain.")
     _check_prompt(prompt)
-    model = _load(args.model, args.dictionaries or MINIATURES["sae"])
+    dtype = getattr(args, "dtype", "float32")
+    return prompt, _load(args.model, args.dictionaries or MINIATURES["sae"], dtype)
+
+
+def _run(args: argparse.Namespace) -> tuple[Scores, list[str]]:
+    """QK attributions of a prompt, without its graph, and its tokens."""
+    prompt, model = _prompt_and_model(args)
 
     from circuit_tracer_qk import host
     from circuit_tracer_qk.attribution import explain
@@ -566,11 +596,13 @@ def _serve(
     port: int,
     slug: str | None = None,
     graph: ExplainedGraph | None = None,
+    model: ResidualModel | None = None,
 ) -> None:
     """Serve until interrupted, which is how serving ends.
 
     Args:
         slug, graph: the graph to open, which answers for any head and any pair of positions.
+        model: what made it; with it the page can steer.
     """
     from circuit_tracer_qk.server import is_public
 
@@ -585,7 +617,7 @@ def _serve(
         else:
             look = demo.first_transcoder_look(json.loads(Path(folder, f"{slug}.json").read_bytes()))
         page = "&".join([f"/index.html?slug={slug}", *(f"{k}={v}" for k, v in look.items())])
-        live = LiveGraphs({slug: graph})
+        live = LiveGraphs({slug: graph}, {} if model is None else {slug: model})
     server = circuit_tracer_qk.serve(
         folder,
         port=port,
@@ -663,10 +695,10 @@ def _probe_folder(folder: Path) -> None:
             path.rmdir()
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, flag: str = "-o/--graph_output_path") -> None:
     """Refuse a file that cannot be written."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give -o/--graph_output_path the name of a file.")
+        raise UserError(f"{path} is a folder: give {flag} the name of a file.")
     _probe_folder(path.parent)
 
 

@@ -8,7 +8,9 @@ held fixed (paper, "The problem"; method, section 3). Nothing here knows what th
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from threading import RLock
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +19,16 @@ from circuit_tracer_qk.errors import UserError
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+
+
+_LOCKS: WeakKeyDictionary[HookedTransformer, RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = RLock()
+
+
+def alone(model: HookedTransformer) -> RLock:
+    """The lock to hold while a model has hooks: two threads' runs would read each other's."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, RLock())
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +132,8 @@ def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
         kept.add(f"blocks.{layer}.attn.hook_pattern")
     kept |= {"hook_embed", "hook_pos_embed", "ln_final.hook_scale"}
     kept.add(f"blocks.{cfg.n_layers - 1}.hook_resid_post")
-    output, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name in kept)
+    with alone(model):
+        output, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name in kept)
 
     logits: Tensor = output  # type: ignore[assignment]
 

@@ -1,15 +1,30 @@
-"""QK tables of graphs in memory, computed when the page asks for them."""
+"""QK tables of graphs in memory, and steered runs of their models, when the page asks for them."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from threading import Lock
+from typing import TYPE_CHECKING, Any
 
+from circuit_tracer_qk import host
 from circuit_tracer_qk.dictionaries import indexed_feature
+from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
 from circuit_tracer_qk.graph import ExplainedGraph
+from circuit_tracer_qk.steer_requests import SteerRequest
 from circuit_tracer_qk.tables import Names, row_document, table_document
 from circuit_tracer_qk.written import encode
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.edits import Edit
+    from circuit_tracer_qk.residual_model import ResidualModel
+    from circuit_tracer_qk.steering import Session, SteeredRun
+
+LEADING = 3
+"""Of the clean and of the steered predictions, how many tokens are compared."""
+
+KEPT_ANSWERS = 32
 
 
 class LiveGraphs:
@@ -17,21 +32,39 @@ class LiveGraphs:
 
     Args:
         graphs: by the slug that their file has.
+        models: by slug, the model that a residual graph was made with; with it the page can steer.
+
+    Raises:
+        UserError: a model of no graph, or of a graph that it did not make.
     """
 
-    def __init__(self, graphs: Mapping[str, ExplainedGraph]) -> None:
-        self._graphs = dict(graphs)
+    def __init__(
+        self,
+        graphs: Mapping[str, ExplainedGraph],
+        models: Mapping[str, ResidualModel] | None = None,
+    ) -> None:
+        self._graphs, self._models = dict(graphs), dict(models or {})
+        for slug, model in self._models.items():
+            _check_model(slug, self._graphs.get(slug), model)
         self._examples = {
             folder_name(graph): stored_examples(graph)
             for graph in self._graphs.values()
             if graph.kind == "residual"  # transcoders' examples lie where their scan says
         }
         self._lock = Lock()  # a graph keeps what it projected, and archives have one position
+        self._steering = Lock()  # tables need not wait for runs
+        self._sessions: dict[str, Session] = {}
+        self._steered: OrderedDict[tuple[str, SteerRequest], bytes] = OrderedDict()
 
     @property
     def slugs(self) -> tuple[str, ...]:
         """The graphs that can be asked."""
         return tuple(self._graphs)
+
+    @property
+    def steerable(self) -> tuple[str, ...]:
+        """The graphs whose model is in memory."""
+        return tuple(self._models)
 
     def table(self, slug: str, layer: int, head: int, query: int, key: int) -> bytes:
         """A table and its attention row, in the form they have in graph files.
@@ -51,6 +84,58 @@ class LiveGraphs:
             document = table_document(table, float(row.pattern[key]), names)
         return encode({"table": document, "row": row_document(layer, head, query, row)})
 
+    def steer(self, slug: str, request: SteerRequest) -> bytes:
+        """The graph's prompt with an edit, its clean run and matched controls.
+
+        Returns:
+            JSON, :func:`~circuit_tracer_qk.steering_documents.run_document` of the leading tokens,
+            clean ones first; its attention rows have ``scores_before`` and ``scores_after`` too.
+
+        Raises:
+            UserError: no model is in memory, or it cannot be steered so.
+        """
+        graph = self._graphs[slug]
+        if graph.kind != "residual":
+            raise UserError(
+                f"{slug} is a graph of transcoders, and steering is for residual graphs: make one "
+                "with `circuit-tracer-qk attribute -d DICTIONARIES ... --server`."
+            )
+        if slug not in self._models:
+            raise UserError(
+                f"no model is in memory for the graph {slug}: start with `circuit-tracer-qk "
+                "attribute ... --server` or `circuit-tracer-qk demo`."
+            )
+        n_pos = len(graph.input_tokens)
+        query = n_pos - 1 if request.query is None else request.query
+        if query >= n_pos:
+            raise UserError(
+                f"query {query} is out of range: the prompt has positions 0 to {n_pos - 1}."
+            )
+        with self._steering:
+            if (slug, request) in self._steered:
+                self._steered.move_to_end((slug, request))
+                return self._steered[slug, request]
+            run = self._session(slug).steer(
+                _edit(request),
+                freeze=request.freeze,
+                norms=request.norms,
+                controls=request.controls,
+                seed=request.seed,
+            )
+            answer = encode(_document(run, query), "the steered run")
+            self._steered[slug, request] = answer
+            while len(self._steered) > KEPT_ANSWERS:
+                self._steered.popitem(last=False)
+            return answer
+
+    def _session(self, slug: str) -> Session:
+        """The prompt as its model reads it, once."""
+        from circuit_tracer_qk.steering import Session
+
+        if slug not in self._sessions:
+            self._sessions[slug] = Session(self._models[slug], self._graphs[slug].input_tokens)
+        return self._sessions[slug]
+
     def examples(self, scan: str, index: int) -> bytes | None:
         """A feature's examples, or an empty form where none are stored; None in other scans.
 
@@ -64,3 +149,49 @@ class LiveGraphs:
         with self._lock:
             stored = examples and examples.read(checkpoint, feature)
         return stored or encode(without_examples(feature, scan))
+
+
+def _check_model(slug: str, graph: ExplainedGraph | None, model: ResidualModel) -> None:
+    if graph is None:
+        raise UserError(f"there is a model for {slug}, but no graph of that name: give both.")
+    if graph.kind != "residual":
+        raise UserError(
+            f"{slug} is a graph of transcoders, and steering is for residual graphs: leave its "
+            "model out."
+        )
+    scan = host.graph_scan(graph)
+    if scan != model.scan:
+        raise UserError(
+            f"the graph {slug} was made with the dictionaries {scan}, and its model has "
+            f"{model.scan}: give the model that made it."
+        )
+
+
+def _edit(request: SteerRequest) -> Edit:
+    from circuit_tracer_qk.edits import HeadEdit, QKEdit
+
+    if request.side is None or request.checkpoint is None:
+        factor = 1.0 if request.factor is None else request.factor
+        return HeadEdit(request.heads, factor, request.positions)
+    return QKEdit(
+        request.heads,
+        request.side,
+        request.checkpoint,
+        request.features,
+        request.positions,
+        request.factor,
+        request.inject,
+    )
+
+
+def _document(run: SteeredRun, query: int) -> dict[str, Any]:
+    from circuit_tracer_qk.edits import parse_head
+    from circuit_tracer_qk.steering_documents import run_document
+
+    leading = [i for r in (run.clean, run) for _, i, _ in r.top(LEADING)]
+    document = run_document(run, list(dict.fromkeys(leading)), [query])
+    for row in document["attention"]:
+        head = parse_head(row["head"])
+        for name, of in (("scores_before", run.clean), ("scores_after", run)):
+            row[name] = of.scores[head][query, : query + 1].tolist()
+    return document

@@ -30,6 +30,7 @@ PANEL_SCRIPTS = (
     "attention.js",
     "terms.js",
     "heatmap.js",
+    "steer.js",
     "save.js",
     "panel.js",
     "mount.js",

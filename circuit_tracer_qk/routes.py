@@ -15,6 +15,7 @@ from circuit_tracer_qk.answers import Refusal, not_found
 from circuit_tracer_qk.contents import ASSET_KINDS, Content, Folder, made
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.page import INDEX, Page
+from circuit_tracer_qk.steer_requests import SteerRequest, read_request
 from circuit_tracer_qk.written import encode
 
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")  # the last two mean more on Windows
@@ -30,11 +31,24 @@ class Live(Protocol):
         """The graphs that can be asked."""
         ...
 
+    @property
+    def steerable(self) -> tuple[str, ...]:
+        """Those of them whose model is in memory, too."""
+        ...
+
     def table(self, slug: str, layer: int, head: int, query: int, key: int) -> bytes:
         """A QK table in JSON.
 
         Raises:
             UserError: there is no such table.
+        """
+        ...
+
+    def steer(self, slug: str, request: SteerRequest) -> bytes:
+        """A steered run with its clean run and controls, in JSON.
+
+        Raises:
+            UserError: no model is in memory, or it cannot be steered so.
         """
         ...
 
@@ -95,10 +109,13 @@ class Site:
                 return self._index()
             case ["qk", "config.json"]:
                 slugs = () if self.live is None else tuple(self.live.slugs)
-                config = {"live": slugs, "online": self.online, "version": __version__}
-                return made(encode(config))
+                steerable = () if self.live is None else tuple(self.live.steerable)
+                known = {"live": slugs, "steerable": steerable}
+                return made(encode({**known, "online": self.online, "version": __version__}))
             case ["qk", "table", slug]:
                 return made(self._table(slug, query))
+            case ["qk", "steer", slug]:
+                return made(self._steer(slug, query))
             case ["qk", *rest] if rest:
                 return self.panel.find(rest)
             case ["graph_data", scan, name]:
@@ -120,10 +137,7 @@ class Site:
 
     def _table(self, slug: str, query: str) -> bytes:
         """A QK table of a graph in memory."""
-        if self.live is None or slug not in self.live.slugs:
-            raise Refusal(
-                HTTPStatus.NOT_FOUND, f"the graph {slug} is not in memory, only its file is here."
-            )
+        live = self._in_memory(slug)
         names = ("layer", "head", "query", "key")
         given = parse_qsl(query, keep_blank_values=True)
         values = dict(given)
@@ -135,9 +149,24 @@ class Site:
             if not _QUERY_NUMBER.fullmatch(values[name]):
                 raise Refusal(HTTPStatus.BAD_REQUEST, f"{name} must be a whole number from 0 on.")
         try:
-            return self.live.table(slug, *(int(values[name]) for name in names))
+            return live.table(slug, *(int(values[name]) for name in names))
         except UserError as error:
             raise Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
+
+    def _steer(self, slug: str, query: str) -> bytes:
+        """A steered run on the prompt of a graph in memory."""
+        live, request = self._in_memory(slug), read_request(query)
+        try:
+            return live.steer(slug, request)
+        except UserError as error:
+            raise Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
+
+    def _in_memory(self, slug: str) -> Live:
+        if self.live is None or slug not in self.live.slugs:
+            raise Refusal(
+                HTTPStatus.NOT_FOUND, f"the graph {slug} is not in memory, only its file is here."
+            )
+        return self.live
 
     def _examples(self, scan: str, name: str) -> Content:
         """Examples of a feature without a file."""

@@ -29,6 +29,7 @@ from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.dictionaries import DictionarySet
 from circuit_tracer_qk.edits import Head, Place, Plan, changed_vectors
 from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.frozen import alone
 from circuit_tracer_qk.heads import Heads
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Steered:
         """
         hooks = _Hooks(self, plan, watch)
         run, dtype = self.heads.run, self.transformer.cfg.dtype
-        with self.transformer.hooks(fwd_hooks=hooks.all()):  # type: ignore[arg-type]
+        with alone(self.transformer), self.transformer.hooks(hooks.all()):  # type: ignore[arg-type]
             if start:
                 stream = run.residual[start][None].to(dtype)
                 logits: Any = self.transformer(stream, start_at_layer=start)
@@ -144,7 +145,7 @@ class Steered:
         tokens = self.heads.run.tokens[None]
         cache = host.key_value_cache(self.transformer) if cached else None
         new = tokens
-        with self.transformer.hooks(fwd_hooks=hooks.all()):  # type: ignore[arg-type]
+        with alone(self.transformer), self.transformer.hooks(hooks.all()):  # type: ignore[arg-type]
             for _ in range(n):
                 options: dict[str, Any] = {}
                 if cache is not None:

@@ -81,9 +81,14 @@ def _predictions(run: SteeredRun, n: int) -> list[list[Any]]:
 
 def _control(control: SteeredRun, ids: Sequence[int]) -> dict[str, Any]:
     return {
-        "heads": [head_name(h) for h in sorted({(c[0], c[1]) for c in control.changes})]
-        or [head_name(h) for h in control.outputs],
-        "features": sorted({(c.checkpoint, c.component, c.position) for c in _all(control)}),
+        "heads": [
+            head_name(h)
+            for h in sorted({(c[0], c[1]) for c in control.changes} | set(control.outputs))
+        ],
+        "features": sorted(
+            {(c.checkpoint, c.component, c.position) for c in _all(control)},
+            key=lambda c: (c[0], isinstance(c[1], str), *c[1:]),  # errors and biases have names
+        ),
         "probabilities": [control.probability(i) for i in ids],
     }
 

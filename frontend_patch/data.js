@@ -118,6 +118,24 @@ window.initQkData = function({data}){
     return {table: body.table, row: body.row, masked: !body.table}
   }
 
+  // Whether the model can be steered on this graph's prompt: 'ready', 'transcoder' or 'absent', as
+  // without a server of ours or with one that is older
+  async function steering(){
+    if (isTranscoderGraph) return 'transcoder'
+    return (await qkPage.config).steerable?.includes(metadata.slug) ? 'ready' : 'absent'
+  }
+
+  // The document of a steered run, or {problem: 'gone' | 'refused', message}
+  async function steer(query){
+    try {
+      var res = await qkPage.fetch(`./qk/steer/${encodeURIComponent(metadata.slug)}?${query}`)
+      var body = await res.json()
+    } catch (error) {
+      return {problem: 'gone'}
+    }
+    return res.ok ? body : {problem: 'refused', message: body.error}
+  }
+
   function isKnown(place){
     return tables.has(placeKey(place)) || !!asked.get(placeKey(place))
   }
@@ -138,6 +156,8 @@ window.initQkData = function({data}){
     parts,
     edges,
     load,
+    steering,
+    steer,
     isKnown,
     nodeOf,
     isLive: () => qkPage.config.then(d => d.live.includes(metadata.slug)),

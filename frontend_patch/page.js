@@ -3,6 +3,7 @@
 window.qkPage = (function(){
   var nativeFetch = window.fetch.bind(window)
   var config = nativeFetch('./qk/config.json', {cache: 'no-cache'}).then(d => d.json())
+    .catch(() => ({live: [], online: false})) // files alone, without a server of ours
   var savedKeys = ['qk', 'qkEdge', 'qkCut', 'qkTokens', 'qkView']
 
   // Requests to other machines end here unless the server was started with --online.

@@ -54,6 +54,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
   var bodySel = whySel.append('div.qk-body')
   bodySel.append('div.qk-terms')
   bodySel.append('div.qk-heatmap')
+  whySel.append('div.qk-test')
   var barSel = sel.append('div.qk-bottom')
   barSel.append('div.qk-save')
   var saySel = barSel.append('div.qk-say').at({role: 'status', 'aria-live': 'polite'})
@@ -281,6 +282,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
       ArrowRight: () => ev.target.matches('[data-qk=layer]') ? moveRow(1) : moveHead(1),
       '[': () => moveKey(-1),
       ']': () => moveKey(1),
+      t: () => qk.test.open(ev.target),
       m: () => selectView(state.view == 'pairs' ? 'marginals' : 'pairs'),
       Enter: () => ev.target.matches('[role=option]') && clickRow(ev.target, ev),
       ' ': () => ev.target.matches('[role=option]') && clickRow(ev.target, ev),
@@ -359,7 +361,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
   }
 
   qk.examples = window.initQkExamples({visState, renderAll, data, qk})
-  ;['initQkEdges', 'initQkHeads', 'initQkAttention', 'initQkTerms', 'initQkHeatmap', 'initQkSave']
+  ;['initQkEdges', 'initQkHeads', 'initQkAttention', 'initQkTerms', 'initQkHeatmap', 'initQkSteer', 'initQkSave']
     .forEach(name => window[name]({visState, renderAll, data, cgSel, qk}))
   ;['.qk-heads', '.qk-attention', '.qk-heatmap'].forEach(widthOf)
 

@@ -72,6 +72,7 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
       .at({role: 'option', tabindex: (d, i) => i ? -1 : 0, 'data-qk': kind, 'data-i': d => d.i, 'data-j': d => d.j, 'data-value': d => d.value})
       .on('mouseenter.link', (ev, d) => qk.hoverTerm(d))
       .on('mouseleave.link', () => qk.hoverTerm(null))
+      .on('click.test', (ev, d) => d.component && qk.test.choose(d.component, d.i === undefined ? 'key' : 'query'))
   }
 
   function addComponent(rowSel, toComponent, position){

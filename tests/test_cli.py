@@ -254,7 +254,8 @@ def test_start_server(run, tmp_path, monkeypatch, flags, public, online):
     result = run("start-server", "--graph_file_dir", tmp_path, "--port", port, *flags)
     assert result.status == cli.DONE
     assert result.out == f"open http://127.0.0.1:{port}   (Ctrl+C ends)\n"
-    assert configs == [{"live": [], "online": online, "version": ctqk.__version__}]
+    known = {"live": [], "steerable": []}
+    assert configs == [{**known, "online": online, "version": ctqk.__version__}]
     warning = f"warning: everyone who reaches port {port} of this machine can read and save"
     assert result.err.startswith(warning) if public else result.err == ""
     assert len(result.err.splitlines()) == public
@@ -435,7 +436,8 @@ def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_pat
 
     def look(seconds: float) -> None:
         table = "qk/table/demo-wcc?layer=1&head=0&query=9&key=5"
-        for path in ("data/graph-metadata.json", "qk/config.json", table):
+        steered = "qk/steer/demo-wcc?heads=L1H0&factor=0&controls=1"
+        for path in ("data/graph-metadata.json", "qk/config.json", table, steered):
             url = f"http://127.0.0.1:{next_port}/{path}"
             with urllib.request.urlopen(url, timeout=10) as answer:
                 served.append(json.loads(answer.read()))
@@ -449,9 +451,9 @@ def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_pat
     finally:
         other.stop()
     assert result.status == cli.DONE
-    listing, config, table = served
-    assert listing["graphs"] and config["live"] == ["demo-wcc"]
-    assert table["row"]
+    listing, config, table, steered = served
+    assert listing["graphs"] and config["live"] == config["steerable"] == ["demo-wcc"]
+    assert table["row"] and steered["outputs"]
     assert f"open http://127.0.0.1:{next_port}/index.html?slug=demo-wcc" in result.out
 
 

@@ -26,6 +26,7 @@ import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError, addresses, contents, host_cli, listener, server
 from circuit_tracer_qk.handler import Handler
 from circuit_tracer_qk.page import panel_folder, read_page
+from circuit_tracer_qk.steer_requests import SteerRequest
 
 SECRET = "the secret beside the folder"
 GRAPH = {"metadata": {"slug": "sally", "prompt": "Aunt “Sally” 🙂"}, "qParams": {"pinnedIds": []}}
@@ -38,6 +39,10 @@ class FakeLive:
     """A live graph that answers with what it was asked."""
 
     slugs = ("sally",)
+    steerable = ()
+
+    def steer(self, slug: str, request: SteerRequest) -> bytes:
+        raise UserError(f"no model is in memory for {slug}")
 
     def table(self, slug: str, layer: int, head: int, query: int, key: int) -> bytes:
         if layer > 3:
@@ -240,10 +245,15 @@ def test_installed_files_may_be_links(start, monkeypatch, tmp_path):
 
 
 def test_config(site, start):
-    expected = {"live": ["sally"], "online": False, "version": ctqk.__version__}
+    expected = {
+        "live": ["sally"],
+        "steerable": [],
+        "online": False,
+        "version": ctqk.__version__,
+    }
     assert ask(site, "/qk/config.json").json == expected
     config = ask(start(online=True), "/qk/config.json").json
-    assert config == {"live": [], "online": True, "version": ctqk.__version__}
+    assert config == expected | {"live": [], "online": True}
 
 
 def test_live_tables(site, start, caplog):

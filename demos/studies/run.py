@@ -34,6 +34,7 @@ STUDIES = {
     "correctness": correctness.run,
     "hydra": hydra.run,
 }
+FEWEST, MOST = 6, 70  # every option letter twice; the number of words with an antonym
 SHOWN = {
     "yes": "shows what the paper saw",
     "partly": "shows part of it",
@@ -136,6 +137,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("studies"))
     parser.add_argument("--workers", type=int, default=2, help="studies at a time (default: 2)")
     args = parser.parse_args()
+    if not FEWEST <= args.prompts <= MOST:
+        parser.error(f"--prompts must be from {FEWEST} to {MOST}")
     start = time.perf_counter()
     studies = run_all(args.prompts, args.workers)
     seconds = time.perf_counter() - start

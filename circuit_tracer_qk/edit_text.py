@@ -1,0 +1,137 @@
+"""Edits as text: what the command line takes, and the lists of a steered run's JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from circuit_tracer_qk.edits import Edit, Head, HeadEdit, QKEdit
+from circuit_tracer_qk.errors import UserError
+
+KEYS = ("side", "heads", "checkpoint", "features", "positions", "factor", "inject")
+EXAMPLE = "side=key heads=L1H2,L1H7 checkpoint=1 features=61,177 positions=6 factor=0"
+_CHOICE = re.compile(r"(\d+|\d+(?:\.\d+)?%)@(?:q(-?\d+))?:?(?:k(-?\d+))?", re.IGNORECASE)
+
+
+class HeadChoice(NamedTuple):
+    """Heads that a graph is asked for: ``4@q14:k6``, or ``80%@q14:k6``.
+
+    Attributes:
+        count, share: one of them.
+        query, key: positions whose edges count; None for any.
+    """
+
+    count: int | None
+    share: float | None
+    query: int | None
+    key: int | None
+
+
+ChooseHeads = Callable[[HeadChoice], list[Head]]
+
+
+def parse_edit(text: str, choose: ChooseHeads) -> Edit:
+    """An edit from ``name=value`` parts; without a side, heads' outputs are scaled.
+
+    Args:
+        text: such as :data:`EXAMPLE`.
+        choose: finds the heads that a :class:`HeadChoice` asks for.
+
+    Raises:
+        UserError: a part that is unknown, missing, doubled or no number.
+    """
+    parts: dict[str, str] = {}
+    for part in text.split():
+        name, equals, value = part.partition("=")
+        if not equals or name not in KEYS or not value:
+            raise UserError(
+                f"{part!r} in the edit {text!r} is not understood: write parts such as {EXAMPLE}."
+            )
+        if name in parts:
+            raise UserError(f"the edit {text!r} names {name} twice.")
+        parts[name] = value
+    if "heads" not in parts:
+        raise UserError(f"the edit {text!r} names no heads: write parts such as {EXAMPLE}.")
+    document: dict[str, Any] = {name: value for name, value in parts.items() if name == "side"}
+    document["heads"] = _chosen(parts["heads"], choose)
+    for name in ("features", "positions"):
+        if name in parts:
+            document[name] = [_whole_or_text(x) for x in parts[name].split(",") if x]
+    if "checkpoint" in parts:
+        document["checkpoint"] = _whole_or_text(parts["checkpoint"])
+    for name in ("factor", "inject"):
+        if name in parts:
+            document[name] = parts[name]
+    return read_edit(document, f"the edit {text!r}")
+
+
+def read_edit(document: Any, what: str = "an edit") -> Edit:
+    """An edit from the form it has in JSON.
+
+    Raises:
+        UserError: a field that is unknown or missing, or an edit that means nothing.
+    """
+    if not isinstance(document, dict):
+        raise UserError(f"{what} is no JSON object with heads, side, checkpoint and features.")
+    unknown = sorted(set(document) - set(KEYS))
+    if unknown:
+        raise UserError(f"{what} has the unknown part {unknown[0]}; known are {', '.join(KEYS)}.")
+    wanted = ("heads", "checkpoint", "features") if "side" in document else ("heads", "factor")
+    for name in wanted:
+        if name not in document:
+            raise UserError(
+                f"{what} lacks {name}: an edit of the QK circuit has a side, heads, checkpoint and "
+                "features; one of heads' outputs has heads and a factor."
+            )
+    if "side" in document:
+        return QKEdit(**document)
+    extra = sorted(set(document) - {"heads", "factor", "positions"})
+    if extra:
+        raise UserError(f"{what} has {extra[0]} but no side: add side=query or side=key.")
+    return HeadEdit(**document)
+
+
+def read_edits(path: str | Path) -> list[Edit]:
+    """The edits of a JSON file: a list of them, or a steered run with ``edits``.
+
+    Raises:
+        UserError: a file that cannot be read as such.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}.") from error
+    if isinstance(document, dict):
+        document = document.get("edits")
+    if not isinstance(document, list) or not document:
+        raise UserError(f"{path} holds no edits: write a list of them, or give a run's own JSON.")
+    return [read_edit(edit, f"edit {i} of {path}") for i, edit in enumerate(document, 1)]
+
+
+def _chosen(text: str, choose: ChooseHeads) -> list[Any]:
+    heads: list[Any] = []
+    for part in (x for x in text.split(",") if x):
+        found = _CHOICE.fullmatch(part)
+        if found is None:
+            heads.append(part)
+            continue
+        number, query, key = found.groups()
+        share = float(number[:-1]) / 100 if number.endswith("%") else None
+        heads += choose(
+            HeadChoice(
+                None if share is not None else int(number),
+                share,
+                None if query is None else int(query),
+                None if key is None else int(key),
+            )
+        )
+    return heads
+
+
+def _whole_or_text(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"-?\d+", text) else text

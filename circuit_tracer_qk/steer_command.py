@@ -1,0 +1,196 @@
+"""The command ``steer``: its arguments, and the order in which they are used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.files import write_together
+
+DESCRIPTION = (
+    "Scale, remove or inject features inside the QK circuit of chosen heads (or scale the heads' "
+    "outputs) and see what the model says then, beside controls. Without model and dictionaries: "
+    "the bundled miniature."
+)
+EPILOG = (
+    'example: circuit-tracer-qk steer --edit "side=key heads=3@q14:k6 checkpoint=1 features=61,177 '
+    'positions=6 factor=0" --norms frozen --token " Sally"'
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``steer``, but for ``--verbose``."""
+    add = parser.add_argument
+    add("-m", "--model", help="model folder, hub id or TransformerLens name")
+    add("-d", "--dictionaries", metavar="REF", help="residual SAEs or a crosscoder, see attribute")
+    add("-p", "--prompt", help="the prompt (default on the miniature: the demo's)")
+    add(
+        "--edit",
+        action="append",
+        default=[],
+        metavar="EDIT",
+        help="side=query|key heads=L1H2,L1H7 checkpoint=1 features=61,177 [positions=6] and "
+        "factor=0 or inject=ACTIVATION; without a side and features, the heads' outputs are scaled. "
+        "heads=3@q14:k6 takes the 3 heads (or 80%%) that carried most from 6 to 14. Repeatable",
+    )
+    add("--edits", metavar="FILE", help="edits from a JSON file: a list, or another run's --json")
+    add("--token", action="append", default=[], help="a next token to report; repeatable")
+    add(
+        "--freeze",
+        default="none",
+        choices=("none", "patterns"),
+        help="patterns: heads that are not steered keep their clean patterns (default: none)",
+    )
+    add(
+        "--norms",
+        default="live",
+        choices=("live", "frozen"),
+        help="frozen: the clean run's denominators inside the edited QK circuits, so that a score "
+        "changes by (factor - 1) times the marginal (default: live)",
+    )
+    add("--controls", type=int, default=20, help="matched controls of either kind (default: 20)")
+    add("--seed", type=int, default=0, help="of the controls' draw (default: 0)")
+    add("--sweep", metavar="F,F,...", help="also at these factors, such as 1,0.5,0,-1")
+    add("--generate", type=int, metavar="N", help="also continue the prompt by N tokens")
+    add("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
+    add("--json", metavar="FILE", help="write the run as JSON; - for standard output")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what needs no model to be refused.
+
+    Raises:
+        UserError: no edit, a number out of range, or a file that is none.
+    """
+    from circuit_tracer_qk.edit_text import EXAMPLE, parse_edit, read_edits
+
+    if not args.edit and args.edits is None:
+        raise UserError(f'--edit is missing: give one such as --edit "{EXAMPLE}".')
+    for text in args.edit:
+        parse_edit(text, lambda choice: [(0, 0)])
+    if args.edits is not None:
+        read_edits(args.edits)
+    if args.controls < 0:
+        raise UserError(f"--controls is {args.controls}: it must be 0 or more.")
+    if args.generate is not None and args.generate < 1:
+        raise UserError(f"--generate is {args.generate}: it must be at least 1.")
+    if args.dtype not in ("float32", "float64", "bfloat16", "float16"):
+        raise UserError(
+            f"--dtype is {args.dtype}: it must be float32, float64, bfloat16 or float16."
+        )
+    _factors(args.sweep)
+
+
+def _factors(text: str | None) -> list[float]:
+    if text is None:
+        return []
+    try:
+        found = [float(x) for x in text.split(",") if x.strip()]
+    except ValueError:
+        found = []
+    if not found or not all(abs(x) < 1e6 for x in found):
+        raise UserError(f"--sweep is {text!r}: give factors such as 1,0.5,0,-1.")
+    return found
+
+
+def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
+    """Run the edits on a loaded model.
+
+    Args:
+        args: checked by :func:`check`.
+        prompt: text, or what the model takes for it.
+        model: the loaded model.
+
+    Returns:
+        The lines to show.
+
+    Raises:
+        UserError: an edit, token or position that does not exist.
+    """
+    import circuit_tracer_qk as ctqk
+    from circuit_tracer_qk import host, report, steering_report
+    from circuit_tracer_qk.edit_text import HeadChoice, parse_edit, read_edits
+    from circuit_tracer_qk.steering import Session, Swept, at_factor
+    from circuit_tracer_qk.steering_documents import run_document
+
+    session = Session(model, prompt)
+    n = len(session.token_strings)
+    graphs: list[Any] = []
+
+    def choose(choice: HeadChoice) -> list[tuple[int, int]]:
+        graphs[:] = graphs or [ctqk.attribute(prompt, model)]
+        at = {
+            name: value + n if value is not None and value < 0 else value
+            for name, value in (("query", choice.query), ("key", choice.key))
+        }
+        found = ctqk.select_heads(graphs[0], **at, count=choice.count, share=choice.share)
+        if not found:
+            raise UserError("no head carried anything between these positions.")
+        return found
+
+    edits = [parse_edit(text, choose) for text in args.edit]
+    edits += [] if args.edits is None else read_edits(args.edits)
+    options = {"freeze": args.freeze, "norms": args.norms, "seed": args.seed}
+    tokens = [host.token_id(_token(t), model.tokenizer, model.cfg.d_vocab) for t in args.token]
+    run = session.steer(edits, controls=args.controls, verbose=args.verbose, **options)
+    decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
+
+    def name(i: int) -> str:
+        return decode([i])
+
+    shown = list(dict.fromkeys([*tokens, *(i for r in (run.clean, run) for _, i, _ in r.top(3))]))
+    swept, continued = None, None
+    if args.sweep is not None:
+        factors = _factors(args.sweep)
+        swept = Swept(
+            factors,
+            [
+                session.steer([at_factor(e, f) for e in edits], controls=args.controls, **options)
+                for f in factors
+            ],
+        )
+    if args.generate is not None:
+        continued = session.generate(
+            edits, args.generate, controls=min(args.controls, 3), **options
+        )
+    document = run_document(run, tokens)
+    if swept is not None:
+        document["sweep"] = [
+            {"factor": f, **{k: run_document(r, tokens)[k] for k in ("tokens", "steered")}}
+            for f, r in zip(swept.factors, swept.runs, strict=True)
+        ]
+    if continued is not None:
+        document["continued"] = {
+            "clean": continued.clean.text,
+            "steered": continued.steered.text,
+            "controls": [c.text for c in continued.controls],
+        }
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    if args.json == "-":
+        return text.splitlines()
+    lines = [
+        *report.prompt_lines(session.token_strings),
+        "",
+        *steering_report.change_lines(run, model.dictionaries.label),
+        "",
+        *steering_report.effect_lines(run, shown, name),
+        "",
+        *steering_report.attention_lines(run),
+    ]
+    if swept is not None:
+        lines += ["", *steering_report.sweep_lines(swept, shown[0], name(shown[0]))]
+    if continued is not None:
+        lines += ["", *steering_report.generation_lines(continued)]
+    if args.json is not None:
+        write_together({Path(args.json): text.encode()})
+        lines += ["", f"written to {args.json}"]
+    return lines
+
+
+def _token(text: str) -> str | int:
+    """A token as it was typed: a number in angle brackets is an id."""
+    inner = text[1:-1]
+    return int(inner) if text.startswith("<") and text.endswith(">") and inner.isdigit() else text

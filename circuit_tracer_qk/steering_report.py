@@ -1,0 +1,117 @@
+"""A steered run as text for a terminal, 100 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from circuit_tracer_qk.edits import Changed
+from circuit_tracer_qk.report import cut, cut_line, token_name, wrap
+from circuit_tracer_qk.steering import Effect, Generation, Spread, SteeredRun, Swept
+from circuit_tracer_qk.steering_documents import head_name
+
+MOST_CHANGES = 12
+MOST_HEADS = 12
+NORMS = {
+    "frozen": "norms inside the edited QK circuits frozen at the clean run's",
+    "live": "norms inside the edited QK circuits recomputed on the edited stream",
+}
+FREEZE = {
+    "none": "everything downstream live",
+    "patterns": "patterns of all other heads frozen at the clean run's",
+}
+
+Label = Callable[[int, int], str]
+
+
+def change_lines(run: SteeredRun, label: Label) -> list[str]:
+    """What was edited, and under which conditions."""
+    lines = ["edited"]
+    groups: dict[tuple[str, Changed], list[str]] = {}
+    for (layer, head, side), changes in run.changes.items():
+        for change in changes:
+            groups.setdefault((side, change), []).append(head_name((layer, head)))
+    for (side, c), heads in list(groups.items())[:MOST_CHANGES]:
+        if isinstance(c.component, str):
+            what, amount = c.component, f"x {c.after:g}"
+        else:
+            what = f"c{c.checkpoint}/{c.component} {label(c.checkpoint, c.component)}".strip()
+            amount = f"{c.before:.4g} -> {c.after:.4g}"
+        at = token_name(run.token_strings, c.position)
+        lines.append(cut_line(f"  {side:5} of {' '.join(heads)}: {amount:18} at {at}  {what}"))
+    if len(groups) > MOST_CHANGES:
+        lines.append(f"  and {len(groups) - MOST_CHANGES} more")
+    for head, factors in run.outputs.items():
+        some = {f for f in factors if f != 1}
+        values = ", ".join(f"{f:g}" for f in sorted(some))
+        count = sum(f != 1 for f in factors)
+        lines.append(f"  output of {head_name(head)} x {values} at {count} positions")
+    if len(lines) == 1:
+        lines.append("  nothing: this is the clean run")
+    return [*lines, f"{NORMS[run.norms]}; {FREEZE[run.freeze]}"]
+
+
+def effect_lines(run: SteeredRun, tokens: Sequence[int], names: Callable[[int], str]) -> list[str]:
+    """Next tokens before and after, and after in the controls."""
+    lines = ["next token          clean   steered    change   other features        other heads"]
+    for i in tokens:
+        effect = run.effect(i)
+        change = effect.after - effect.before
+        lines.append(
+            f"  {cut(repr(names(i)), 16):16}  {effect.before:.4f}    {effect.after:.4f}   "
+            f"{change:+.4f}   {_spread(effect.features):20}  {_spread(effect.heads)}".rstrip()
+        )
+    effect = run.effect(tokens[0])
+    lines.append(
+        f"controls, mean +- sd of probabilities after them: {effect.features.n} with other features "
+        f"of the same"
+    )
+    lines.append(
+        f"positions in the same heads, {effect.heads.n} with the same features in other heads of "
+        "the same layers"
+    )
+    return [*lines, *(cut_line(f"note: {note}") for note in run.notes)]
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.mean:.4f} +- {spread.std:.4f}" if spread.n else "none"
+
+
+def attention_lines(run: SteeredRun) -> list[str]:
+    """The attention of steered heads from the last token, where it moved most."""
+    last = len(run.token_strings) - 1
+    lines = [f"attention from {token_name(run.token_strings, last)}, where it moved most"]
+    for head in run.heads[:MOST_HEADS]:
+        before, after = run.clean.patterns[head][last], run.patterns[head][last]
+        moved = (after - before).abs().topk(min(3, last + 1)).indices.tolist()
+        cells = [
+            f"{cut(token_name(run.token_strings, k), 20)}: {before[k]:.3f} -> {after[k]:.3f}"
+            for k in moved
+            if float((after - before)[k].abs()) > 5e-4
+        ]
+        first, *rest = wrap(cells or ["unmoved"], indent=" " * 9)
+        lines += [f"  {head_name(head):6} {first[9:]}", *rest]
+    if len(run.heads) > MOST_HEADS:
+        lines.append(f"  and {len(run.heads) - MOST_HEADS} heads more (--json has all)")
+    return lines
+
+
+def sweep_lines(swept: Swept, token: int, name: str) -> list[str]:
+    """One token's probability by factor, beside the controls'."""
+    lines = [f"factor   p({name!r})   other features        other heads           likeliest"]
+    for factor, run in zip(swept.factors, swept.runs, strict=True):
+        effect: Effect = run.effect(token)
+        text, _, p = run.top(1)[0]
+        lines.append(
+            f"  {factor:+5.2f}  {effect.after:.4f}  {'':{max(0, len(repr(name)) - 5)}}"
+            f"  {_spread(effect.features):20}  {_spread(effect.heads):20}  {text!r} {p:.4f}"
+        )
+    return lines
+
+
+def generation_lines(found: Generation) -> list[str]:
+    """The prompt's continuations: clean, steered and of the controls."""
+    lines = ["continued, greedily"]
+    lines.append(cut_line(f"  clean    {found.clean.text!r}"))
+    lines.append(cut_line(f"  steered  {found.steered.text!r}"))
+    lines += [cut_line(f"  control  {c.text!r}") for c in found.controls]
+    return lines
