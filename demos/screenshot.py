@@ -1,5 +1,6 @@
 """Draw the README's pictures: ``panel.png`` and ``page.png``, the miniature's story as the page shows
-it, and ``transcoders.png``, the same prompt in a graph of tiny transcoders.
+it, and ``transcoders.png``, the same prompt in a graph of tiny transcoders, and
+``steer.png``, a feature of it put to the test.
 
 Needs Chromium or Chrome and Playwright (``pip install -e .[test]``); downloads nothing.
 """
@@ -51,11 +52,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ctqk.create_graph_files(graph, "sally", folder)
         running = ctqk.serve(
-            folder, port=server.next_free_port(8041), live=LiveGraphs({"sally": graph})
+            folder,
+            port=server.next_free_port(8041),
+            live=LiveGraphs({"sally": graph}, {"sally": model}),
         )
         query = "&".join(f"{k}={v}" for k, v in ({"slug": "sally"} | look).items())
         try:
             draw(f"{running.url}/index.html?{query}", args.output, answer)
+            steered = {"slug": "sally"} | look | {"qk": "L1H2:q14:k6"}
+            query = "&".join(f"{k}={v}" for k, v in steered.items())
+            draw_test(f"{running.url}/index.html?{query}", args.output)
         finally:
             running.stop()
     with tempfile.TemporaryDirectory() as folder:
@@ -103,6 +109,21 @@ def draw(address: str, folder: Path, answer: str) -> None:
         page.locator(".qk-panel").screenshot(path=folder / "panel.png")
         browser.close()
     print(f"{folder / 'page.png'} and {folder / 'panel.png'} written")
+
+
+def draw_test(address: str, folder: Path) -> None:
+    """Save the panel with the largest key-side feature of a head removed from its QK circuit."""
+    with sync_playwright() as playwright:
+        browser = launched(playwright)
+        page = opened(browser, address, (1280, 1020), 2)
+        page.locator("[data-qk=key-term]").first.focus()
+        page.keyboard.press("t")
+        page.locator("[data-qk=test-run]").click()
+        page.locator("[data-qk=test-prediction]").first.wait_for()
+        page.wait_for_timeout(300)
+        page.locator(".qk-panel").screenshot(path=folder / "steer.png")
+        browser.close()
+    print(f"{folder / 'steer.png'} written")
 
 
 def opened(
