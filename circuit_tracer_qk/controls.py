@@ -13,7 +13,8 @@ from random import Random
 
 from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.dictionaries import DictionarySet
-from circuit_tracer_qk.edits import Changed, Head, Place, Plan, active_at
+from circuit_tracer_qk.edits import Head
+from circuit_tracer_qk.plans import Changed, HeadSide, Plan, active_at
 
 # (side, checkpoint, feature, position): the same edit in every head that it is made in
 _Item = tuple[str, int, int, int]
@@ -167,7 +168,7 @@ def _nearest(
 
 
 def _replaced(plan: Plan, chosen: dict[_Item, tuple[int, int]], pools: _Pools) -> Plan:
-    changes: dict[Place, tuple[Changed, ...]] = {}
+    changes: dict[HeadSide, tuple[Changed, ...]] = {}
     for place, some in plan.changes.items():
         now = []
         for c in some:
@@ -218,7 +219,7 @@ def _head_plans(plan: Plan, n_heads: int, n: int, random: Random) -> tuple[list[
 def _elsewhere(plan: Plan, to: dict[Head, Head]) -> Plan:
     return Plan(
         {
-            Place(*to[place.layer, place.head], place.side): changes
+            HeadSide(*to[place.layer, place.head], place.side): changes
             for place, changes in plan.changes.items()
             if (place.layer, place.head) in to
         },

@@ -27,10 +27,11 @@ from torch import Tensor
 from circuit_tracer_qk import host
 from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.dictionaries import DictionarySet
-from circuit_tracer_qk.edits import Head, Place, Plan, changed_vectors
+from circuit_tracer_qk.edits import Head
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.frozen import alone
 from circuit_tracer_qk.heads import Heads
+from circuit_tracer_qk.plans import HeadSide, Plan, changed_vectors
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -106,7 +107,7 @@ class Steered:
         """One pass over the prompt.
 
         Args:
-            plan: of :func:`circuit_tracer_qk.edits.resolve`.
+            plan: of :func:`circuit_tracer_qk.plans.resolve`.
             watch: heads whose patterns and scores are wanted.
             start: the first block to compute; those before are the clean run's.
         """
@@ -251,7 +252,7 @@ class _Hooks:
         number = block.group(head) if side else head
         at = torch.arange(offset, offset + n, device=run.residual.device)
         x = self.streams[layer].to(wide)
-        dx = self._moved(Place(layer, head, ("query", "key")[side]), offset, n).to(wide)
+        dx = self._moved(HeadSide(layer, head, ("query", "key")[side]), offset, n).to(wide)
         rows = dx.any(1)
         if not self.steered.frozen_norms:
             base = block.live(x, at, number, side)
@@ -277,7 +278,7 @@ class _Hooks:
                 moved[here] = block.image(dx[here], at[here], number, side, by)
         return _Side(base, moved)
 
-    def _moved(self, place: Place, offset: int, n: int) -> Tensor:
+    def _moved(self, place: HeadSide, offset: int, n: int) -> Tensor:
         """(n, d_model): what the edits of one side of a head add to the stream it reads."""
         run = self.run
         dx = run.residual.new_zeros(n, run.residual.shape[-1])
@@ -288,7 +289,7 @@ class _Hooks:
             dx[new] = self._held(place, new)
         return dx
 
-    def _held(self, place: Place, new: slice) -> Tensor:
+    def _held(self, place: HeadSide, new: slice) -> Tensor:
         """The same at generated tokens: features are read off the steered stream."""
         known, dtype = self.steered.dictionaries.by_checkpoint, self.run.residual.dtype
         edits = self.plan.held[place]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from circuit_tracer_qk.edits import Changed, Edit, Head, HeadEdit
+from circuit_tracer_qk.edits import Edit, Head, HeadEdit
+from circuit_tracer_qk.plans import Changed
 from circuit_tracer_qk.steering import Spread, SteeredRun
 
 

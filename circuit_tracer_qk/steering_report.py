@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from circuit_tracer_qk.edits import Changed
+from circuit_tracer_qk.plans import Changed
 from circuit_tracer_qk.report import cut, cut_line, token_name, wrap
 from circuit_tracer_qk.steering import Effect, Generation, Spread, SteeredRun, Swept
 from circuit_tracer_qk.steering_documents import head_name

@@ -13,7 +13,7 @@ from steered_reference import SteeredReference, steered
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.edits import Changed
+from circuit_tracer_qk.plans import Changed
 from circuit_tracer_qk.steering import Session
 
 ALL = list(ARCHITECTURES)

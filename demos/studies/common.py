@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "miniature"))
 import corpus  # noqa: E402
 
 import circuit_tracer_qk as ctqk  # noqa: E402
-from circuit_tracer_qk.edits import active_at  # noqa: E402
+from circuit_tracer_qk.plans import active_at  # noqa: E402
 from circuit_tracer_qk.steering import Session, SteeredRun  # noqa: E402
 
 plt.rcParams.update(

@@ -1,0 +1,294 @@
+"""What edits come to on one prompt.
+
+:func:`resolve` reads edits on one run and gives a :class:`Plan`: for every head and side, which
+component goes from which activation to which. The stream that queries or keys are computed from
+moves by
+
+    dx[p] = sum over changes at p of (after - before) * vector
+
+and nothing else does: values, other heads and other queries of a key-value group keep theirs
+(method, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.components import FEATURE, KINDS, Decomposition
+from circuit_tracer_qk.dictionaries import DictionarySet
+from circuit_tracer_qk.edits import ALL, Edit, Head, HeadEdit, QKEdit
+from circuit_tracer_qk.errors import UserError
+
+
+class Changed(NamedTuple):
+    """One component at one position of one side, before and after.
+
+    Attributes:
+        checkpoint: the one a feature reads; the head's own for other kinds.
+        component: a feature's index, or the kind of another component.
+        position: where.
+        before, after: activations; for other kinds, multiples of the component's vector.
+    """
+
+    checkpoint: int
+    component: int | str
+    position: int
+    before: float
+    after: float
+
+
+class HeadSide(NamedTuple):
+    """One side of one head."""
+
+    layer: int
+    head: int
+    side: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What edits come to on one prompt.
+
+    Attributes:
+        changes: by head and side, the components that change (after != before).
+        outputs: by head, the (n_pos,) factors of its output.
+        held: edits without positions, by place, in order: they hold at generated tokens too.
+        held_outputs: by head, the factor of its output at generated tokens.
+    """
+
+    changes: dict[HeadSide, tuple[Changed, ...]] = field(default_factory=dict)
+    outputs: dict[Head, tuple[float, ...]] = field(default_factory=dict)
+    held: dict[HeadSide, tuple[QKEdit, ...]] = field(default_factory=dict)
+    held_outputs: dict[Head, float] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Every head that is steered, in order."""
+        steered = {(place.layer, place.head) for place in (*self.changes, *self.held)}
+        return tuple(sorted(steered | set(self.outputs)))
+
+    @property
+    def first_layer(self) -> int | None:
+        """The first block that is steered; None where nothing is."""
+        return min((layer for layer, _ in self.heads), default=None)
+
+
+def resolve(
+    edits: Iterable[Edit], dictionaries: DictionarySet, parts: Decomposition, zero: slice
+) -> Plan:
+    """Read edits on one run.
+
+    Args:
+        edits: applied in order.
+        dictionaries: whose features are edited.
+        parts: the clean run's components: activations before.
+        zero: positions that have no features (``ResidualModel.zero_positions``).
+
+    Raises:
+        UserError: a head, checkpoint, feature or position that does not exist, or a factor for a
+            feature that is active nowhere there.
+    """
+    reading = _Reading(dictionaries, parts, zero)
+    for edit in edits:
+        if isinstance(edit, QKEdit):
+            reading.add(edit)
+        elif isinstance(edit, HeadEdit):
+            reading.scale(edit)
+        else:
+            raise UserError(
+                f"{type(edit).__name__} is no edit: give circuit_tracer_qk.QKEdit or HeadEdit."
+            )
+    return reading.plan()
+
+
+class _Reading:
+    """The state that edits leave one after another."""
+
+    def __init__(self, dictionaries: DictionarySet, parts: Decomposition, zero: slice) -> None:
+        self.dictionaries, self.parts = dictionaries, parts
+        run, f = parts.run, parts.features
+        self.n_pos, self.n_layers, self.n_heads = run.n_pos, run.n_layers, run.pattern.shape[1]
+        named = zip(f.checkpoint.tolist(), f.feature.tolist(), f.position.tolist(), strict=True)
+        self.active = dict(zip(named, f.activation.tolist(), strict=True))
+        empty = set(range(self.n_pos)[zero])
+        self.featured = [p for p in range(self.n_pos) if p not in empty]
+        self.state: dict[tuple[HeadSide, int, int | str, int], float] = {}
+        self.outputs: dict[Head, list[float]] = {}
+        self.held: dict[HeadSide, list[QKEdit]] = {}
+        self.held_outputs: dict[Head, float] = {}
+
+    def plan(self) -> Plan:
+        changes: dict[HeadSide, list[Changed]] = {}
+        for (place, checkpoint, component, position), after in self.state.items():
+            before = self._clean(checkpoint, component, position)
+            if after != before:
+                changed = Changed(checkpoint, component, position, before, after)
+                changes.setdefault(place, []).append(changed)
+        return Plan(
+            {place: tuple(some) for place, some in changes.items()},
+            {
+                head: tuple(factors)
+                for head, factors in self.outputs.items()
+                if any(f != 1 for f in factors)
+            },
+            {place: tuple(edits) for place, edits in self.held.items()},
+            {head: factor for head, factor in self.held_outputs.items() if factor != 1},
+        )
+
+    def add(self, edit: QKEdit) -> None:
+        for layer, head in self._checked(edit.heads):
+            place = HeadSide(layer, head, edit.side)
+            for checkpoint, component in self._components(edit, layer):
+                at = self._places(edit, place, checkpoint, component)
+                for p in at:
+                    key = (place, checkpoint, component, p)
+                    value = self._value(key)
+                    if edit.inject is not None:
+                        self.state[key] = value + edit.inject
+                    else:
+                        self.state[key] = value * edit.factor  # type: ignore[operator]
+            if edit.positions is None:
+                self.held.setdefault(place, []).append(edit)
+
+    def scale(self, edit: HeadEdit) -> None:
+        at = range(self.n_pos) if edit.positions is None else self._at(edit.positions)
+        for head in self._checked(edit.heads):
+            factors = self.outputs.setdefault(head, [1.0] * self.n_pos)
+            for p in at:
+                factors[p] *= edit.factor
+            if edit.positions is None:
+                self.held_outputs[head] = self.held_outputs.get(head, 1.0) * edit.factor
+
+    def _clean(self, checkpoint: int, component: int | str, position: int) -> float:
+        if isinstance(component, str):
+            return 1.0
+        return self.active.get((checkpoint, component, position), 0.0)
+
+    def _value(self, key: tuple[HeadSide, int, int | str, int]) -> float:
+        return self.state[key] if key in self.state else self._clean(*key[1:])
+
+    def _checked(self, heads: Any) -> list[Head]:
+        for layer, head in heads:
+            if not (0 <= layer < self.n_layers and 0 <= head < self.n_heads):
+                raise UserError(
+                    f"there is no head L{layer}H{head}: the model has layers 0 to "
+                    f"{self.n_layers - 1} of heads 0 to {self.n_heads - 1}."
+                )
+        return list(heads)
+
+    def _at(self, positions: Any) -> list[int]:
+        for p in positions:
+            if not -self.n_pos <= p < self.n_pos:
+                raise UserError(
+                    f"position {p} is out of range: the prompt has positions 0 to "
+                    f"{self.n_pos - 1} (or -{self.n_pos} to -1 from its end)."
+                )
+        return sorted({p % self.n_pos for p in positions})
+
+    def _components(self, edit: QKEdit, layer: int) -> list[tuple[int, int | str]]:
+        """(checkpoint read, component) of an edit in one block."""
+        kinds = {KINDS[code] for code in self.parts.at(layer).kind.unique().tolist()} - {"feature"}
+        found: list[tuple[int, int | str]] = []
+        for name in edit.features:  # type: ignore[union-attr]
+            if name == ALL:
+                reads = [c for c, k in self.parts.features.decoders if k == layer]
+                found += sorted({(c, f) for c, f, _ in self.active if c in reads})
+                found += [(layer, kind) for kind in sorted(kinds)]
+            elif isinstance(name, str):
+                if name not in kinds:
+                    raise UserError(
+                        f"checkpoint {layer} has no component of kind {name!r}: it has "
+                        f"{', '.join(sorted(kinds))} and features."
+                    )
+                found.append((layer, name))
+            else:
+                self._check_feature(edit.checkpoint, name, layer)
+                found.append((edit.checkpoint, name))
+        return found
+
+    def _check_feature(self, checkpoint: int, feature: int, layer: int) -> None:
+        known = self.dictionaries.by_checkpoint
+        if checkpoint not in known:
+            raise UserError(
+                f"there is no dictionary at checkpoint {checkpoint}: {self.dictionaries.scan} has "
+                f"them at {', '.join(map(str, sorted(known)))}."
+            )
+        dictionary = known[checkpoint]
+        if layer not in dictionary.decoders:
+            sites = ", ".join(map(str, sorted(dictionary.decoders)))
+            raise UserError(
+                f"features of checkpoint {checkpoint} have no decoder vector at checkpoint "
+                f"{layer}, which layer {layer} reads (they have one at {sites}): name heads of "
+                "such a layer, or features of that checkpoint."
+            )
+        width = len(dictionary.b_enc)
+        if not 0 <= feature < width:
+            raise UserError(
+                f"there is no feature {feature} at checkpoint {checkpoint}: its dictionary has "
+                f"features 0 to {width - 1}."
+            )
+
+    def _places(
+        self, edit: QKEdit, place: HeadSide, checkpoint: int, component: int | str
+    ) -> list[int]:
+        """The positions at which one component is edited."""
+        named = None if edit.positions is None else self._at(edit.positions)
+        if edit.inject is not None or isinstance(component, str):
+            everywhere = range(self.n_pos) if isinstance(component, str) else self.featured
+            return list(everywhere) if named is None else named
+        at = range(self.n_pos) if named is None else named
+        found = [p for p in at if self._value((place, checkpoint, component, p))]
+        # "all" means what is there, so its features need not be at every position named
+        if not found and ALL not in edit.features and edit.factor != 1:  # type: ignore[operator]
+            where = "anywhere" if named is None else f"at position {', '.join(map(str, named))}"
+            raise UserError(
+                f"feature {component} of checkpoint {checkpoint} is not active {where}, so a "
+                f"factor changes nothing: {self._hint(checkpoint, named)}."
+            )
+        return found
+
+    def _hint(self, checkpoint: int, named: Sequence[int] | None) -> str:
+        here = {f for c, f, p in self.active if c == checkpoint and p in (named or ())}
+        if not here:
+            return "give inject= with an activation, or features that are active there"
+        some = ", ".join(map(str, sorted(here)[:12]))
+        return f"give inject= with an activation, or one that is active there ({some})"
+
+
+def changed_vectors(
+    changes: Iterable[Changed], layer: int, dictionaries: DictionarySet, parts: Decomposition
+) -> Tensor:
+    """(n_pos, d_model): how the stream that a head's query or key side reads moves."""
+    run = parts.run
+    moved = torch.zeros_like(run.residual[layer])
+    for changed in changes:
+        step = changed.after - changed.before
+        moved[changed.position] += step * _vector(changed, layer, dictionaries, parts).to(moved)
+    return moved
+
+
+def _vector(
+    changed: Changed, layer: int, dictionaries: DictionarySet, parts: Decomposition
+) -> Tensor:
+    if not isinstance(changed.component, str):
+        return dictionaries.by_checkpoint[changed.checkpoint].decoders[layer][changed.component]
+    checkpoint = parts.at(layer)
+    here = checkpoint.at(changed.position)
+    at = (checkpoint.kind[here] == KINDS.index(changed.component)).nonzero().flatten()
+    row = here.start + int(at[0])
+    return checkpoint.vectors(slice(row, row + 1))[0]
+
+
+def active_at(parts: Decomposition, layer: int, position: int) -> list[tuple[int, int, float]]:
+    """(checkpoint read, feature, activation) of the features that block ``layer`` reads there."""
+    checkpoint = parts.at(layer)
+    here = checkpoint.at(position)
+    nodes = checkpoint.node[here][checkpoint.kind[here] == FEATURE]
+    f = parts.features
+    columns = (f.checkpoint[nodes], f.feature[nodes], f.activation[nodes])
+    return list(zip(*(column.tolist() for column in columns), strict=True))
