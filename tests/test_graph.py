@@ -121,9 +121,9 @@ def test_sharing_decoder_vectors_changes_nothing(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Features that recur go back through the MLP once, or each time: the same edges."""
-    from circuit_tracer_qk import sweep
+    from circuit_tracer_qk import influence
 
-    monkeypatch.setattr(sweep, "SHARED_BYTES", 0)
+    monkeypatch.setattr(influence, "SHARED_BYTES", 0)
     graph = ctqk.attribute(case.ids, case.model, max_n_logits=3)
     scale = case.graph.adjacency_matrix.abs().max()
     difference = (graph.adjacency_matrix - case.graph.adjacency_matrix).abs().max()
