@@ -7,13 +7,14 @@ control makes the same edits in other heads of the same layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import comb, log, prod
 from random import Random
 
 from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.dictionaries import DictionarySet
-from circuit_tracer_qk.edits import Head
+from circuit_tracer_qk.edits import Head, QKEdit
 from circuit_tracer_qk.plans import Changed, HeadSide, Plan, active_at
 
 # (side, checkpoint, feature, position): the same edit in every head that it is made in
@@ -21,6 +22,8 @@ _Item = tuple[str, int, int, int]
 # (side, layers of those heads, position, whether it is active): what its stand-ins share
 _Group = tuple[str, frozenset[int], int, bool]
 TRIES = 40  # draws per control wanted before giving up on finding another distinct one
+LEAST = 0.5  # controls that cover a smaller part of the edited features would be weaker edits
+ALIKE = (0.5, 2.0)  # stand-ins whose activations lie outside this ratio are reported
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,16 @@ def _feature_plans(
         groups.setdefault(group, []).append(item)
     ranked = {group: pools.ranked(group, items) for group, items in groups.items()}
     notes = []
-    short = sum(max(0, len(items) - len(ranked[group])) for group, items in groups.items())
-    if short:
+    covered = sum(min(len(items), len(ranked[group])) for group, items in groups.items())
+    if covered < LEAST * len(uses):
+        return [], [
+            f"only {covered} of {len(uses)} edited features have a counterpart at their position, "
+            "too few for a control of other features"
+        ]
+    if covered < len(uses):
         notes.append(
-            f"{short} of {len(uses)} edited features have no counterpart at their position: the "
-            "controls leave them as they are"
+            f"{len(uses) - covered} of {len(uses)} edited features have no counterpart at their "
+            "position: the controls leave them as they are"
         )
     near = _nearest(groups, ranked, n)
     found: dict[frozenset[tuple[_Item, tuple[int, int]]], Plan] = {}
@@ -97,11 +105,31 @@ def _feature_plans(
             found.setdefault(key, _replaced(plan, chosen, pools))  # type: ignore[arg-type]
         if len(found) == n:
             break
+    ratio = _activity(found.values(), uses)
+    if ratio is not None and not ALIKE[0] <= ratio <= ALIKE[1]:
+        notes.append(
+            f"the other features are {ratio:.2g} times as active as the edited ones, on average"
+        )
     if len(found) < n:
         notes.append(
             f"only {len(found)} distinct sets of other features could be drawn, of {n} asked for"
         )
     return list(found.values()), notes
+
+
+def _activity(plans: Iterable[Plan], uses: dict[_Item, Changed]) -> float | None:
+    """Mean activation of stand-ins over that of edited features; None where all are absent."""
+    sizes = [
+        c.before
+        for plan in plans
+        for changes in plan.changes.values()
+        for c in changes
+        if not isinstance(c.component, str) and c.before
+    ]
+    edited = [use.before for use in uses.values() if use.before]
+    if not sizes or not edited:
+        return None
+    return (sum(sizes) / len(sizes)) / (sum(edited) / len(edited))
 
 
 def _uses(plan: Plan) -> dict[_Item, Changed]:
@@ -181,7 +209,22 @@ def _replaced(plan: Plan, chosen: dict[_Item, tuple[int, int]], pools: _Pools) -
                 now.append(Changed(*choice, c.position, before, after))
         if now:
             changes[place] = tuple(now)
-    return Plan(changes, plan.outputs)
+    # at tokens still to be generated an edited feature keeps its first stand-in
+    stand_ins = {}
+    for (side, checkpoint, feature, _), choice in chosen.items():
+        stand_ins.setdefault((side, checkpoint, feature), choice)
+    held = {
+        place: tuple(
+            QKEdit([place[:2]], place.side, c, f, None, edit.factor, edit.inject)  # type: ignore
+            for edit in edits
+            for name in edit.features  # type: ignore[union-attr]
+            if (at := stand_ins.get((place.side, edit.checkpoint, name)))  # type: ignore
+            for c, f in [at]
+        )
+        for place, edits in plan.held.items()
+    }
+    held = {place: edits for place, edits in held.items() if edits}
+    return Plan(changes, plan.outputs, held, plan.held_outputs)
 
 
 def _head_plans(plan: Plan, n_heads: int, n: int, random: Random) -> tuple[list[Plan], list[str]]:
@@ -191,11 +234,14 @@ def _head_plans(plan: Plan, n_heads: int, n: int, random: Random) -> tuple[list[
     others = {
         layer: [h for h in range(n_heads) if h not in heads] for layer, heads in steered.items()
     }
+    notes = []
     full = [layer for layer, free in others.items() if not free]
     if full:
         named = ", ".join(map(str, full))
-        return [], [f"every head of layer {named} is steered, so no other heads are left there"]
-    notes = []
+        notes.append(f"every head of layer {named} is steered, so no other heads are left there")
+        steered = {layer: heads for layer, heads in steered.items() if others[layer]}
+        if not steered:
+            return [], notes
     if any(len(others[layer]) < len(heads) for layer, heads in steered.items()):
         notes.append(
             "there are fewer other heads than steered ones in a layer: the head controls take "
@@ -224,4 +270,10 @@ def _elsewhere(plan: Plan, to: dict[Head, Head]) -> Plan:
             if (place.layer, place.head) in to
         },
         {to[head]: factors for head, factors in plan.outputs.items() if head in to},
+        {
+            HeadSide(*to[place.layer, place.head], place.side): edits
+            for place, edits in plan.held.items()
+            if (place.layer, place.head) in to
+        },
+        {to[head]: factor for head, factor in plan.held_outputs.items() if head in to},
     )

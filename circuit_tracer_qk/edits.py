@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal
@@ -37,8 +37,9 @@ class QKEdit:
         heads: ``(layer, head)`` or ``"L4H0"``, one or several; query heads, also under GQA.
         side: "query" or "key".
         checkpoint: the checkpoint that the features read (as in ``Component.checkpoint``).
-        features: indices in that checkpoint's dictionary; or kinds of other components of the
-            heads' own checkpoint ("bias", "error", "embedding", "position"); or "all", everything.
+        features: indices in that checkpoint's dictionary; or other kinds of components ("bias",
+            "error", "embedding", "position"), or "all" for everything, where ``checkpoint`` is the
+            heads' own, their layer.
         positions: query or key positions, negative ones from the end. None: wherever a feature is
             active (``factor``), or every position that has features at all (``inject``); in
             generation also at the tokens generated.
@@ -49,11 +50,11 @@ class QKEdit:
         UserError: an edit that means nothing.
     """
 
-    heads: Sequence[HeadLike] | HeadLike
+    heads: Iterable[HeadLike] | HeadLike
     side: Literal["query", "key"]
     checkpoint: int
-    features: Sequence[int | str] | int | str
-    positions: Sequence[int] | int | None = None
+    features: Iterable[int | str] | int | str
+    positions: Iterable[int] | int | None = None
     factor: float | None = None
     inject: float | None = None
 
@@ -82,7 +83,9 @@ class QKEdit:
 
 @dataclass(frozen=True)
 class HeadEdit:
-    """Scale the output of heads: what they write into the residual stream.
+    """Scale the output of heads: what they write into the residual stream, value bias included.
+
+    (Folding a model's value biases into its output bias therefore changes what is scaled.)
 
     Attributes:
         heads: ``(layer, head)`` or ``"L4H0"``, one or several.
@@ -90,9 +93,9 @@ class HeadEdit:
         positions: query positions, negative ones from the end; None for all.
     """
 
-    heads: Sequence[HeadLike] | HeadLike
+    heads: Iterable[HeadLike] | HeadLike
     factor: float
-    positions: Sequence[int] | int | None = None
+    positions: Iterable[int] | int | None = None
 
     def __post_init__(self) -> None:
         _set(self, heads=_heads(self.heads), positions=_positions(self.positions))
@@ -103,14 +106,14 @@ Edit = QKEdit | HeadEdit
 
 
 def swap(
-    heads: Sequence[HeadLike] | HeadLike,
+    heads: Iterable[HeadLike] | HeadLike,
     side: Literal["query", "key"],
     checkpoint: int,
     *,
-    remove: Sequence[int] | int,
-    inject: Sequence[int] | int,
+    remove: Iterable[int] | int,
+    inject: Iterable[int] | int,
     activation: float,
-    positions: Sequence[int] | int | None,
+    positions: Iterable[int] | int | None,
 ) -> list[Edit]:
     """One feature for another (minus yellow, plus red): a removal and an injection.
 
@@ -130,13 +133,17 @@ def _set(edit: Any, **values: Any) -> None:
         object.__setattr__(edit, name, value)  # frozen: normalised once, while it is made
 
 
+def _listed(values: Any) -> Any:
+    """Arrays and tensors as lists of plain numbers."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
 def _heads(heads: Any) -> tuple[Head, ...]:
-    single = isinstance(heads, str) or (
-        isinstance(heads, Sequence)
-        and len(heads) == 2
-        and all(hasattr(h, "__index__") for h in heads)
-    )
+    heads = _listed(heads)
     try:
+        heads = heads if isinstance(heads, str) else list(heads)
+        pair = not isinstance(heads, str) and len(heads) == 2
+        single = isinstance(heads, str) or pair and all(hasattr(h, "__index__") for h in heads)
         found = tuple(dict.fromkeys(parse_head(h) for h in ([heads] if single else heads)))
     except TypeError:
         found = ()
@@ -155,7 +162,7 @@ def parse_head(head: Any) -> Head:
         return int(found[1]), int(found[2])
     if not isinstance(head, str):
         try:
-            layer, number = head
+            layer, number = _listed(head)
             return index(layer), index(number)
         except (TypeError, ValueError):
             pass
@@ -163,6 +170,7 @@ def parse_head(head: Any) -> Head:
 
 
 def _features(features: Any) -> tuple[int | str, ...]:
+    features = _listed(features)
     if isinstance(features, str) or hasattr(features, "__index__"):
         features = [features]
     known = (*OTHER_KINDS, ALL)
@@ -188,6 +196,7 @@ def _features(features: Any) -> tuple[int | str, ...]:
 def _positions(positions: Any) -> tuple[int, ...] | None:
     if positions is None:
         return None
+    positions = _listed(positions)
     if hasattr(positions, "__index__"):
         positions = [positions]
     try:
@@ -201,7 +210,7 @@ def _positions(positions: Any) -> tuple[int, ...] | None:
 
 def _whole(name: str, value: Any) -> int:
     try:
-        return index(value)
+        return index(_listed(value))
     except TypeError:
         raise UserError(f"{name} {value!r} is not a whole number.") from None
 
@@ -209,7 +218,7 @@ def _whole(name: str, value: Any) -> int:
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(f"{name} {value!r} is not a finite number.")

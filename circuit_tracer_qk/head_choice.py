@@ -47,7 +47,7 @@ def carriers(
     Args:
         graph: a residual graph.
         influence: (n_nodes, n_nodes) of :func:`circuit_tracer_qk.host.edge_influence`, if known.
-        query, key: only edges into this position, from this position.
+        query, key: only edges into this position, from this position; negative ones from the end.
         node: only edges into this node (index in adjacency order).
 
     Raises:
@@ -58,14 +58,9 @@ def carriers(
             "heads are chosen from residual graphs, whose edges cross one block: attribute with "
             "residual dictionaries."
         )
-    n_nodes = len(graph.adjacency_matrix)
-    for name, value, limit in (
-        ("query position", query, graph.n_pos),
-        ("key position", key, graph.n_pos),
-        ("node", node, n_nodes),
-    ):
-        if value is not None and not 0 <= value < limit:
-            raise UserError(f"{name} {value} is out of range: it must be from 0 to {limit - 1}.")
+    query = _index("query position", query, graph.n_pos, negative=True)
+    key = _index("key position", key, graph.n_pos, negative=True)
+    node = _index("node", node, len(graph.adjacency_matrix), negative=False)
     if query is None and key is None and node is None:
         raise UserError("name a query or key position, or a node, whose edges' heads are wanted.")
     influence = host.edge_influence(graph) if influence is None else influence
@@ -114,7 +109,7 @@ def select_heads(
 
     Args:
         graph: a residual graph.
-        query, key: edges into this position, from this position.
+        query, key: edges into this position, from this position; negative ones from the end.
         node: edges into this node.
         count: how many heads; or
         share: as many as carry this share of the influence.
@@ -128,10 +123,10 @@ def select_heads(
     """
     if (count is None) == (share is None):
         raise UserError("give either count= (how many heads) or share= (of the influence).")
-    if count is not None and count < 1:
-        raise UserError(f"count is {count}: it must be at least 1.")
-    if share is not None and not 0 < share <= 1:
-        raise UserError(f"share is {share}: it must be above 0 and at most 1.")
+    if count is not None and (not hasattr(count, "__index__") or count < 1):
+        raise UserError(f"count is {count!r}: it must be a whole number from 1 on.")
+    if share is not None and (not isinstance(share, int | float) or not 0 < share <= 1):
+        raise UserError(f"share is {share!r}: it must be above 0 and at most 1.")
     found = carriers(graph, query=query, key=key, node=node)
     if count is not None:
         return [(c.layer, c.head) for c in found[:count]]
@@ -143,3 +138,13 @@ def select_heads(
         chosen.append((carrier.layer, carrier.head))
         left -= carrier.influence
     return chosen
+
+
+def _index(name: str, value: int | None, limit: int, *, negative: bool) -> int | None:
+    """An index that exists, counted from the start."""
+    if value is None:
+        return None
+    low = -limit if negative else 0
+    if not hasattr(value, "__index__") or not low <= value < limit:
+        raise UserError(f"{name} {value} is out of range: it must be from {low} to {limit - 1}.")
+    return value % limit

@@ -69,9 +69,16 @@ def head_curve(
     """
     session = Session(model, prompt)
     given: tuple[Edit, ...] = (edits,) if isinstance(edits, QKEdit | HeadEdit) else tuple(edits)
-    ranked = [parse_head(head) for head in heads]
+    ranked = list(dict.fromkeys(parse_head(head) for head in heads))
     if not ranked:
         raise UserError("a curve needs at least one head.")
+    edited = {head for edit in given for head in edit.heads}
+    for layer, head in ranked:
+        if (layer, head) not in edited:
+            raise UserError(
+                f"no edit names the head L{layer}H{head}, so steering it would change nothing: "
+                "leave it out, or give an edit of it."
+            )
 
     def curve(order: Sequence[Head], freeze: str) -> list[float]:
         points = []

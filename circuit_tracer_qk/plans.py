@@ -72,11 +72,6 @@ class Plan:
         steered = {(place.layer, place.head) for place in (*self.changes, *self.held)}
         return tuple(sorted(steered | set(self.outputs)))
 
-    @property
-    def first_layer(self) -> int | None:
-        """The first block that is steered; None where nothing is."""
-        return min((layer for layer, _ in self.heads), default=None)
-
 
 def resolve(
     edits: Iterable[Edit], dictionaries: DictionarySet, parts: Decomposition, zero: slice
@@ -195,6 +190,11 @@ class _Reading:
         kinds = {KINDS[code] for code in self.parts.at(layer).kind.unique().tolist()} - {"feature"}
         found: list[tuple[int, int | str]] = []
         for name in edit.features:  # type: ignore[union-attr]
+            if isinstance(name, str) and edit.checkpoint != layer:
+                raise UserError(
+                    f"{name!r} of checkpoint {edit.checkpoint} is no part of what layer {layer} "
+                    f"reads, which is checkpoint {layer}: give checkpoint={layer}."
+                )
             if name == ALL:
                 reads = [c for c, k in self.parts.features.decoders if k == layer]
                 found += sorted({(c, f) for c, f, _ in self.active if c in reads})
@@ -209,7 +209,7 @@ class _Reading:
             else:
                 self._check_feature(edit.checkpoint, name, layer)
                 found.append((edit.checkpoint, name))
-        return found
+        return list(dict.fromkeys(found))  # what "all" names again is edited once
 
     def _check_feature(self, checkpoint: int, feature: int, layer: int) -> None:
         known = self.dictionaries.by_checkpoint

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import write_together
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.edit_text import HeadChoice
+    from circuit_tracer_qk.steering import Generation, SteeredRun, Swept
 
 DESCRIPTION = (
     "Scale, remove or inject features inside the QK circuit of chosen heads (or scale the heads' "
@@ -53,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--controls", type=int, default=20, help="matched controls of either kind (default: 20)")
     add("--seed", type=int, default=0, help="of the controls' draw (default: 0)")
-    add("--sweep", metavar="F,F,...", help="also at these factors, such as 1,0.5,0,-1")
+    add(
+        "--sweep",
+        metavar="F,F,...",
+        help="also at these factors, such as 1,0.5,0,-1, each in place of every edit's own; 1 is "
+        "the clean run (what an edit injects is multiplied with 1 - factor)",
+    )
     add("--generate", type=int, metavar="N", help="also continue the prompt by N tokens")
     add("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
     add("--json", metavar="FILE", help="write the run as JSON; - for standard output")
@@ -110,56 +121,74 @@ def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
     Raises:
         UserError: an edit, token or position that does not exist.
     """
-    import circuit_tracer_qk as ctqk
-    from circuit_tracer_qk import host, report, steering_report
-    from circuit_tracer_qk.edit_text import HeadChoice, parse_edit, read_edits
+    from circuit_tracer_qk import host
+    from circuit_tracer_qk.edit_text import parse_edit, read_edits
     from circuit_tracer_qk.steering import Session, Swept, at_factor
-    from circuit_tracer_qk.steering_documents import run_document
 
     session = Session(model, prompt)
-    n = len(session.token_strings)
-    graphs: list[Any] = []
-
-    def choose(choice: HeadChoice) -> list[tuple[int, int]]:
-        graphs[:] = graphs or [ctqk.attribute(prompt, model)]
-        at = {
-            name: value + n if value is not None and value < 0 else value
-            for name, value in (("query", choice.query), ("key", choice.key))
-        }
-        found = ctqk.select_heads(graphs[0], **at, count=choice.count, share=choice.share)
-        if not found:
-            raise UserError("no head carried anything between these positions.")
-        return found
-
+    choose = _chooser(prompt, model)
     edits = [parse_edit(text, choose) for text in args.edit]
     edits += [] if args.edits is None else read_edits(args.edits)
     options = {"freeze": args.freeze, "norms": args.norms, "seed": args.seed}
     tokens = [host.token_id(_token(t), model.tokenizer, model.cfg.d_vocab) for t in args.token]
     run = session.steer(edits, controls=args.controls, verbose=args.verbose, **options)
-    decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
-
-    def name(i: int) -> str:
-        return decode([i])
-
-    shown = list(dict.fromkeys([*tokens, *(i for r in (run.clean, run) for _, i, _ in r.top(3))]))
-    swept, continued = None, None
-    if args.sweep is not None:
-        factors = _factors(args.sweep)
-        swept = Swept(
-            factors,
-            [
-                session.steer([at_factor(e, f) for e in edits], controls=args.controls, **options)
-                for f in factors
-            ],
-        )
+    factors = _factors(args.sweep)
+    swept = Swept(
+        factors,
+        [
+            session.steer([at_factor(e, f) for e in edits], controls=args.controls, **options)
+            for f in factors
+        ],
+    )
+    continued = None
     if args.generate is not None:
         continued = session.generate(
             edits, args.generate, controls=min(args.controls, 3), **options
         )
-    document = run_document(run, tokens)
-    if swept is not None:
+    if args.json is not None:
+        about = {
+            "model": str(model.cfg.model_name),
+            "dictionaries": model.scan,
+            "prompt": "".join(session.token_strings),
+            "seed": args.seed,
+        }
+        document = _document(run, swept, continued, tokens) | about
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+        if args.json == "-":
+            return text.splitlines()
+        write_together({Path(args.json): text.encode()})
+    lines = _lines(run, swept, continued, tokens, model.dictionaries.label)
+    return lines if args.json is None else [*lines, "", f"written to {args.json}"]
+
+
+def _chooser(prompt: Any, model: Any) -> Callable[[HeadChoice], list[tuple[int, int]]]:
+    """Finds heads in the prompt's graph, which is made when first asked for."""
+    import circuit_tracer_qk as ctqk
+
+    @cache
+    def graph() -> Any:
+        return ctqk.attribute(prompt, model)
+
+    def choose(choice: HeadChoice) -> list[tuple[int, int]]:
+        found = ctqk.select_heads(graph(), **choice._asdict())
+        if not found:
+            raise UserError("no head carried anything between these positions.")
+        return found
+
+    return choose
+
+
+def _document(
+    run: SteeredRun, swept: Swept, continued: Generation | None, tokens: list[int]
+) -> dict[str, Any]:
+    from circuit_tracer_qk.steering_documents import run_document
+
+    leading = [r.top(1)[0][1] for r in (run.clean, run, *swept.runs)]
+    asked = tokens or list(dict.fromkeys(leading))  # the same tokens at every factor
+    document = run_document(run, asked)
+    if swept.runs:
         document["sweep"] = [
-            {"factor": f, **{k: run_document(r, tokens)[k] for k in ("tokens", "steered")}}
+            {"factor": f, **{k: run_document(r, asked)[k] for k in ("tokens", "steered")}}
             for f, r in zip(swept.factors, swept.runs, strict=True)
         ]
     if continued is not None:
@@ -167,26 +196,36 @@ def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
             "clean": continued.clean.text,
             "steered": continued.steered.text,
             "controls": [c.text for c in continued.controls],
+            "head_controls": [c.text for c in continued.head_controls],
+            "notes": list(continued.notes),
         }
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-    if args.json == "-":
-        return text.splitlines()
+    return document
+
+
+def _lines(
+    run: SteeredRun,
+    swept: Swept,
+    continued: Generation | None,
+    tokens: list[int],
+    label: Callable[[int, int], str],
+) -> list[str]:
+    from circuit_tracer_qk import report, steering_report
+
+    leading = [i for r in (run.clean, run) for _, i, _ in r.top(3)]
+    shown = list(dict.fromkeys([*tokens, *leading]))
     lines = [
-        *report.prompt_lines(session.token_strings),
+        *report.prompt_lines(run.token_strings),
         "",
-        *steering_report.change_lines(run, model.dictionaries.label),
+        *steering_report.change_lines(run, label),
         "",
-        *steering_report.effect_lines(run, shown, name),
+        *steering_report.effect_lines(run, shown),
         "",
         *steering_report.attention_lines(run),
     ]
-    if swept is not None:
-        lines += ["", *steering_report.sweep_lines(swept, shown[0], name(shown[0]))]
+    if swept.runs:
+        lines += ["", *steering_report.sweep_lines(swept, shown[0])]
     if continued is not None:
         lines += ["", *steering_report.generation_lines(continued)]
-    if args.json is not None:
-        write_together({Path(args.json): text.encode()})
-        lines += ["", f"written to {args.json}"]
     return lines
 
 

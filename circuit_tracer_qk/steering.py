@@ -7,7 +7,7 @@ away, in the chosen heads' queries or keys only, and measures (method, section 5
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.heads import Heads, read_blocks
 from circuit_tracer_qk.plans import Changed, Plan, resolve
 from circuit_tracer_qk.residual_model import ResidualModel
-from circuit_tracer_qk.steered import Steered
+from circuit_tracer_qk.steered import Pass, Steered
 
 Freeze = Literal["none", "patterns"]
 Norms = Literal["live", "frozen"]
@@ -40,8 +40,9 @@ class SteeredRun:
         norms: whether the denominators inside the edited QK circuits were frozen or live.
         token_strings: the prompt's tokens.
         logits: (d_vocab,) of the last position.
-        patterns: steered head -> (n_pos, n_pos) attention; rows are queries.
-        scores: steered head -> (n_pos, n_pos) scores before soft-cap and mask.
+        patterns: head -> (n_pos, n_pos) attention; rows are queries. Any head can be asked for;
+            iterating gives the steered ones.
+        scores: head -> (n_pos, n_pos) scores before soft-cap and mask, likewise.
         clean: the run without the intervention; itself in the clean run.
         controls: the same intervention on other features of the same positions.
         head_controls: the same intervention on other heads of the same layers.
@@ -55,8 +56,8 @@ class SteeredRun:
     norms: Norms
     token_strings: list[str]
     logits: Tensor
-    patterns: dict[Head, Tensor]
-    scores: dict[Head, Tensor]
+    patterns: Mapping[Head, Tensor]
+    scores: Mapping[Head, Tensor]
     controls: tuple[SteeredRun, ...]
     head_controls: tuple[SteeredRun, ...]
     notes: tuple[str, ...]
@@ -69,7 +70,7 @@ class SteeredRun:
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """The heads whose patterns and scores are at hand."""
+        """The heads that were steered; in clean runs those of the run they belong to."""
         return tuple(sorted(self.patterns))
 
     def probability(self, token: str | int) -> float:
@@ -88,12 +89,15 @@ class SteeredRun:
         """
         return host.token_id(token, self._tokenizer, len(self.logits))
 
+    def token_text(self, token: int) -> str:
+        """A token id as text."""
+        return host.decoder(self._tokenizer, len(self.logits)).decode([token])
+
     def top(self, n: int = 10) -> list[tuple[str, int, float]]:
         """The ``n`` likeliest next tokens: (text, id, probability)."""
         values, ids = self.logits.softmax(0).topk(min(n, len(self.logits)))
-        decode = host.decoder(self._tokenizer, len(self.logits)).decode
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        return [(decode([i]), i, p) for i, p in pairs]
+        return [(self.token_text(i), i, p) for i, p in pairs]
 
     def effect(self, token: str | int) -> Effect:
         """What the intervention did to a token's probability, beside its controls.
@@ -108,6 +112,29 @@ class SteeredRun:
             Spread.of([run.probability(at) for run in self.controls]),
             Spread.of([run.probability(at) for run in self.head_controls]),
         )
+
+
+class _HeadMaps(Mapping[Head, Tensor]):
+    """One field of a pass by head: those watched, and any other by running it once more."""
+
+    def __init__(self, name: str, ran: Pass, again: Callable[[Head], Pass]) -> None:
+        self._name, self._again = name, again
+        self._steered = tuple(sorted(ran.patterns))
+        self._known: dict[Head, Tensor] = dict(getattr(ran, name))
+
+    def __getitem__(self, head: Head) -> Tensor:
+        if head not in self._known:
+            self._known |= getattr(self._again(head), self._name)
+        return self._known[head]
+
+    def __contains__(self, head: object) -> bool:
+        return head in self._steered
+
+    def __iter__(self) -> Iterator[Head]:
+        return iter(self._steered)
+
+    def __len__(self) -> int:
+        return len(self._steered)
 
 
 class Spread(NamedTuple):
@@ -208,16 +235,18 @@ class Session:
     ) -> SteeredRun:
         """As :func:`steer`, on this prompt."""
         edits, engine = _edits(edits), self.engine(freeze, norms)
-        if controls < 0:
-            raise UserError(f"controls is {controls}: it must be 0 or more.")
+        _check_controls(controls)
         plan = self.resolve(edits)
         named: list[Head] = sorted({h for e in edits for h in e.heads})  # type: ignore[misc]
         found = matched(plan, self.model.dictionaries, self.parts, controls, seed)
         start = min((layer for layer, _ in named), default=0)
 
         def made(plan: Plan, clean: SteeredRun | None, **more: Any) -> SteeredRun:
-            watch = sorted({*named, *plan.heads})
-            ran = engine.run(plan, watch, start)
+            ran = engine.run(plan, sorted({*named, *plan.heads}), start)
+
+            def again(head: Head) -> Pass:
+                return self._layer_again(engine, plan, head)
+
             return SteeredRun(
                 **{"edits": (), "controls": (), "head_controls": (), "notes": (), **more},
                 changes={(p.layer, p.head, p.side): changes for p, changes in plan.changes.items()},
@@ -226,8 +255,8 @@ class Session:
                 norms=norms,
                 token_strings=self.token_strings,
                 logits=ran.logits,
-                patterns=ran.patterns,
-                scores=ran.scores,
+                patterns=_HeadMaps("patterns", ran, again),
+                scores=_HeadMaps("scores", ran, again),
                 _clean=clean,
                 _tokenizer=self.model.tokenizer,
             )
@@ -244,6 +273,14 @@ class Session:
             head_controls=tuple(runs[n:]),
             notes=tuple(found.notes),
         )
+
+    def _layer_again(self, engine: Steered, plan: Plan, head: Head) -> Pass:
+        """The same pass, with all heads of another head's layer watched."""
+        run, n_heads = self.parts.run, self.parts.run.pattern.shape[1]
+        if head not in [(at, h) for at in range(run.n_layers) for h in range(n_heads)]:
+            raise KeyError(head)
+        layer, _ = head
+        return engine.run(plan, [(layer, h) for h in range(n_heads)])
 
     def resolve(self, edits: Iterable[Edit]) -> Plan:
         """What edits come to on this prompt.
@@ -295,6 +332,7 @@ class Session:
     ) -> Generation:
         """As :func:`generate`, on this prompt."""
         edits = _edits(edits)
+        _check_controls(controls)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
         engine = self.engine(freeze, norms, max_new_tokens)
@@ -310,8 +348,15 @@ class Session:
             ids = engine.generate(plan, max_new_tokens, cached, end)[n:].tolist()
             return Continued(ids, decode(ids))
 
-        clean = made(Plan())
-        return Generation(made(plan), clean, tuple(made(p) for p in found.features), freeze, norms)
+        return Generation(
+            made(plan),
+            made(Plan()),
+            tuple(made(p) for p in found.features),
+            tuple(made(p) for p in found.heads),
+            tuple(found.notes),
+            freeze,
+            norms,
+        )
 
 
 class Continued(NamedTuple):
@@ -326,13 +371,17 @@ class Generation(NamedTuple):
 
     Attributes:
         steered, clean: with and without it.
-        controls: with other features instead.
-        freeze, norms: as in :class:`SteeredRun`.
+        controls: with other features instead; at generated tokens an edit without positions
+            keeps its feature's first stand-in.
+        head_controls: in other heads instead.
+        notes, freeze, norms: as in :class:`SteeredRun`.
     """
 
     steered: Continued
     clean: Continued
     controls: tuple[Continued, ...]
+    head_controls: tuple[Continued, ...]
+    notes: tuple[str, ...]
     freeze: Freeze
     norms: Norms
 
@@ -359,8 +408,7 @@ def generate(
     Args:
         model, prompt, edits, freeze, norms, seed: as in :func:`steer`.
         max_new_tokens: how many tokens to add at most.
-        controls: how many matched feature controls to continue as well; they hold on the prompt's
-            positions.
+        controls: how many matched controls of either kind to continue as well.
         cached: keep keys and values of tokens already read; the tokens are the same without.
         stop: a token to stop at; the tokenizer's end of text if left out.
 
@@ -443,6 +491,11 @@ def at_factor(edit: Edit, factor: float) -> Edit:
     else:
         changed = {"inject": edit.inject * (1 - factor)}
     return QKEdit(edit.heads, edit.side, edit.checkpoint, edit.features, edit.positions, **changed)
+
+
+def _check_controls(controls: Any) -> None:
+    if isinstance(controls, bool) or not hasattr(controls, "__index__") or controls < 0:
+        raise UserError(f"controls is {controls!r}: it must be a whole number from 0 on.")
 
 
 def _edits(edits: Edit | Iterable[Edit]) -> tuple[Edit, ...]:

@@ -30,7 +30,6 @@ def run_document(
         UserError: a token that is none.
     """
     ids = [run.token_id(t) for t in tokens] or _leading(run)
-    names = {i: name for r in (run, run.clean) for name, i, _ in r.top(len(run.logits))}
     queries = list(queries) or [len(run.token_strings) - 1]
     return {
         "prompt_tokens": run.token_strings,
@@ -46,7 +45,7 @@ def run_document(
         "steered": {"top": _predictions(run, top)},
         "tokens": [
             {
-                "token": names[i],
+                "token": run.token_text(i),
                 "id": i,
                 "before": effect.before,
                 "after": effect.after,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 
+from circuit_tracer_qk.edits import QKEdit
 from circuit_tracer_qk.plans import Changed
-from circuit_tracer_qk.report import cut, cut_line, token_name, wrap
+from circuit_tracer_qk.report import WIDTH, cut, cut_line, token_name, wrap
 from circuit_tracer_qk.steering import Effect, Generation, Spread, SteeredRun, Swept
 from circuit_tracer_qk.steering_documents import head_name
 
@@ -50,14 +52,14 @@ def change_lines(run: SteeredRun, label: Label) -> list[str]:
     return [*lines, f"{NORMS[run.norms]}; {FREEZE[run.freeze]}"]
 
 
-def effect_lines(run: SteeredRun, tokens: Sequence[int], names: Callable[[int], str]) -> list[str]:
+def effect_lines(run: SteeredRun, tokens: Sequence[int]) -> list[str]:
     """Next tokens before and after, and after in the controls."""
     lines = ["next token          clean   steered    change   other features        other heads"]
     for i in tokens:
         effect = run.effect(i)
         change = effect.after - effect.before
         lines.append(
-            f"  {cut(repr(names(i)), 16):16}  {effect.before:.4f}    {effect.after:.4f}   "
+            f"  {cut(repr(run.token_text(i)), 16):16}  {effect.before:.4f}    {effect.after:.4f}   "
             f"{change:+.4f}   {_spread(effect.features):20}  {_spread(effect.heads)}".rstrip()
         )
     effect = run.effect(tokens[0])
@@ -69,7 +71,16 @@ def effect_lines(run: SteeredRun, tokens: Sequence[int], names: Callable[[int], 
         f"positions in the same heads, {effect.heads.n} with the same features in other heads of "
         "the same layers"
     )
-    return [*lines, *(cut_line(f"note: {note}") for note in run.notes)]
+    return [*lines, *note_lines(run.notes)]
+
+
+def note_lines(notes: Sequence[str]) -> list[str]:
+    """What the controls could not match, whole."""
+    return [
+        line
+        for note in notes
+        for line in textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="  ")
+    ]
 
 
 def _spread(spread: Spread) -> str:
@@ -95,8 +106,9 @@ def attention_lines(run: SteeredRun) -> list[str]:
     return lines
 
 
-def sweep_lines(swept: Swept, token: int, name: str) -> list[str]:
+def sweep_lines(swept: Swept, token: int) -> list[str]:
     """One token's probability by factor, beside the controls'."""
+    name = swept.runs[0].token_text(token)
     lines = [f"factor   p({name!r})   other features        other heads           likeliest"]
     for factor, run in zip(swept.factors, swept.runs, strict=True):
         effect: Effect = run.effect(token)
@@ -105,13 +117,17 @@ def sweep_lines(swept: Swept, token: int, name: str) -> list[str]:
             f"  {factor:+5.2f}  {effect.after:.4f}  {'':{max(0, len(repr(name)) - 5)}}"
             f"  {_spread(effect.features):20}  {_spread(effect.heads):20}  {text!r} {p:.4f}"
         )
+    lines.append("factor 1 is the clean run; it stands in place of every edit's own factor")
+    if any(isinstance(e, QKEdit) and e.inject is not None for run in swept.runs for e in run.edits):
+        lines.append("what an edit injects is multiplied with 1 - factor: whole at factor 0")
     return lines
 
 
 def generation_lines(found: Generation) -> list[str]:
     """The prompt's continuations: clean, steered and of the controls."""
     lines = ["continued, greedily"]
-    lines.append(cut_line(f"  clean    {found.clean.text!r}"))
-    lines.append(cut_line(f"  steered  {found.steered.text!r}"))
-    lines += [cut_line(f"  control  {c.text!r}") for c in found.controls]
-    return lines
+    lines.append(cut_line(f"  clean           {found.clean.text!r}"))
+    lines.append(cut_line(f"  steered         {found.steered.text!r}"))
+    lines += [cut_line(f"  other features  {c.text!r}") for c in found.controls]
+    lines += [cut_line(f"  other heads     {c.text!r}") for c in found.head_controls]
+    return [*lines, *note_lines(found.notes)]

@@ -172,6 +172,7 @@ def test_heads_by_count_by_share_and_into_a_node(graph) -> None:
     found = ctqk.carriers(graph, query=QUERY, key=KEY)
     ranked = [(c.layer, c.head) for c in found]
     assert ctqk.select_heads(graph, query=QUERY, key=KEY, count=3) == ranked[:3]
+    assert ctqk.select_heads(graph, query=-1, key=KEY, count=3) == ranked[:3]
     half = ctqk.select_heads(graph, query=QUERY, key=KEY, share=0.5)
     total = sum(c.influence for c in found)
     assert half == ranked[: len(half)]
@@ -194,6 +195,8 @@ def test_heads_by_count_by_share_and_into_a_node(graph) -> None:
         (dict(query=14, count=0), "count is 0"),
         (dict(query=14, share=1.5), "share is 1.5"),
         (dict(query=99, count=1), "query position 99"),
+        (dict(query=14, count=2.0), "count is 2.0"),
+        (dict(query=14, share="a"), "share is 'a'"),
         (dict(node=-1, count=1), "node -1"),
         (dict(count=1), "name a query or key"),
     ],
@@ -218,6 +221,10 @@ def test_the_curve_is_steering_one_head_more_at_a_time(model, graph) -> None:
     assert curve.needed([0.99, 0.6, 0.2], 0.5) == 2
     with pytest.raises(ctqk.UserError, match="at least one head"):
         ctqk.head_curve(model, SALLY, edit, [], " Sally")
+    with pytest.raises(ctqk.UserError, match="no edit names the head L0H0"):
+        ctqk.head_curve(model, SALLY, edit, ["L0H0"], " Sally")
+    twice = ctqk.head_curve(model, SALLY, edit, [*heads, *heads], " Sally", controls=0)
+    assert twice.heads == heads
 
 
 def test_weights_are_left_as_they_were(model) -> None:

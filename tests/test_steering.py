@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from steered_reference import SteeredReference, steered
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.controls import matched
 from circuit_tracer_qk.plans import Changed
 from circuit_tracer_qk.steering import Session
 
@@ -423,6 +425,8 @@ REFUSALS = {
     "not a finite number": dict(factor=float("nan")),
     "'error' cannot be injected": dict(features="error", factor=None, inject=1.0),
     "checkpoint 'x' is not a whole number": dict(checkpoint="x"),
+    "factor 1000": dict(factor=10**400),
+    "no part of what layer 1 reads": dict(checkpoint=2, features="error"),
 }
 
 
@@ -447,6 +451,7 @@ def test_a_factor_of_what_is_not_there_is_refused(gemma: Case) -> None:
         (dict(freeze="all"), "freeze is 'all'"),
         (dict(norms="dead"), "norms is 'dead'"),
         (dict(controls=-1), "controls is -1"),
+        (dict(controls=2.0), "controls is 2.0"),
     ],
 )
 def test_options_are_checked(gemma: Case, options: dict, message: str) -> None:
@@ -467,8 +472,82 @@ def test_what_is_no_edit_or_no_token_is_refused(gemma: Case) -> None:
         run.probability(" a")
     with pytest.raises(ctqk.UserError, match="context is 64"):
         ctqk.generate(gemma.model, gemma.ids, ctqk.HeadEdit((1, 0), 0.0), 60)
+    with pytest.raises(ctqk.UserError, match="controls is -2"):
+        ctqk.generate(gemma.model, gemma.ids, ctqk.HeadEdit((1, 0), 0.0), 2, controls=-2)
     with pytest.raises(ctqk.UserError, match="at tokens that are still to be generated"):
         ctqk.generate(gemma.model, gemma.ids, ctqk.QKEdit((1, 0), "key", 1, "error", factor=0), 2)
+
+
+def test_any_heads_pattern_can_be_asked_for(gemma: Case) -> None:
+    """Of the run, its clean run and its controls; iterating gives the steered heads."""
+    p = _where(gemma, 1)
+    (c, f, _), *_ = _active(gemma, 1, p, 1)
+    edit = ctqk.QKEdit((1, 0), "key", c, f, p, factor=-2.0)
+    run = ctqk.steer(gemma.model, gemma.ids, edit, freeze="patterns", controls=1)
+    assert list(run.patterns) == list(run.clean.patterns) == [(1, 0)]
+    expected = _expected(gemma, {}, "none", "live")
+    for layer in range(gemma.n_layers):
+        for head in range(gemma.reference.n_heads):
+            clean = run.clean.patterns[layer, head]
+            assert torch.allclose(clean, expected.pattern[layer][head], atol=1e-12)
+            assert torch.equal(run.patterns[layer, head], clean) == ((layer, head) != (1, 0))
+            assert run.scores[layer, head].shape == clean.shape
+    (control,) = run.head_controls
+    assert control.clean.patterns[control.heads[-1]].shape == clean.shape
+    with pytest.raises(KeyError):
+        run.patterns[9, 0]
+
+
+def test_arrays_and_tensors_are_taken_for_lists(gemma: Case) -> None:
+    import numpy as np
+
+    plain = ctqk.QKEdit([(1, 0), (1, 2)], "key", 1, [3, 4], [5, 6], factor=0.0)
+    kinds: tuple[Any, ...] = (torch.tensor, np.array)
+    for kind in kinds:
+        pairs = kind([[1, 0], [1, 2]])
+        assert ctqk.QKEdit(pairs, "key", 1, kind([3, 4]), kind([5, 6]), factor=0.0) == plain
+        assert ctqk.HeadEdit(kind([1, 2]), 0.5, kind(3)) == ctqk.HeadEdit((1, 2), 0.5, 3)
+    assert ctqk.QKEdit(iter(["L1H0", "L1H2"]), "key", 1, range(3, 5), (5, 6), factor=0.0) == plain
+
+
+def test_what_all_names_again_is_edited_once(gemma: Case) -> None:
+    p = _where(gemma, 1)
+    f = _active(gemma, 1, p, 1)[0][1]
+    edit = ctqk.QKEdit((1, 0), "key", 1, [f, "error", "all"], p, factor=0.5)
+    run = ctqk.steer(gemma.model, gemma.ids, edit, controls=0)
+    for changed in run.changes[1, 0, "key"]:
+        assert changed.after == pytest.approx(0.5 * changed.before)
+
+
+def test_controls_of_a_generation_hold_as_the_edit_does(gemma: Case) -> None:
+    session = Session(gemma.model, gemma.ids)
+    p = _where(gemma, 1)
+    (c, f, _), *_ = _active(gemma, 1, p, 1)
+    edits = [ctqk.QKEdit((1, 0), "key", c, f, factor=-3.0), ctqk.HeadEdit((1, 1), 0.0)]
+    found = session.generate(edits, 3, controls=2)
+    assert len(found.controls) == 2 and len(found.head_controls) == 1 and found.notes
+    plan = session.resolve(edits)
+    controls = matched(plan, gemma.model.dictionaries, session.parts, 2, 0)
+    for control in controls.features:
+        ((place, held),) = control.held.items()
+        assert (place.layer, place.head, place.side) == (1, 0, "key")
+        assert held[0].features != (f,) and held[0].factor == -3.0
+        assert control.held_outputs == {(1, 1): 0.0}
+    (other,) = controls.heads
+    assert {(s.layer, s.head) for s in other.held} | set(other.held_outputs) == {(1, 2), (1, 3)}
+
+
+def test_controls_that_would_be_weaker_edits_are_not_run(gemma: Case) -> None:
+    p = _where(gemma, 1, at_least=4)
+    features = [f for c, f, _ in _active(gemma, 1, p, 99) if c == 1]
+    most = ctqk.QKEdit((1, 0), "key", 1, features[:-1], p, factor=0.0)
+    run = ctqk.steer(gemma.model, gemma.ids, most, controls=4)
+    assert not run.controls and any("too few for a control" in note for note in run.notes)
+    # a layer without other heads does not take the others' controls away
+    every = ctqk.QKEdit([(1, h) for h in range(4)], "key", 1, features[0], p, factor=0.0)
+    run = ctqk.steer(gemma.model, gemma.ids, [every, ctqk.HeadEdit((2, 0), 0.0)], controls=3)
+    assert {h for c in run.head_controls for h in c.outputs} == {(2, 1), (2, 2), (2, 3)}
+    assert any("every head of layer 1" in note for note in run.notes)
 
 
 def test_half_precision_is_steered_too(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from random import Random
 from statistics import mean
 from typing import NamedTuple
 
+import verdicts
 from common import (
     Case,
     Session,
@@ -145,21 +146,7 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
             "other_tokens": len(controls),
         },
     }
-    m = study.numbers
-    after = m["antonym_synonym_word"]["the cue hidden from block 0"]
-    keyed = m["antonym_synonym_word"]['key side, "its opposite is asked" features x -1']
-    study.shown = "yes" if document["effect"] > 0.3 > document["controls_effect"] else "no"
-    study.verdict = (
-        "Not by the paper's route. " if study.shown == "no" else "By the paper's route. "
-    ) + (
-        f'Query-side "opposite" features scaled by -1 take {document["effect"]:.3f} from the '
-        f"antonym (controls {document['controls_effect']:.3f}), key-side ones leave it at "
-        f"{keyed[0]:.3f}: the later blocks do not look anywhere else for an opposite. The choice "
-        "is made in block 0, by what its heads see: with the cue (opposite, antonym) hidden as a "
-        f"key there the antonym falls to {after[0]:.3f} and the synonym rises to {after[1]:.3f}; "
-        f"any other token hidden takes {m['cue_hidden']['other_tokens_hidden']:.3f} on average. "
-        "So the miniature says the synonym unless it sees the cue."
-    )
+    study.shown, study.verdict = verdicts.antonyms(document, study.numbers)
     rows = {}
     for name, values in said.items():
         for i, answer in enumerate(("antonym", "synonym", "the word")):

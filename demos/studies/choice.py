@@ -11,6 +11,7 @@ from random import Random
 from statistics import mean
 from typing import NamedTuple
 
+import verdicts
 from common import (
     Session,
     Study,
@@ -173,26 +174,7 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
         },
         "attention_of_the_largest_head": {name: mean(v) for name, v in attention.items()},
     }
-    m = study.numbers
-    flipped = [x for x in LETTERS if by_target[x] > 0.5]
-    moved = document["effect"] > 0.3 and document["effect"] > document["controls_effect"] + 0.2
-    study.shown = "yes" if moved and len(flipped) == 3 else "partly" if moved or flipped else "no"
-    s = m["scores"]
-    study.verdict = (
-        f'"Correct" features add {s[CORRECT]:+.1f} to the score of the right option in the largest '
-        f'head ({s[BIAS]:+.1f} of it with the query bias), "false" ones {s[FALSE]:+.1f} to that of '
-        "a wrong one. "
-        f"Scaling the former by -1 takes {document['effect']:.2f} from the right letter (other "
-        f"features {document['controls_effect']:.2f}); what is left of it is "
-        + ", ".join(f"{x} {p:.2f}" for x, p in by_right.items())
-        + ". With the verdict moved to another option's key, the model says that letter with "
-        + ", ".join(f"{x} {p:.2f}" for x, p in by_target.items())
-        + f": {' and '.join(flipped) or 'none'} can be steered to, although the attention of the "
-        f"largest head on the other option goes from {m['attention_of_the_largest_head']['on the other, before']:.2f} "
-        f"to {m['attention_of_the_largest_head']['on the other, injected']:.2f}. Without a right option in sight "
-        "the model says A. Values are not edited, so what the heads bring from the other option "
-        "may still say that it is wrong; that was not tested."
-    )
+    study.shown, study.verdict = verdicts.choice(document, study.numbers)
     study.figures = [
         effects_figure(study, "probability of the right letter, before - after", "One dot a run."),
         bars_figure(

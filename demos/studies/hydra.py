@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from statistics import mean
 
+import verdicts
 from common import (
     Case,
     Session,
@@ -83,20 +84,7 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
         "prompts_where_frozen_needs_fewer": mean(c.effect > 0 for c in study.cases),
         "prompts_where_frozen_needs_more": mean(c.effect < 0 for c in study.cases),
     }
-    fewer = m["patterns frozen"] < 0.5 * m["live"]
-    study.shown = "yes" if fewer else "partly" if document["effect"] > 0.5 else "no"
-    study.verdict = (
-        f"Half of the effect needs {m['live']:.1f} heads live and {m['patterns frozen']:.1f} with "
-        f"the other heads' patterns frozen ({m['live, random order']:.1f} live in random order); "
-        f"frozen needs fewer on {study.numbers['prompts_where_frozen_needs_fewer']:.0%} of the prompts "
-        f"and more on {study.numbers['prompts_where_frozen_needs_more']:.0%}. "
-    ) + (
-        "That is the hydra effect."
-        if study.shown != "no"
-        else "That is no hydra effect: nothing takes over in the miniature. Frozen heads "
-        "go on attending to the name, and live ones seem to follow the steered ones down (why was "
-        "not tested)."
-    )
+    study.shown, study.verdict = verdicts.hydra(document, study.numbers)
     x = list(range(most + 1))
     study.figures = [
         curves_figure(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import NamedTuple
 
+import verdicts
 from common import (
     Session,
     Study,
@@ -209,23 +210,7 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
         "writers": {name: sum(values) / n for name, values in top},
         "writers_look_at_the_token_before": mean(previous),
     }
-    m = study.numbers
-    study.shown = "yes" if document["effect"] > 0.7 and document["controls_effect"] < 0.2 else "no"
-    first = next(iter(m["writers"]))
-    parts, writer = m["score"], m["writers"][first]
-    study.verdict = (
-        f"Removing the two features takes the name from {m['probability_by_factor'][0]:.3f} to "
-        f"{m['probability_by_factor'][FACTORS.index(0.0)]:.3f}; removing two other features of "
-        f"that token leaves {m['controls_by_factor'][FACTORS.index(0.0)]:.3f}. Names as such stay "
-        f"likely ({m['any_name_after']:.2f} of the probability), so the copy ends and not the "
-        "rest. Of the largest head's score, title x name-after-title makes "
-        f"{parts['title x name-after-title']:+.1f}, everything else beside these features "
-        f"{parts['everything else']:+.1f}. The tags were written by {first} ({writer:.0%} of what "
-        "reached them from other tokens), whose attention on the token before is "
-        f"{m['writers_look_at_the_token_before']:.2f}. The same edits in three other heads of the "
-        f"layer take {document['head_controls_effect']:.2f}: the copy is spread over all its "
-        "heads, so the choice of heads matters less than that of features."
-    )
+    study.shown, study.verdict = verdicts.induction(document, study.numbers)
     study.figures = [
         effects_figure(study, "probability of the name, before - after", "One dot a run."),
         curves_figure(

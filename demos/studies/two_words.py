@@ -12,6 +12,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
+import verdicts
 from common import (
     Session,
     Study,
@@ -135,37 +136,12 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
     study.numbers = {
         "terms": {name: mean(values) for name, values in terms.items()},
         "size_of_terms": size,
+        "own": list(PAIRS[:2]),
         "energy_of_rank_1_to_4": [mean(s[i] for s in shares) for i in range(4)],
         "effective_rank": mean(ranks),
         "effect_alone_and_together": {name: mean(values) for name, values in alone.items()},
     }
-    m = study.numbers
-    own = min(m["terms"][PAIRS[0]], m["terms"][PAIRS[1]])
-    cross = max(size[PAIRS[2]], size[PAIRS[3]])
-    rank_two = 1 - m["energy_of_rank_1_to_4"][0] > 0.1
-    study.shown = "yes" if rank_two and own > cross else "partly" if rank_two else "no"
-    lost = m["effect_alone_and_together"]
-    study.verdict = (
-        f"Mean terms: {PAIRS[0]} {m['terms'][PAIRS[0]]:+.1f}, {PAIRS[1]} "
-        f"{m['terms'][PAIRS[1]]:+.1f}; crossed: {m['terms'][PAIRS[2]]:+.1f} and "
-        f"{m['terms'][PAIRS[3]]:+.1f} (mean sizes {size[PAIRS[2]]:.1f} and {size[PAIRS[3]]:.1f}). "
-        f"One singular value holds {m['energy_of_rank_1_to_4'][0]:.0%} of the squared terms of "
-        f"feature pairs, two {m['energy_of_rank_1_to_4'][1]:.0%}, four "
-        f"{m['energy_of_rank_1_to_4'][3]:.0%} (effective rank {m['effective_rank']:.1f}). Without "
-        f"after-first features the second word loses {lost['after-first x 0']:.2f} of its "
-        f"probability, without after-title features {lost['after-title x 0']:.2f}, without both "
-        f"{lost['after-both x 0']:.2f} (scaled by -1: {lost['after-first x -1']:.2f}, "
-        f"{lost['after-title x -1']:.2f}, {lost['after-both x -1']:.2f}); without as many others "
-        f"of the same token {document['controls_effect']:.2f}. "
-    ) + (
-        "So these two groups matter beyond other features of the token."
-        if document["effect"] > document["controls_effect"]
-        else "So the table has the paper's structure, but the copy does not hang on these two "
-        "groups more than on other features of the token: the intervention does not bear the "
-        "story out."
-    )
-    if document["effect"] <= document["controls_effect"] and study.shown == "yes":
-        study.shown = "partly"
+    study.shown, study.verdict = verdicts.two_words(document, study.numbers)
     study.figures = [
         effects_figure(study, "probability of the second word, before - after", "One dot a run."),
         bars_figure(
