@@ -127,7 +127,7 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
         )
     }
     writers: dict[str, list[float]] = {}
-    kept_names, n_heads, previous, by_token = [], [], [], []
+    kept_names, previous, everywhere = [], [], []
     for prompt in prompts(n):
         graph = ctqk.attribute(prompt.text, model)
         session, last = Session(model, prompt.text), graph.n_pos - 1
@@ -160,7 +160,6 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
         curves.append(curve)
         control_curves.append(control_curve)
         kept_names.append(sum(found.probability(name) for name in names))
-        n_heads.append(len(heads))
         # why the largest head looked there
         place = (*heads[0], last, prompt.key)
         table, tag = graph.qk(*place), tagged[heads[0][0]]
@@ -197,8 +196,8 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
             best = max(carried, key=lambda name: carried[name])
             layer, head = parse_head(best)
             previous.append(float(graph.run.pattern[layer, head, prompt.key, prompt.key - 1]))
-            blocks = graph.qk(layer, head, prompt.key, prompt.key - 1).blocks
-            by_token.append(blocks.get(("embedding", "embedding"), 0.0))
+            one_back = graph.run.pattern[layer, head].diagonal(-1)[1:]  # without the BOS
+            everywhere.append(float(one_back.mean()))
     document = study.document()
     top = sorted(writers.items(), key=lambda item: -sum(item[1]))[:4]
     study.numbers = {
@@ -209,6 +208,7 @@ def run(model: ctqk.ResidualModel, n: int = 24) -> Study:
         "score": {name: mean(values) for name, values in score.items()},
         "writers": {name: sum(values) / n for name, values in top},
         "writers_look_at_the_token_before": mean(previous),
+        "and_so_at_every_position": mean(everywhere),
     }
     study.shown, study.verdict = verdicts.induction(document, study.numbers)
     study.figures = [

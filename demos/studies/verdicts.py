@@ -41,6 +41,12 @@ def induction(d: dict[str, Any], m: dict[str, Any]) -> Verdict:
         f"whose attention on the token before is {back:.2f}"
         + (": a previous-token head." if back > 0.7 else ", so it is no previous-token head."),
     ]
+    if back > 0.7:
+        always = m["and_so_at_every_position"]
+        says.append(
+            f"It pays {always:.2f} to the token before at every position, so it "
+            + ("does not look for titles." if always > 0.7 else "looks back at titles above all.")
+        )
     if others is not None:
         says.append(
             f"The same edits in three other heads of the layer take {others:.2f}: "
