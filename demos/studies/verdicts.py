@@ -43,10 +43,14 @@ def induction(d: dict[str, Any], m: dict[str, Any]) -> Verdict:
     ]
     if back > 0.7:
         always = m["and_so_at_every_position"]
-        says.append(
-            f"It pays {always:.2f} to the token before at every position, so it "
-            + ("does not look for titles." if always > 0.7 else "looks back at titles above all.")
+        generic = (
+            ": it looks back at anything."
+            if always > 0.9
+            else ": titles before names are what it looks for."
+            if always < 0.4
+            else ": at names after titles more than elsewhere, but not there alone."
         )
+        says.append(f"Over all positions it pays {always:.2f} to the token before{generic}")
     if others is not None:
         says.append(
             f"The same edits in three other heads of the layer take {others:.2f}: "
