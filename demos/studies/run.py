@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def run_all(n: int, workers: int) -> list[Study]:
     tasks = [(name, n) for name in STUDIES]
     if workers == 1:
         return [_one(task) for task in tqdm(tasks, "studies")]
-    with get_context("spawn").Pool(workers) as pool:
-        return list(tqdm(pool.imap(_one, tasks), "studies", len(tasks)))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return list(tqdm(pool.map(_one, tasks), "studies", len(tasks)))
 
 
 def report(studies: list[Study], seconds: float) -> str:
