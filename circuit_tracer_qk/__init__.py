@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution import attribute, explain
     from circuit_tracer_qk.components import Component
-    from circuit_tracer_qk.dictionaries import load_dictionaries
     from circuit_tracer_qk.edits import HeadEdit, QKEdit, swap
     from circuit_tracer_qk.errors import UserError
     from circuit_tracer_qk.export import create_graph_files
+    from circuit_tracer_qk.formats import load_dictionaries
     from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
     from circuit_tracer_qk.head_choice import carriers, select_heads
     from circuit_tracer_qk.heads_needed import head_curve
@@ -34,7 +34,7 @@ _HOMES = {
     "explain_graph": "transcoder_graph",
     "TranscoderGraph": "transcoder_graph",
     "Component": "components",
-    "load_dictionaries": "dictionaries",
+    "load_dictionaries": "formats",
     "enable": "plugin",
     "disable": "plugin",
     "carriers": "head_choice",

@@ -59,6 +59,8 @@ class Dictionary:
             earlier one than ``checkpoint``.
         threshold: JumpReLU's thresholds, (d_dict,).
         k: TopK's number of features per position.
+        gain, b_mag: a gated SAE's magnitudes, (d_dict,) each: ``relu(gain * W_enc x + b_mag)`` where
+            the pre-activation (with ``b_enc``, its gate's bias) is positive.
     """
 
     checkpoint: int
@@ -68,12 +70,15 @@ class Dictionary:
     decoders: dict[int, Tensor]
     threshold: Tensor | None = None
     k: int | None = None
+    gain: Tensor | None = None
+    b_mag: Tensor | None = None
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations of the features, computed in ``x``'s dtype.
 
         JumpReLU with ``threshold``, the k largest pre-activations of each position followed by
-        ReLU with ``k``, plain ReLU without either. ``b_dec`` is not subtracted from ``x``.
+        ReLU with ``k``, gated magnitudes with ``gain``, plain ReLU without any. ``b_dec`` is not
+        subtracted from ``x``.
 
         Args:
             x: the residual stream at ``checkpoint``, (n_pos, d_model).
@@ -87,6 +92,9 @@ class Dictionary:
         if self.k is not None:
             values, indices = pre.topk(self.k, dim=-1)
             return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+        if self.gain is not None and self.b_mag is not None:
+            magnitude = (pre - self.b_enc.to(x.dtype)) * self.gain.to(x.dtype)
+            return (magnitude + self.b_mag.to(x.dtype)).relu() * (pre > 0)
         return pre.relu()
 
 
@@ -203,14 +211,19 @@ class DictionarySet:
         """The same set with every tensor on ``device`` and, where given, in ``dtype``."""
 
         def moved(dictionary: Dictionary) -> Dictionary:
-            threshold = dictionary.threshold
+
+            def optional(tensor: Tensor | None) -> Tensor | None:
+                return None if tensor is None else tensor.to(device, dtype)
+
             return replace(
                 dictionary,
                 W_enc=dictionary.W_enc.to(device, dtype),
                 b_enc=dictionary.b_enc.to(device, dtype),
                 b_dec=dictionary.b_dec.to(device, dtype),
                 decoders={c: W.to(device, dtype) for c, W in dictionary.decoders.items()},
-                threshold=None if threshold is None else threshold.to(device, dtype),
+                threshold=optional(dictionary.threshold),
+                gain=optional(dictionary.gain),
+                b_mag=optional(dictionary.b_mag),
             )
 
         return replace(self, by_checkpoint={c: moved(d) for c, d in self.by_checkpoint.items()})
@@ -395,7 +408,7 @@ def _read_config(folder: Path) -> _Config:
             "-t/--transcoder_set instead"
         )
     if kind in _ACAUSAL_KINDS:
-        raise UserError(f"{path}: model_kind {kind}: {_ACAUSAL_REASON}")
+        raise UserError(f"{path}: model_kind {kind}: {ACAUSAL_REASON}")
     if kind not in (SAE, WCC):
         raise UserError(f"{path}: unknown model_kind {kind!r}; known are {SAE} and {WCC}")
 
@@ -424,7 +437,7 @@ def _read_config(folder: Path) -> _Config:
     )
 
 
-_ACAUSAL_REASON = (
+ACAUSAL_REASON = (
     "acausal crosscoders decode to sites before the one they read, so that a feature would cause "
     f"what precedes it; use a {WCC}, whose decoders start at the encoder's site"
 )
@@ -535,7 +548,7 @@ def _read_tensors(
         if shape != expected[name]:
             wrong = f"{titles[name]} should be {_show(expected[name])} and is {_show(shape)}"
             if name == "W_dec" and shape == (d_dict, len(config.entries), *expected["b_dec"]):
-                raise UserError(f"{wrong}, decoders at every site: {_ACAUSAL_REASON}")
+                raise UserError(f"{wrong}, decoders at every site: {ACAUSAL_REASON}")
             hint = "; it is stored transposed" if shape == expected[name][::-1] else ""
             raise UserError(wrong + hint)
         if not tensor.is_floating_point():

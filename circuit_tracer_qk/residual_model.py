@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk import host
-from circuit_tracer_qk.dictionaries import BUILT_IN, DictionarySet, load_dictionaries
+from circuit_tracer_qk.dictionaries import BUILT_IN, DictionarySet
 from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.formats import load_dictionaries
 from circuit_tracer_qk.frozen import contraction_dtype
 from circuit_tracer_qk.heads import check_exact, refuse_unsupported
 from circuit_tracer_qk.models import load_transformer
