@@ -1,4 +1,5 @@
-"""The command line: ``circuit-tracer-qk demo | attribute | augment | qk | steer | start-server``.
+"""The command line: ``circuit-tracer-qk demo | attribute | augment | qk | steer | convert |
+start-server``.
 
 Arguments, order of work and exit status; the text is :mod:`circuit_tracer_qk.report`'s. Whatever
 can be refused without the model is refused before it is loaded, and parsing imports no torch.
@@ -95,6 +96,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     _add_augment(commands)
     _add_qk(commands)
     _add_steer(commands)
+    _add_convert(commands)
     _add_start_server(commands, _host_flags(command, "start-server"))
     return parser
 
@@ -231,6 +233,19 @@ def _add_steer(commands: Any) -> None:
     steer_command.add_arguments(parser)
     _add_verbose(parser)
     parser.set_defaults(run=_steer)
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="write dictionaries in the native format",
+        description="Read residual dictionaries (SAELens 6, Gemma Scope 2 or native) and write "
+        "them in the native format.",
+    )
+    parser.add_argument("source", help="the dictionaries: a folder, a hub id or a built-in name")
+    parser.add_argument("destination", help="the folder to write, which must not exist")
+    _add_verbose(parser)
+    parser.set_defaults(run=_convert)
 
 
 def _add_start_server(commands: Any, host: list[argparse.ArgumentParser]) -> None:
@@ -470,6 +485,19 @@ def _steer(args: argparse.Namespace) -> None:
     with _hushed():
         lines = steer_command.steer(args, prompt, model)
     _show(lines)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if Path(args.destination).exists():
+        raise UserError(f"{args.destination} exists already: name a new folder.")
+
+    from circuit_tracer_qk.native_files import write_dictionaries
+
+    with _hushed():
+        found = circuit_tracer_qk.load_dictionaries(args.source)
+        written = write_dictionaries(found, args.destination)
+    layers = ", ".join(map(str, found.checkpoints))
+    _show([f"{found.kind} {found.scan} at checkpoints {layers} written to {written}"])
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk import cli
 
 D, N, K = 24, 40, 7
 KINDS = ("standard", "jumprelu", "topk", "topk-rescaled", "gated")
@@ -269,6 +270,47 @@ def test_folders_that_hold_several_sets_are_refused(tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(ctqk.UserError, match="no config.yaml"):
         ctqk.load_dictionaries(empty)
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:-1], "crosscoder"])
+def test_converted_sets_are_the_same_sets(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "set", tmp_path / "native"
+    if kind == "crosscoder":
+        write_crosscoder(source, [0, 2, 3])
+    else:
+        for layer in (0, 2):
+            write_sae_lens(source, layer, kind)
+    assert cli.main(["convert", str(source), str(target)]) == 0
+    assert "written to" in capsys.readouterr().out
+    before, after = ctqk.load_dictionaries(source), ctqk.load_dictionaries(target)
+    assert (after.kind, after.hook, after.scan) == (before.kind, before.hook, before.scan)
+    assert after.model_name == before.model_name and after.checkpoints == before.checkpoints
+    x = torch.randn(20, D)
+    for c, d in before.by_checkpoint.items():
+        other = after.by_checkpoint[c]
+        assert torch.equal(d.encode(x), other.encode(x)) and torch.equal(d.b_dec, other.b_dec)
+        assert d.decoders.keys() == other.decoders.keys()
+        assert all(torch.equal(d.decoders[k], other.decoders[k]) for k in d.decoders)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["native", "set"], "nothing half written"
+
+
+def test_what_cannot_be_converted_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sae_lens(tmp_path / "gated", 0, "gated")
+    for layer, k in ((0, 3), (1, 4)):
+        write_sae_lens(tmp_path / "ks", layer, "topk", k=k)
+    for source, target, message in (
+        ("gated", "new", "no place for gates"),
+        ("ks", "new", "one k"),
+        ("gated", "ks", "exists already"),
+        ("nowhere", "new", "does not exist"),
+    ):
+        assert cli.main(["convert", str(tmp_path / source), str(tmp_path / target)]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gated", "ks"]
 
 
 @pytest.mark.parametrize("of", ["sae", "wcc"])

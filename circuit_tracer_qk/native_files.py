@@ -1,0 +1,108 @@
+"""Writing dictionaries in the native format, whatever layout they came in."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from circuit_tracer_qk.dictionaries import RESID_POST, WCC, Dictionary, DictionarySet
+from circuit_tracer_qk.errors import UserError
+
+
+def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
+    """Write a set in the native format (:func:`circuit_tracer_qk.dictionaries.load_dictionaries`).
+
+    The folder appears whole or not at all. Loading it gives the same activations and decoder
+    vectors, bit for bit in the dtype that the set has.
+
+    Args:
+        dictionaries: of :func:`circuit_tracer_qk.load_dictionaries`.
+        folder: where to; must not exist.
+
+    Raises:
+        UserError: the folder exists or cannot be written, or the format has no place for the set.
+    """
+    target = Path(folder).expanduser()
+    if target.exists():
+        raise UserError(f"{target} exists already: name a new folder.")
+    config = _config(dictionaries)
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    try:
+        part.mkdir(parents=True)
+        shift = 1 if dictionaries.hook == RESID_POST else 0
+        bar = tqdm(
+            sorted(dictionaries.by_checkpoint.items()),
+            "Writing dictionaries",
+            leave=False,
+            delay=2,
+            disable=None,
+        )
+        for checkpoint, dictionary in bar:
+            _write(part, dictionaries.kind, checkpoint - shift, dictionary)
+        (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+        part.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}): free the disk or choose "
+            "another folder."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # only there if something failed
+    return target
+
+
+def _config(dictionaries: DictionarySet) -> dict[str, Any]:
+    every = dictionaries.by_checkpoint.values()
+    if any(d.gain is not None for d in every):
+        raise UserError(
+            f"{dictionaries.scan} is gated, and the native format has no place for gates: use the "
+            "folder as it is."
+        )
+    ks = {d.k for d in every}
+    if len(ks) > 1:
+        raise UserError(
+            f"{dictionaries.scan} keeps different numbers of features at different layers "
+            f"({', '.join(map(str, sorted(ks, key=str)))}), and the native format has one k: use "
+            "the folder as it is."
+        )
+    [k] = ks
+    shift = 1 if dictionaries.hook == RESID_POST else 0
+    config: dict[str, Any] = {
+        "model_name": dictionaries.model_name,
+        "model_kind": dictionaries.kind,
+        "feature_input_hook": dictionaries.hook,
+        "feature_output_hook": dictionaries.hook,
+        "layers": [checkpoint - shift for checkpoint in sorted(dictionaries.by_checkpoint)],
+        "scan": dictionaries.scan,
+    }
+    if config["model_name"] is None:
+        del config["model_name"]
+    return config if k is None else config | {"activation": "topk", "k": k}
+
+
+def _write(folder: Path, kind: str, layer: int, d: Dictionary) -> None:
+    """One layer's files."""
+    if kind == WCC:
+        encoder = {f"W_enc_{layer}": d.W_enc, f"b_enc_{layer}": d.b_enc, f"b_dec_{layer}": d.b_dec}
+        if d.threshold is not None:
+            encoder[f"threshold_{layer}"] = d.threshold
+        save_file(_whole(encoder), folder / f"W_enc_{layer}.safetensors")
+        sites = torch.stack([d.decoders[c] for c in sorted(d.decoders)], 1)
+        save_file(_whole({f"W_dec_{layer}": sites}), folder / f"W_dec_{layer}.safetensors")
+        return
+    [decoder] = d.decoders.values()
+    tensors = {"W_enc": d.W_enc, "W_dec": decoder, "b_enc": d.b_enc, "b_dec": d.b_dec}
+    if d.threshold is not None:
+        tensors["activation_function.threshold"] = d.threshold
+    save_file(_whole(tensors), folder / f"layer_{layer}.safetensors")
+
+
+def _whole(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
