@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.qk import QKRow, QKTable
     from circuit_tracer_qk.residual_model import ResidualModel, load_model
     from circuit_tracer_qk.server import serve
-    from circuit_tracer_qk.steering import SteeredRun, generate, steer, sweep
+    from circuit_tracer_qk.steered_runs import SteeredRun
+    from circuit_tracer_qk.steering import generate, steer, sweep
     from circuit_tracer_qk.transcoder_graph import TranscoderGraph, explain_graph
 
 __version__ = "0.1.0"
@@ -54,7 +55,7 @@ _HOMES = {
     "load_model": "residual_model",
     "load_graph": "graph",
     "serve": "server",
-    "SteeredRun": "steering",
+    "SteeredRun": "steered_runs",
     "generate": "steering",
     "steer": "steering",
     "sweep": "steering",

@@ -19,7 +19,8 @@ from circuit_tracer_qk.written import encode
 if TYPE_CHECKING:
     from circuit_tracer_qk.edits import Edit
     from circuit_tracer_qk.residual_model import ResidualModel
-    from circuit_tracer_qk.steering import Session, SteeredRun
+    from circuit_tracer_qk.steered_runs import SteeredRun
+    from circuit_tracer_qk.steering import Session
 
 LEADING = 3
 """Of the clean and of the steered predictions, how many tokens are compared."""

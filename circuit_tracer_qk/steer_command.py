@@ -14,7 +14,7 @@ from circuit_tracer_qk.files import write_together
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.edit_text import HeadChoice
-    from circuit_tracer_qk.steering import Generation, SteeredRun, Swept
+    from circuit_tracer_qk.steered_runs import Generation, SteeredRun, Swept
 
 DESCRIPTION = (
     "Scale, remove or inject features inside the QK circuit of chosen heads (or scale the heads' "
@@ -123,7 +123,8 @@ def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
     """
     from circuit_tracer_qk import host
     from circuit_tracer_qk.edit_text import parse_edit, read_edits
-    from circuit_tracer_qk.steering import Session, Swept, at_factor
+    from circuit_tracer_qk.steered_runs import Swept
+    from circuit_tracer_qk.steering import Session, at_factor
 
     session = Session(model, prompt)
     choose = _chooser(prompt, model)

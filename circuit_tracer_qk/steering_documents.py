@@ -7,7 +7,7 @@ from typing import Any
 
 from circuit_tracer_qk.edits import Edit, Head, HeadEdit
 from circuit_tracer_qk.plans import Changed
-from circuit_tracer_qk.steering import Spread, SteeredRun
+from circuit_tracer_qk.steered_runs import Spread, SteeredRun
 
 
 def head_name(head: Head) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from circuit_tracer_qk.edits import QKEdit
 from circuit_tracer_qk.plans import Changed
 from circuit_tracer_qk.report import WIDTH, cut, cut_line, token_name, wrap
-from circuit_tracer_qk.steering import Effect, Generation, Spread, SteeredRun, Swept
+from circuit_tracer_qk.steered_runs import Effect, Generation, Spread, SteeredRun, Swept
 from circuit_tracer_qk.steering_documents import head_name
 
 MOST_CHANGES = 12

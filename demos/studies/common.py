@@ -21,7 +21,8 @@ import corpus  # noqa: E402
 
 import circuit_tracer_qk as ctqk  # noqa: E402
 from circuit_tracer_qk.plans import active_at  # noqa: E402
-from circuit_tracer_qk.steering import Session, SteeredRun  # noqa: E402
+from circuit_tracer_qk.steered_runs import SteeredRun  # noqa: E402
+from circuit_tracer_qk.steering import Session  # noqa: E402
 
 plt.rcParams.update(
     {
