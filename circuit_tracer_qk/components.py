@@ -117,7 +117,8 @@ class Decomposition:
     Attributes:
         run: the frozen run.
         features: its active features.
-        biases: checkpoint -> (d_model,) decoder bias; only checkpoints that have a dictionary.
+        biases: checkpoint -> (n_pos, d_model), what its dictionary reconstructs without features:
+            the decoder bias; only checkpoints that have a dictionary.
         errors: checkpoint -> (n_pos, d_model) reconstruction error, the same checkpoints.
     """
 
@@ -202,8 +203,8 @@ def decompose(run: FrozenRun, dictionaries: DictionarySet, zero_positions: slice
     biases: dict[int, Tensor] = {}
     explained: dict[int, Tensor] = {}
     for c, dictionary in dictionaries.by_checkpoint.items():
-        biases[c] = dictionary.b_dec.to(device, dtype)
-        explained[c] = biases[c].expand(run.n_pos, -1).clone()
+        biases[c] = dictionary.bias(run.residual[c])
+        explained[c] = biases[c].clone()
     for c, dictionary in dictionaries.by_checkpoint.items():
         acts = dictionary.encode(run.residual[c])
         acts[zero_positions] = 0
@@ -212,10 +213,9 @@ def decompose(run: FrozenRun, dictionaries: DictionarySet, zero_positions: slice
         parts.append(
             (torch.full_like(position, c), position, feature, acts[position, feature], row)
         )
-        for k, decoder in dictionary.decoders.items():
-            rows = decoder[distinct.to(decoder.device)].to(device)
-            decoders[c, k] = rows
-            explained[k] += acts[:, distinct] @ rows.to(dtype)
+        for k in dictionary.decoders:
+            decoders[c, k] = dictionary.vectors(k, distinct).to(device, dtype)
+            explained[k] += acts[:, distinct] @ decoders[c, k]
     checkpoint, position, feature, activation, row = (
         torch.cat(column) for column in zip(*parts, strict=True)
     )

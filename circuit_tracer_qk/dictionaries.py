@@ -5,30 +5,24 @@ checkpoints. A residual SAE decodes at the checkpoint it reads; a feature of a w
 crosscoder (WCC) at that one and every later one of its set. Checkpoint c is the residual stream
 entering block c, so hook_resid_pre of block l is checkpoint l and hook_resid_post is l + 1.
 
-The folder format is described with :func:`load_dictionaries`.
+Weights may lie in memory-mapped files: an encoder is read through in pieces, of a decoder only the
+rows of active features are.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import yaml
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_tracer_qk.errors import UserError
 
@@ -37,30 +31,95 @@ WCC = "weakly_causal_crosscoder"
 RESID_PRE = "hook_resid_pre"
 RESID_POST = "hook_resid_post"
 
-_MINIATURE = Path(__file__).parent / "miniature"
-BUILT_IN = {"miniature-sae": _MINIATURE / "sae", "miniature-wcc": _MINIATURE / "wcc"}
+ACAUSAL_REASON = (
+    "acausal crosscoders decode to sites before the one they read, so that a feature would cause "
+    f"what precedes it; use a {WCC}, whose decoders start at the encoder's site"
+)
 
-_TRANSCODER_KINDS = ("transcoder_set", "cross_layer_transcoder")
-_ACAUSAL_KINDS = ("crosscoder", "acausal_crosscoder")
-_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
-_WEIGHTS = ["layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors"]
+_PIECE = 2**24  # encoder weights converted at a time: 64 MB of float32
+
+
+class Scaled(NamedTuple):
+    """A residual stream as a dictionary was trained to see it.
+
+    Attributes:
+        x: (n_pos, d_model), what is encoded.
+        scale: (n_pos, 1), what the reconstruction is multiplied with; None for 1.
+        shift: (n_pos, 1), what is added to it afterwards; None for 0.
+    """
+
+    x: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+@dataclass(frozen=True)
+class Units:
+    """How a dictionary's input was normalised in training, and its output taken back.
+
+    Attributes:
+        normalised: None, or SAELens' names: "constant_norm_rescale" (every vector has norm
+            sqrt(d_model)) or "layer_norm" (mean 0, standard deviation 1).
+        factor: what the input is multiplied with besides.
+        centred: whether it was trained on a model whose writing weights are centred. The stream of
+            such a model is this one without its mean over d_model, position by position.
+    """
+
+    normalised: str | None = None
+    factor: float = 1.0
+    centred: bool = False
+
+    @property
+    def constant(self) -> bool:
+        """Whether every position is treated alike, so that weights can take it in."""
+        return self.normalised is None and not self.centred
+
+    def of(self, x: Tensor) -> Scaled:
+        """The stream in these units; ``scale`` and ``shift`` lead back to the model's own.
+
+        ``factor`` is not in ``scale``: decoder vectors are divided by it once and for all.
+        """
+        scale = shift = None
+        if self.centred or self.normalised == "layer_norm":
+            shift = x.mean(-1, keepdim=True)
+            x = x - shift
+        if self.normalised == "layer_norm":
+            scale = x.std(-1, keepdim=True)
+            x = x / (scale + 1e-5)
+        elif self.normalised == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+            x = x / scale
+        return Scaled(x * self.factor if self.factor != 1 else x, scale, shift)
 
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """The features that read one checkpoint.
 
+    At every position the stream is, in the model's own units and exactly,
+
+        x = sum_i encode(x)_i vectors(c, i) + bias(x) + error
+
+    whatever normalisation the dictionary was trained with.
+
     Attributes:
         checkpoint: the checkpoint the features read.
-        W_enc: encoder, (d_dict, d_model).
+        W_enc: encoder, (d_dict, d_model), as stored.
         b_enc: encoder bias, (d_dict,).
         b_dec: decoder bias of this checkpoint, (d_model,).
-        decoders: decoder vectors, (d_dict, d_model), by the checkpoint they write to; never an
-            earlier one than ``checkpoint``.
+        decoders: decoder vectors as stored, (d_dict, d_model), by the checkpoint they write to;
+            never an earlier one than ``checkpoint``. :meth:`vectors` are what features write.
         threshold: JumpReLU's thresholds, (d_dict,).
         k: TopK's number of features per position.
         gain, b_mag: a gated SAE's magnitudes, (d_dict,) each: ``relu(gain * W_enc x + b_mag)`` where
             the pre-activation (with ``b_enc``, its gate's bias) is positive.
+        subtract: (d_model,), what the encoder takes from its input.
+        encoder_scale: (d_dict,), what pre-activations are multiplied with.
+        decoder_scale: (d_dict,), what decoder vectors are multiplied with.
+        units: what the dictionary was trained to see.
+        own: the encoder of another library, (n_pos, d_model) -> (n_pos, d_dict), in place of the
+            fields above.
+        title: the name for messages.
     """
 
     checkpoint: int
@@ -72,30 +131,152 @@ class Dictionary:
     k: int | None = None
     gain: Tensor | None = None
     b_mag: Tensor | None = None
+    subtract: Tensor | None = None
+    encoder_scale: Tensor | None = None
+    decoder_scale: Tensor | None = None
+    units: Units = Units()
+    own: Callable[[Tensor], Tensor] | None = None
+    title: str = ""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Activations of the features, computed in ``x``'s dtype.
+        """Activations of the features in the model's units, computed in ``x``'s dtype.
 
         JumpReLU with ``threshold``, the k largest pre-activations of each position followed by
-        ReLU with ``k``, gated magnitudes with ``gain``, plain ReLU without any. ``b_dec`` is not
-        subtracted from ``x``.
+        ReLU with ``k``, gated magnitudes with ``gain``, plain ReLU without any.
 
         Args:
             x: the residual stream at ``checkpoint``, (n_pos, d_model).
 
         Returns:
             (n_pos, d_dict)
+
+        Raises:
+            UserError: the encoder holds NaN or infinite values.
         """
-        pre = F.linear(x, self.W_enc.to(x.dtype), self.b_enc.to(x.dtype))
+        z, scale, _ = self.units.of(x)
+        acts = self._activations(z) if self.own is None else self.own(z).to(x.dtype)
+        return acts if scale is None else acts * scale
+
+    def _activations(self, z: Tensor) -> Tensor:
+        """(n_pos, d_dict) from the stream in the dictionary's units."""
+        if self.subtract is not None:
+            z = z - _like(self.subtract, z)
+        pre = self._linear(z)
+        if not bool(pre.isfinite().all()):
+            raise UserError(
+                f"the encoder of {self.title or f'checkpoint {self.checkpoint}'} gives NaN or "
+                "infinite values: it was damaged or overflowed."
+            )
+        gate = pre + _like(self.b_enc, z)
+        if self.encoder_scale is not None:
+            gate = gate * _like(self.encoder_scale, z)
         if self.threshold is not None:
-            return pre * (pre > self.threshold.to(x.dtype))
+            return gate * (gate > _like(self.threshold, z))
         if self.k is not None:
-            values, indices = pre.topk(self.k, dim=-1)
-            return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+            values, indices = gate.topk(self.k, dim=-1)
+            return torch.zeros_like(gate).scatter(-1, indices, values.relu())
         if self.gain is not None and self.b_mag is not None:
-            magnitude = (pre - self.b_enc.to(x.dtype)) * self.gain.to(x.dtype)
-            return (magnitude + self.b_mag.to(x.dtype)).relu() * (pre > 0)
-        return pre.relu()
+            return (pre * _like(self.gain, z) + _like(self.b_mag, z)).relu() * (gate > 0)
+        return gate.relu()
+
+    def _linear(self, z: Tensor) -> Tensor:
+        """(n_pos, d_dict) without bias; weights of another dtype or device come in pieces."""
+        W = self.W_enc
+        if W.dtype == z.dtype and W.device == z.device:
+            return F.linear(z, W)
+        pre = z.new_empty(len(z), len(W))
+        rows = max(1, _PIECE // W.shape[1])
+        for start in range(0, len(W), rows):
+            piece = slice(start, start + rows)
+            pre[:, piece] = F.linear(z, _like(W[piece], z))
+        return pre
+
+    def vectors(self, checkpoint: int, features: Tensor) -> Tensor:
+        """(n, d_model): what one unit of activation of each feature writes at a checkpoint.
+
+        Args:
+            checkpoint: one of ``decoders``.
+            features: (n,) indices; only these rows are read.
+
+        Raises:
+            UserError: they hold NaN or infinite values.
+        """
+        decoder = self.decoders[checkpoint]
+        at = features.to(decoder.device)
+        rows = decoder[at]
+        if not bool(rows.isfinite().all()):
+            raise UserError(
+                f"decoder vectors of {self.title or f'checkpoint {self.checkpoint}'} hold NaN or "
+                "infinite values: the file was damaged or overflowed."
+            )
+        if self.decoder_scale is None:
+            return rows
+        scale = self.decoder_scale[at]
+        dtype = torch.promote_types(rows.dtype, scale.dtype)
+        return rows.to(dtype) * scale.to(dtype)[:, None]
+
+    def bias(self, x: Tensor) -> Tensor:
+        """(n_pos, d_model): what the dictionary reconstructs without any feature."""
+        _, scale, shift = self.units.of(x)
+        b_dec = _like(self.b_dec, x).expand_as(x)
+        b_dec = b_dec if scale is None else b_dec * scale
+        return b_dec if shift is None else b_dec + shift
+
+    @property
+    def not_plain(self) -> str | None:
+        """Why the features cannot be said in plain weights; None where they can."""
+        if self.own is not None:
+            return "is encoded by another library's code"
+        if self.gain is not None:
+            return "is gated"
+        if self.units.constant:
+            return None
+        how = self.units.normalised or "centring"
+        return f"normalises every position by itself ({how})"
+
+    def folded(self) -> Dictionary:
+        """The same features in plain weights of the model's units: encoder, biases, decoders.
+
+        Raises:
+            UserError: they cannot be said in plain weights (:attr:`not_plain`).
+        """
+        if self.not_plain is not None:
+            raise UserError(f"{self.title} {self.not_plain}: plain weights cannot say that.")
+        W_enc, b_enc = self.W_enc.to(self.b_enc.dtype), self.b_enc
+        if self.subtract is not None:
+            b_enc = b_enc - W_enc @ self.subtract.to(W_enc)
+        if self.units.factor != 1:
+            W_enc = W_enc * self.units.factor
+        if self.encoder_scale is not None:
+            W_enc, b_enc = W_enc * self.encoder_scale[:, None], b_enc * self.encoder_scale
+        every = torch.arange(len(b_enc))
+        return replace(
+            self,
+            W_enc=W_enc,
+            b_enc=b_enc,
+            decoders={c: self.vectors(c, every) for c in self.decoders},
+            subtract=None,
+            encoder_scale=None,
+            decoder_scale=None,
+            units=Units(),
+        )
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Dictionary:
+        """The same dictionary with every tensor on ``device`` and, where given, in ``dtype``."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: moved(tensor) for key, tensor in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            return (value if dtype is None else value.to(dtype)).to(device)
+
+        return replace(self, **{name: moved(value) for name, value in vars(self).items()})
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """In ``x``'s dtype, then on its device: not every device has every dtype."""
+    return tensor.to(x.dtype).to(x.device)
 
 
 def feature_index(checkpoint: int, feature: int) -> int | None:
@@ -166,6 +347,8 @@ class DictionarySet:
         folder: where the features and labels lie.
         entries: the number in each checkpoint's file names and in ``labels.json``; checkpoint - 1
             for the checkpoints left out.
+        neuronpedia: the id on Neuronpedia of each checkpoint's dictionary, such as
+            "gemma-2-2b/12-gemmascope-res-16k", where the set has them.
     """
 
     kind: str
@@ -175,6 +358,7 @@ class DictionarySet:
     by_checkpoint: dict[int, Dictionary]
     folder: Path | None = None
     entries: dict[int, int] = field(default_factory=dict)
+    neuronpedia: dict[int, str] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
@@ -197,7 +381,7 @@ class DictionarySet:
             if width != d_model:
                 raise UserError(
                     f"the dictionary at checkpoint {checkpoint} does not fit the model: W_enc "
-                    f"should be {_show((d_dict, d_model))} and is {_show((d_dict, width))}; use "
+                    f"should be {[d_dict, d_model]} and is {[d_dict, width]}; use "
                     "dictionaries trained on this model"
                 )
             if checkpoint > n_layers:
@@ -209,24 +393,14 @@ class DictionarySet:
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> DictionarySet:
         """The same set with every tensor on ``device`` and, where given, in ``dtype``."""
+        moved = {c: d.to(device, dtype) for c, d in self.by_checkpoint.items()}
+        return replace(self, by_checkpoint=moved)
 
-        def moved(dictionary: Dictionary) -> Dictionary:
-
-            def optional(tensor: Tensor | None) -> Tensor | None:
-                return None if tensor is None else tensor.to(device, dtype)
-
-            return replace(
-                dictionary,
-                W_enc=dictionary.W_enc.to(device, dtype),
-                b_enc=dictionary.b_enc.to(device, dtype),
-                b_dec=dictionary.b_dec.to(device, dtype),
-                decoders={c: W.to(device, dtype) for c, W in dictionary.decoders.items()},
-                threshold=optional(dictionary.threshold),
-                gain=optional(dictionary.gain),
-                b_mag=optional(dictionary.b_mag),
-            )
-
-        return replace(self, by_checkpoint={c: moved(d) for c, d in self.by_checkpoint.items()})
+    @property
+    def n_weights(self) -> int:
+        """How many numbers its encoders and decoders hold."""
+        tensors = [t for d in self.by_checkpoint.values() for t in (d.W_enc, *d.decoders.values())]
+        return sum(t.numel() for t in tensors)
 
     def label(self, checkpoint: int, feature: int) -> str:
         """The feature's label from ``labels.json``, "" when it has none.
@@ -264,363 +438,3 @@ class DictionarySet:
         ):
             raise UserError(f'{path} should map layers to lists of labels: {{"0": ["label", ...]}}')
         return labels
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What ``config.yaml`` says, checked."""
-
-    kind: str
-    hook: str
-    entries: tuple[int, ...]  # as listed: layers, or checkpoints
-    shift: int  # checkpoint of an entry minus the entry
-    activation: str | None
-    k: int | None
-    scan: str | None
-    model_name: str | None
-
-
-def load_dictionaries(
-    ref: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> DictionarySet:
-    """Load residual SAEs or a weakly causal crosscoder in circuit-tracer's tensor names.
-
-    The folder holds ``config.yaml`` with ``model_kind``, ``layers`` and ``feature_input_hook`` (or
-    ``checkpoints`` in their place) and, for every entry i of that list,
-
-    - ``residual_sae_set``: ``layer_{i}.safetensors`` with ``W_enc`` and ``W_dec`` [d_dict,
-      d_model], ``b_enc``, ``b_dec`` and, for JumpReLU, ``activation_function.threshold``;
-    - ``weakly_causal_crosscoder``: ``W_enc_{i}.safetensors`` with ``W_enc_{i}``, ``b_enc_{i}``,
-      ``b_dec_{i}`` and, for JumpReLU, ``threshold_{i}``; ``W_dec_{i}.safetensors`` with
-      ``W_dec_{i}`` [d_dict, sites from i on, d_model].
-
-    Files numbered 0..n-1 are taken in the list's order where they are not numbered by entry.
-    ``activation: topk`` with ``k`` makes a set TopK.
-
-    Args:
-        ref: a built-in name ("miniature-sae", "miniature-wcc"), a local folder, or a hub id
-            ``org/name[@revision]``.
-        device: where the weights go.
-        dtype: what they are cast to.
-
-    Raises:
-        UserError: the dictionaries cannot be had or are not what their config says.
-    """
-    folder, hub_id = _find(ref)
-    if hub_id is not None:
-        folder = _download(hub_id, ["config.yaml"])
-        _read_config(folder)  # refuse other kinds before their weights are downloaded
-        folder = _download(hub_id, ["config.yaml", "labels.json", "features.zip", *_WEIGHTS])
-    config = _read_config(folder)
-    numbers = _file_numbers(folder, config)
-
-    by_checkpoint: dict[int, Dictionary] = {}
-    d_model: int | None = None
-    files = tqdm(
-        sorted(numbers.items()), "Loading dictionaries", leave=False, delay=2, disable=None
-    )
-    for entry, number in files:
-        tensors = _read_tensors(folder, config, entry, number, d_model)
-        d_model = len(tensors["b_dec"])
-        tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
-        sites = [c + config.shift for c in config.entries if config.kind == WCC and c >= entry]
-        by_checkpoint[entry + config.shift] = Dictionary(
-            checkpoint=entry + config.shift,
-            W_enc=tensors["W_enc"],
-            b_enc=tensors["b_enc"],
-            b_dec=tensors["b_dec"],
-            decoders=(
-                {c: tensors["W_dec"][:, s].contiguous() for s, c in enumerate(sites)}
-                if config.kind == WCC
-                else {entry + config.shift: tensors["W_dec"]}
-            ),
-            threshold=tensors.get("threshold"),
-            k=config.k,
-        )
-    return DictionarySet(
-        kind=config.kind,
-        hook=config.hook,
-        scan=config.scan or hub_id or folder.resolve().name,
-        model_name=config.model_name,
-        by_checkpoint=by_checkpoint,
-        folder=folder,
-        entries={entry + config.shift: number for entry, number in numbers.items()},
-    )
-
-
-def _show(shape: tuple[int, ...]) -> str:
-    return str(list(shape))
-
-
-def _find(ref: str | Path) -> tuple[Path, str | None]:
-    """The local folder that ``ref`` names, and the hub id if it is to be had from the hub."""
-    if isinstance(ref, str) and ref in BUILT_IN:
-        folder = BUILT_IN[ref]
-        if not folder.is_dir():
-            raise UserError(f"this installation lacks the built-in dictionaries {ref}; reinstall")
-        return folder, None
-    folder = Path(ref).expanduser()
-    if folder.is_dir():
-        return folder, None
-    if isinstance(ref, str) and not folder.exists() and _HUB_ID.fullmatch(ref):
-        return folder, ref
-    problem = "is not a folder" if folder.exists() else "does not exist"
-    raise UserError(
-        f"the dictionary folder {ref} {problem}; give a folder with config.yaml, a hub id "
-        f"org/name[@revision], or one of {', '.join(BUILT_IN)}"
-    )
-
-
-def _download(hub_id: str, patterns: list[str]) -> Path:
-    repo, _, revision = hub_id.partition("@")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        reason = re.split(r"\.?\s*\n|\.\s", f"{error} ")[0].strip() or type(error).__name__
-        raise UserError(
-            f"{hub_id} is no local folder and cannot be had from the Hugging Face hub ({reason}); "
-            "check the id and the network, or download it elsewhere and give the folder"
-        ) from error
-
-
-def _read_config(folder: Path) -> _Config:
-    """Read and check ``config.yaml``, except for what the weights have to say about it."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} has no config.yaml; dictionary folders describe themselves there"
-        )
-    try:
-        config = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {reason}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} should be a mapping such as `model_kind: {SAE}`")
-
-    kind = config.get("model_kind")
-    if kind in _TRANSCODER_KINDS:
-        raise UserError(
-            f"{path}: model_kind {kind} is no residual dictionary; give transcoders with "
-            "-t/--transcoder_set instead"
-        )
-    if kind in _ACAUSAL_KINDS:
-        raise UserError(f"{path}: model_kind {kind}: {ACAUSAL_REASON}")
-    if kind not in (SAE, WCC):
-        raise UserError(f"{path}: unknown model_kind {kind!r}; known are {SAE} and {WCC}")
-
-    key = "checkpoints" if "checkpoints" in config else "layers"
-    if "checkpoints" in config and "layers" in config:
-        raise UserError(f"{path} has both layers and checkpoints; keep one of them")
-    entries = _read_entries(path, key, config.get(key))
-    hook = _read_hook(path, key, entries, config)
-    activation, k = _read_activation(path, config)
-    for name in ("scan", "model_name"):
-        if not isinstance(config.get(name), str | None):
-            raise UserError(f"{path}: {name} should be a name, found {config[name]!r}")
-    if kind == WCC and list(entries) != sorted(entries):
-        raise UserError(
-            f"{path}: {key} should ascend, found {list(entries)}; the decoders' sites follow it"
-        )
-    return _Config(
-        kind=kind,
-        hook=hook,
-        entries=entries,
-        shift=1 if key == "layers" and hook == RESID_POST else 0,
-        activation=activation,
-        k=k,
-        scan=config.get("scan"),
-        model_name=config.get("model_name"),
-    )
-
-
-ACAUSAL_REASON = (
-    "acausal crosscoders decode to sites before the one they read, so that a feature would cause "
-    f"what precedes it; use a {WCC}, whose decoders start at the encoder's site"
-)
-
-
-def _read_entries(path: Path, key: str, entries: Any) -> tuple[int, ...]:
-    if not isinstance(entries, list) or not entries or any(type(i) is not int for i in entries):
-        found = "nothing" if entries is None else repr(entries)
-        raise UserError(f"{path}: {key} should be a list of integers, found {found}")
-    if min(entries) < 0:
-        raise UserError(f"{path}: {key} holds {min(entries)}; {key} are counted from 0")
-    repeated = [i for i in entries if entries.count(i) > 1]
-    if repeated:
-        raise UserError(f"{path}: {key} holds {repeated[0]} twice; list each once")
-    return tuple(entries)
-
-
-def _read_hook(path: Path, key: str, entries: tuple[int, ...], config: Mapping[str, Any]) -> str:
-    hook = config.get("feature_input_hook")
-    if hook is None and key == "checkpoints":
-        hook = RESID_PRE if 0 in entries else RESID_POST
-    if hook not in (RESID_PRE, RESID_POST):
-        raise UserError(
-            f"{path}: feature_input_hook should be {RESID_PRE} or {RESID_POST}, found {hook!r}"
-        )
-    output = config.get("feature_output_hook", hook)
-    if output != hook:
-        raise UserError(
-            f"{path}: feature_output_hook {output!r} differs from feature_input_hook {hook!r}; "
-            "residual dictionaries write where they read"
-        )
-    return hook
-
-
-def _read_activation(path: Path, config: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    activation = config.get("activation", config.get("activation_function"))
-    if activation not in (None, "relu", "jumprelu", "topk"):
-        raise UserError(
-            f"{path}: unknown activation {activation!r}; known are relu, jumprelu and topk"
-        )
-    if activation != "topk":
-        return activation, None
-    k = config.get("k")
-    if type(k) is not int or k < 1:
-        raise UserError(f"{path}: activation topk needs k, an integer of at least 1, found {k!r}")
-    return activation, k
-
-
-def _file_numbers(folder: Path, config: _Config) -> dict[int, int]:
-    """The number in the file names of each entry."""
-    stem = "layer" if config.kind == SAE else "W_enc"
-    pattern = re.compile(rf"{stem}_(0|[1-9][0-9]*)\.safetensors")
-    matches = (pattern.fullmatch(path.name) for path in folder.iterdir())
-    present = {int(match[1]) for match in matches if match}
-    missing = sorted(set(config.entries) - present)
-    if not missing:
-        return {i: i for i in config.entries}
-    if present == set(range(len(config.entries))):
-        return {entry: number for number, entry in enumerate(config.entries)}
-    raise UserError(
-        f"{folder / f'{stem}_{missing[0]}.safetensors'} is missing: config.yaml lists "
-        f"{list(config.entries)} and the folder has {sorted(present)}; add the file or correct "
-        "the list"
-    )
-
-
-def _layout(folder: Path, kind: str, number: int) -> list[tuple[Path, dict[str, str]]]:
-    """The files of one entry, each with the stored name of every tensor it should hold."""
-    if kind == SAE:
-        names = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-        names["threshold"] = "activation_function.threshold"
-        return [(folder / f"layer_{number}.safetensors", names)]
-    names = {name: f"{name}_{number}" for name in ("W_enc", "b_enc", "b_dec", "threshold")}
-    return [
-        (folder / f"W_enc_{number}.safetensors", names),
-        (folder / f"W_dec_{number}.safetensors", {"W_dec": f"W_dec_{number}"}),
-    ]
-
-
-def _read_tensors(
-    folder: Path, config: _Config, entry: int, number: int, d_model: int | None
-) -> dict[str, Tensor]:
-    """One entry's tensors as stored, checked, as W_enc, W_dec, b_enc, b_dec and threshold.
-
-    Args:
-        folder: the dictionary folder.
-        config: its config.
-        entry: the layer or checkpoint as listed.
-        number: the number in its file names.
-        d_model: the width of the entries before, None for the first.
-
-    Raises:
-        UserError: naming the file and the tensor that is wrong.
-    """
-    tensors: dict[str, Tensor] = {}
-    titles: dict[str, str] = {}
-    for path, names in _layout(folder, config.kind, number):
-        tensors |= _read_file(path, names, config.activation)
-        titles |= {name: f"the tensor {stored} of {path}" for name, stored in names.items()}
-
-    n_sites = sum(i >= entry for i in config.entries) if config.kind == WCC else None
-    expected = _expected_shapes(tensors, n_sites, d_model)
-    (d_dict,) = expected["b_enc"]
-    if "threshold" in tensors and tensors["threshold"].numel() == 1:
-        tensors["threshold"] = tensors["threshold"].reshape(1).repeat(d_dict)
-    for name, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        if shape != expected[name]:
-            wrong = f"{titles[name]} should be {_show(expected[name])} and is {_show(shape)}"
-            if name == "W_dec" and shape == (d_dict, len(config.entries), *expected["b_dec"]):
-                raise UserError(f"{wrong}, decoders at every site: {ACAUSAL_REASON}")
-            hint = "; it is stored transposed" if shape == expected[name][::-1] else ""
-            raise UserError(wrong + hint)
-        if not tensor.is_floating_point():
-            raise UserError(
-                f"{titles[name]} should hold floating-point numbers, not {tensor.dtype}"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"{titles[name]} holds NaN or infinite values; it was damaged or overflowed"
-            )
-    if config.k is not None and config.k > d_dict:
-        raise UserError(
-            f"{folder / 'config.yaml'}: k should be at most {d_dict}, the number of features at "
-            f"{entry}, and is {config.k}"
-        )
-    return tensors
-
-
-def _read_file(path: Path, names: dict[str, str], activation: str | None) -> dict[str, Tensor]:
-    """The tensors of one file, of which only the threshold may be absent."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; add the file or correct config.yaml")
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is truncated or no safetensors file ({error}); fetch it again"
-        ) from error
-    for name, stored in names.items():
-        if stored not in found and (name != "threshold" or activation == "jumprelu"):
-            has = ", ".join(sorted(found)) or "no tensors"
-            raise UserError(f"{path} lacks the tensor {stored}; it has {has}")
-    unknown = sorted(set(found) - set(names.values()))
-    if unknown:
-        raise UserError(
-            f"{path} has the unknown tensor {unknown[0]}; expected are {', '.join(names.values())}"
-        )
-    if activation in ("relu", "topk") and names.get("threshold") in found:
-        raise UserError(
-            f"{path} has the tensor {names['threshold']}, but config.yaml says activation "
-            f"{activation}; remove one of them"
-        )
-    return {name: found[stored] for name, stored in names.items() if stored in found}
-
-
-def _expected_shapes(
-    tensors: Mapping[str, Tensor], n_sites: int | None, d_model: int | None
-) -> dict[str, tuple[int, ...]]:
-    """The shapes that agree with most of the tensors, so that the odd one out can be named.
-
-    Args:
-        tensors: one entry's tensors.
-        n_sites: how many sites a WCC's decoders should have, None for an SAE.
-        d_model: the width if it is known.
-    """
-
-    def shapes(d_dict: int, d_model: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "W_enc": (d_dict, d_model),
-            "W_dec": (d_dict, d_model) if n_sites is None else (d_dict, n_sites, d_model),
-            "b_enc": (d_dict,),
-            "b_dec": (d_model,),
-            "threshold": (d_dict,),
-        }
-
-    def agreement(expected: dict[str, tuple[int, ...]]) -> int:
-        ends = ((tuple(t.shape), expected[name]) for name, t in tensors.items())
-        return sum(s[:1] + s[-1:] == e[:1] + e[-1:] for s, e in ends)
-
-    rows = [t.shape[0] for name in ("b_enc", "W_enc", "W_dec") if (t := tensors[name]).ndim]
-    columns = [t.shape[-1] for name in ("b_dec", "W_enc", "W_dec") if (t := tensors[name]).ndim]
-    if d_model is not None:
-        columns = [d_model]
-    return max((shapes(*size) for size in product(rows, columns)), key=agreement)

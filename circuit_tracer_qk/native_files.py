@@ -20,7 +20,8 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
     """Write a set in the native format (:func:`circuit_tracer_qk.dictionaries.load_dictionaries`).
 
     The folder appears whole or not at all. Loading it gives the same activations and decoder
-    vectors, bit for bit in the dtype that the set has.
+    vectors, to the rounding of what had to be folded into the encoder; with nothing to fold, bit
+    for bit.
 
     Args:
         dictionaries: of :func:`circuit_tracer_qk.load_dictionaries`.
@@ -45,7 +46,7 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
             disable=None,
         )
         for checkpoint, dictionary in bar:
-            _write(part, dictionaries.kind, checkpoint - shift, dictionary)
+            _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
         (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
         part.rename(target)
     except OSError as error:
@@ -60,11 +61,13 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
 
 def _config(dictionaries: DictionarySet) -> dict[str, Any]:
     every = dictionaries.by_checkpoint.values()
-    if any(d.gain is not None for d in every):
-        raise UserError(
-            f"{dictionaries.scan} is gated, and the native format has no place for gates: use the "
-            "folder as it is."
-        )
+    for d in every:
+        reason = d.not_plain
+        if reason is not None:
+            raise UserError(
+                f"{dictionaries.scan} {reason}, and the native format has no place for that: use "
+                "the folder as it is."
+            )
     ks = {d.k for d in every}
     if len(ks) > 1:
         raise UserError(

@@ -276,7 +276,8 @@ def _vector(
     changed: Changed, layer: int, dictionaries: DictionarySet, parts: Decomposition
 ) -> Tensor:
     if not isinstance(changed.component, str):
-        return dictionaries.by_checkpoint[changed.checkpoint].decoders[layer][changed.component]
+        dictionary = dictionaries.by_checkpoint[changed.checkpoint]
+        return dictionary.vectors(layer, torch.tensor([changed.component]))[0]
     checkpoint = parts.at(layer)
     here = checkpoint.at(changed.position)
     at = (checkpoint.kind[here] == KINDS.index(changed.component)).nonzero().flatten()

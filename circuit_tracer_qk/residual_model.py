@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk import host
-from circuit_tracer_qk.dictionaries import BUILT_IN, DictionarySet
+from circuit_tracer_qk.catalogue import MINIATURES
+from circuit_tracer_qk.dictionaries import DictionarySet
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.formats import load_dictionaries
 from circuit_tracer_qk.frozen import contraction_dtype
@@ -91,7 +92,7 @@ def load_model(
             )
         dictionaries = "miniature-sae"
     if not isinstance(dictionaries, DictionarySet):
-        builtin = str(dictionaries) in BUILT_IN
+        builtin = str(dictionaries) in MINIATURES
         dictionaries = load_dictionaries(
             dictionaries, device=device, dtype=contraction_dtype(dtype)
         )

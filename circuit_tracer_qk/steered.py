@@ -308,7 +308,7 @@ class _Hooks:
         for c, acts in before.items():
             step = after[c] - acts
             some = step.any(0).nonzero().flatten()
-            vectors = known[c].decoders[place.layer][some].to(dtype)
+            vectors = known[c].vectors(place.layer, some).to(step)
             moved.append(step[:, some] @ vectors)
         return torch.stack(moved).sum(0)
 

@@ -1,0 +1,126 @@
+"""The built-in list of dictionary sets: names of sets that cover every layer of a model.
+
+``catalogue.yaml`` beside this file says for each where its files are, what they are of and under
+which licence; ``circuit-tracer-qk dictionaries`` prints it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from circuit_tracer_qk.errors import UserError
+
+_HERE = Path(__file__).parent
+MINIATURES = {
+    "miniature-sae": _HERE / "miniature" / "sae",
+    "miniature-wcc": _HERE / "miniature" / "wcc",
+}
+_NAME = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<variant>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One set of the list.
+
+    Attributes:
+        name, variant: as listed.
+        title: the name with its variant where that is not the first.
+        revision: the hub revision asked for.
+        folder: of a set that ships with the package.
+        repository, layout, model, hook, licence: where and what it is.
+        layers: the layers it covers.
+        width: features a layer.
+        places: the folder of each layer's dictionary in the repository.
+        files: the files, where a layer is no folder.
+        neuronpedia: Neuronpedia's id with ``{layer}`` in it.
+        centred, norm_scaling_factor: what the files do not say.
+    """
+
+    name: str
+    variant: str
+    title: str
+    revision: str | None = None
+    folder: Path | None = None
+    repository: str = ""
+    layout: str = "native"
+    model: str | None = None
+    hook: str = ""
+    licence: str = ""
+    layers: tuple[int, ...] = ()
+    width: int = 0
+    places: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    neuronpedia: str | None = None
+    centred: bool | None = None
+    norm_scaling_factor: dict[int, float] | None = None
+
+
+def find(ref: str) -> Chosen | None:
+    """The set that ``NAME[/VARIANT][@REVISION]`` names; None where NAME is not in the list.
+
+    Raises:
+        UserError: the name is there and its variant is not.
+    """
+    asked = _NAME.fullmatch(ref)
+    if asked is None:
+        return None
+    name, variant, revision = asked["name"], asked["variant"], asked["revision"]
+    if name in MINIATURES:
+        return Chosen(name, "", name, folder=MINIATURES[name])
+    entry = _listed().get(name)
+    if entry is None:
+        return None
+    variants: dict[str, Any] = entry["variants"]
+    if variant is not None and variant not in variants:
+        raise UserError(f"{name} has no variant {variant}: it has {', '.join(variants)}.")
+    return _chosen(name, entry, variant or next(iter(variants)), revision)
+
+
+def every() -> Iterator[Chosen]:
+    """Every set and variant of the hub, in the list's order."""
+    for name, entry in _listed().items():
+        for variant in entry["variants"]:
+            yield _chosen(name, entry, variant, None)
+
+
+def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None) -> Chosen:
+    said = entry | entry["variants"][variant]
+    count = said["layers"]
+    layers = tuple(range(count)) if isinstance(count, int) else tuple(count)
+    numbers = said.get("l0") or [None] * len(layers)
+    places = said.get("paths") or [
+        said["path"].format(layer=layer, l0=l0) for layer, l0 in zip(layers, numbers, strict=True)
+    ]
+    first = next(iter(entry["variants"]))
+    title = name if variant == first else f"{name}/{variant}"
+    files = said.get("files") or ()
+    return Chosen(
+        name=name,
+        variant=variant,
+        title=title if revision is None else f"{title}@{revision}",
+        revision=revision,
+        repository=said["repository"],
+        layout=said["layout"],
+        model=said["model"],
+        hook=said["hook"],
+        licence=said["licence"],
+        layers=layers,
+        width=said["width"],
+        places=tuple(places) if not files else ("",),
+        files=tuple(files),
+        neuronpedia=said.get("neuronpedia"),
+        centred=said.get("centred"),
+        norm_scaling_factor=said.get("norm_scaling_factor"),
+    )
+
+
+@cache
+def _listed() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((_HERE / "catalogue.yaml").read_text("utf-8"))

@@ -1,0 +1,127 @@
+"""Where a dictionary's files are: a local folder or a hub repository, listed and had one by one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from circuit_tracer_qk import hub
+
+DEPTH = 5  # folders below the one named that are looked into
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a dictionary set, by their names below a root, as ``folder/file``.
+
+    Attributes:
+        title: how messages name the place.
+        root: the local folder; None for a hub repository.
+        repo, revision: the hub repository.
+        names: the files that are looked at.
+    """
+
+    title: str
+    root: Path | None
+    repo: str = ""
+    revision: str | None = None
+    names: tuple[str, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def local(cls, folder: Path, pattern: str | None = None) -> Files:
+        """A local folder's files, or those below the folders that match a pattern."""
+        names: list[str] = []
+        for where, folders, files in os.walk(folder):
+            below = Path(where).relative_to(folder)
+            if len(below.parts) >= DEPTH:
+                folders.clear()
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            names += [(below / name).as_posix() for name in sorted(files)]
+        title = str(folder if pattern is None else folder / pattern)
+        return cls(title, folder, names=_matching(names, pattern))
+
+    @classmethod
+    def on_hub(cls, repo: str, revision: str | None, pattern: str | None = None) -> Files:
+        """A repository's files, listed by the hub (by the cache where the hub is silent).
+
+        Raises:
+            UserError: it cannot be listed.
+        """
+        names = _matching(hub.list_files(repo, revision), pattern)
+        title = repo if pattern is None else f"{repo}/{pattern}"
+        title = title if revision is None else f"{title}@{revision}"
+        return cls(title, None, repo, revision, names)
+
+    def get(self, name: str) -> Path:
+        """One file as a local path; the hub's are fetched.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        if self.root is not None:
+            return self.root / name
+        return hub.download(self.repo, name, self.revision)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Have several files, with a progress bar: the hub's are downloaded where need be.
+
+        Raises:
+            UserError: one cannot be had.
+        """
+        if self.root is None:
+            for name in tqdm(list(names), "Fetching files", leave=False, delay=2, disable=None):
+                hub.download(self.repo, name, self.revision)
+
+    def places(self, files: Iterable[str]) -> list[str]:
+        """The folders ("" for the root) that hold all of some files, in natural order.
+
+        A file may lie deeper, ``checkpoints/final.safetensors``, or be a pattern, ``layer*.pt``.
+        """
+        folders: dict[str, list[str]] = {}
+        for name in self.names:
+            place, _, file = name.rpartition("/")
+            folders.setdefault(place, []).append(file)
+        found: set[str] | None = None
+        for file in files:
+            inner, _, last = file.rpartition("/")
+            having = {
+                place.removesuffix(inner).rstrip("/")
+                for place, there in folders.items()
+                if (not inner or place == inner or place.endswith("/" + inner))
+                and any(fnmatchcase(name, last) for name in there)
+            }
+            found = having if found is None else found & having
+        return sorted(found or (), key=natural)
+
+
+def joined(place: str, name: str) -> str:
+    """A file's name below the root."""
+    return f"{place}/{name}" if place else name
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A key that sorts layer_2 before layer_10."""
+    parts = re.split(r"([0-9]+)", text)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _matching(names: Iterable[str], pattern: str | None) -> tuple[str, ...]:
+    """The names below the folders that a pattern such as ``layer_*/width_16k`` matches."""
+    if pattern is None:
+        return tuple(names)
+    depth = len(PurePosixPath(pattern).parts)
+    kept = []
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if len(parts) >= depth and all(
+            fnmatchcase(part, wanted)
+            for part, wanted in zip(parts, PurePosixPath(pattern).parts, strict=False)
+        ):
+            kept.append(name)
+    return tuple(kept)

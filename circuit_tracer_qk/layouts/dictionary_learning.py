@@ -1,0 +1,120 @@
+"""dictionary_learning: ``config.json`` with a ``trainer``, and ``ae.pt``, one folder an SAE.
+
+Its classes differ in what their encoders subtract and in which activation applies; the class is
+named in the configuration. Decoder vectors are taken as stored: the owner's ``from_pretrained``
+rescales some to norm 1 and their activations with them, which leaves every product as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary
+from circuit_tracer_qk.dictionary_files import Files, joined
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, with_biases
+from circuit_tracer_qk.layouts.sae_lens import from_tensors
+from circuit_tracer_qk.weight_files import mapped, read_json, taken
+
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+_LINEAR = {"encoder.weight": "dict model", "decoder.weight": "model dict"}
+_PLAIN = {"W_enc": "model dict", "W_dec": "dict model", "b_enc": "dict", "b_dec": "model"}
+_GATES = {"r_mag": "dict", "gate_bias": "dict", "mag_bias": "dict", "decoder_bias": "model"}
+# class -> architecture, tensors, whether the encoder subtracts the decoder's bias
+_CLASSES: dict[str, tuple[str, dict[str, str], bool]] = {
+    "AutoEncoder": ("standard", _LINEAR | {"encoder.bias": "dict", "bias": "model"}, True),
+    "AutoEncoderNew": (
+        "standard",
+        _LINEAR | {"encoder.bias": "dict", "decoder.bias": "model"},
+        False,
+    ),
+    "AutoEncoderTopK": ("topk", _LINEAR | {"encoder.bias": "dict", "b_dec": "model"}, True),
+    "BatchTopKSAE": ("jumprelu", _LINEAR | {"encoder.bias": "dict", "b_dec": "model"}, True),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", _PLAIN, True),
+    "JumpReluAutoEncoder": ("jumprelu", _PLAIN | {"threshold": "dict"}, False),
+    "GatedAutoEncoder": ("gated", _LINEAR | _GATES, True),
+}
+_OURS = {
+    "encoder.bias": "b_enc",
+    "bias": "b_dec",
+    "decoder.bias": "b_dec",
+    "decoder_bias": "b_dec",
+    "gate_bias": "b_gate",
+    "mag_bias": "b_mag",
+}
+
+
+def _layer(files: Files, place: str, options: Options) -> Layer | None:
+    where = files.get(joined(place, CONFIG))
+    trainer = read_json(where).get("trainer")
+    if not isinstance(trainer, dict) or "dict_class" not in trainer:
+        raise UserError(f"{where}: it has no trainer with a dict_class, by which it is read.")
+    name = str(trainer["dict_class"])
+    if name not in _CLASSES:
+        raise UserError(
+            f"{where}: dict_class {name} is not read exactly here: {', '.join(_CLASSES)} are."
+        )
+    layer, module = trainer.get("layer"), trainer.get("submodule_name")
+    if type(layer) is not int:
+        raise UserError(f"{where}: its trainer names no layer, found {layer!r}.")
+    told = f"{module or ''} {place}"
+    residual = re.search(rf"resid(?:_post|_out)?_(?:layer_?)?{layer}(?!\d)", told)
+    if residual is None and not options.named:
+        raise UserError(
+            f"{where}: it does not say that it is of the residual stream after layer {layer} "
+            f"(submodule_name {module!r}, folder {place or files.title!r}): residual graphs need "
+            f"resid_post_layer_{layer}; if it is, name the format, dictionary-learning:FOLDER."
+        )
+    k = trainer.get("k")
+    if _CLASSES[name][0] == "topk" and type(k) is not int:
+        raise UserError(f"{where}: {name} needs k, a whole number, and has {k!r}.")
+    weights, title = joined(place, WEIGHTS), place or files.title
+    model = trainer.get("lm_name")
+    read = partial(_read, files, weights, where, name, layer, k, title)
+    return Layer(
+        layer, RESID_POST, title, (weights,), read, model if isinstance(model, str) else None
+    )
+
+
+LAYOUT = Layout("dictionary-learning", (CONFIG, WEIGHTS), _layer)
+
+
+def _read(
+    files: Files, weights: str, where: Path, name: str, layer: int, k: Any, title: str
+) -> Dictionary:
+    path = files.get(weights)
+    architecture, shapes, minus = _CLASSES[name]
+    found = mapped(path)
+    t: dict[str, Tensor] = taken(path, found, shapes)
+    plain = "W_enc" in shapes
+    W_enc = t["W_enc"].T if plain else t["encoder.weight"]
+    W_dec = t["W_dec"] if plain else t["decoder.weight"].T
+    biases = {_OURS.get(key, key): value for key, value in with_biases(t).items()}
+    if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        threshold = found.get("threshold")
+        if threshold is None or threshold.numel() != 1 or float(threshold) < 0:
+            raise UserError(
+                f"{path}: {name} needs its trained threshold, a number not below 0, and has "
+                f"{None if threshold is None else threshold.flatten()[:1].tolist()}: without it "
+                "activations depend on the whole batch."
+            )
+        biases["threshold"] = threshold.float().reshape(1).repeat(len(W_enc))
+    if architecture == "topk":
+        stored = found.get("k")
+        if stored is not None and int(stored) != k:
+            raise UserError(f"{where}: k is {k}, and {path} has k = {int(stored)}.")
+    return from_tensors(
+        layer + 1,
+        architecture,
+        W_enc=W_enc,
+        W_dec=W_dec,
+        biases=biases,
+        k=k if architecture == "topk" else None,
+        minus=minus,
+        title=title,
+    )

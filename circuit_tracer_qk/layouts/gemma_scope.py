@@ -1,0 +1,75 @@
+"""Gemma Scope: ``params.npz`` in ``layer_N/width_W/average_l0_L``, JumpReLU.
+
+The arrays are the same for residual, MLP and transcoder dictionaries; only the repository's name
+says which they are. A folder that does not carry it has to be called residual: ``gemma-scope:``.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary
+from circuit_tracer_qk.dictionary_files import Files, joined
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, with_biases
+from circuit_tracer_qk.weight_files import mapped, taken
+
+WEIGHTS = "params.npz"
+_REPOSITORY = re.compile(
+    r"gemma-scope-(?P<model>\d+b)-(?P<tuned>pt|it)-(?P<of>res|mlp|att|transcoders)"
+)
+_LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
+
+
+def _layer(files: Files, place: str, options: Options) -> Layer | None:
+    root = files.repo if files.root is None else str(files.root.resolve())
+    whole = joined(f"{root}/{place}" if place else root, WEIGHTS)
+    if re.search(r"(^|/)embedding(/|$)", place):
+        return None  # of the token embeddings, which no block has written to
+    number = _LAYER.search(place) or _LAYER.search(root)
+    if number is None:
+        raise UserError(
+            f"{whole}: its layer is not known: Gemma Scope's folders are layer_N/width_W/"
+            "average_l0_L; keep these names."
+        )
+    repository = _REPOSITORY.search(whole)
+    if repository is not None and repository["of"] != "res":
+        raise UserError(
+            f"{whole} belongs to {repository[0]}, whose dictionaries are not of the residual "
+            "stream: residual graphs need gemma-scope-*-res."
+        )
+    if repository is None and not options.named:
+        raise UserError(
+            f"{whole} does not say whether it is of the residual stream (Gemma Scope stores MLP "
+            f"and attention SAEs alike): if it is, name the format, gemma-scope:{files.title}, or "
+            "say `format: gemma-scope` in a config.yaml in the folder."
+        )
+    name = None
+    if repository is not None:
+        tuned = "-it" if repository["tuned"] == "it" else ""
+        name = f"google/gemma-2-{repository['model']}{tuned}"
+    weights, layer = joined(place, WEIGHTS), int(number[1])
+    title = place or files.title
+    return Layer(
+        layer, RESID_POST, title, (weights,), partial(_read, files, weights, layer, title), name
+    )
+
+
+LAYOUT = Layout("gemma-scope", (WEIGHTS,), _layer)
+
+
+def _read(files: Files, weights: str, layer: int, title: str) -> Dictionary:
+    path = files.get(weights)
+    found = {name.replace("w_", "W_"): tensor for name, tensor in mapped(path).items()}
+    shapes = {"W_enc": "model dict", "W_dec": "dict model", "b_enc": "dict", "b_dec": "model"}
+    t = with_biases(taken(path, found, shapes | {"threshold": "dict"}))
+    return Dictionary(
+        layer + 1,
+        t["W_enc"].T,
+        t["b_enc"],
+        t["b_dec"],
+        {layer + 1: t["W_dec"]},
+        t["threshold"].clamp(min=0),  # a ReLU applies too
+        title=title,
+    )

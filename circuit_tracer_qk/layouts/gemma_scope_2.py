@@ -1,0 +1,147 @@
+"""Gemma Scope 2: ``config.json`` with ``params.safetensors``, or a crosscoder's
+``params_layer_*.safetensors`` with decoders ``w_dec`` [latents, sites, d_model].
+
+The crosscoders are weakly causal at four depths: QK attributions and steering work at those
+checkpoints, a graph across the blocks between them is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+from circuit_tracer_qk.dictionaries import (
+    ACAUSAL_REASON,
+    RESID_POST,
+    WCC,
+    Dictionary,
+    DictionarySet,
+)
+from circuit_tracer_qk.dictionary_files import Files, joined
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.layouts.layout import (
+    Layer,
+    Layout,
+    Options,
+    neuronpedia,
+    scan_of,
+    with_biases,
+)
+from circuit_tracer_qk.weight_files import mapped, read_json, taken
+
+CONFIG, WEIGHTS = "config.json", "params.safetensors"
+PARAMS = "params_layer_*.safetensors"
+_HF_OUTPUT = re.compile(r"model\.layers\.(\d+|\{\d+(?:,\d+)*\})\.output")
+_PARAMS = re.compile(r"params_layer_(\d+)\.safetensors")
+_SHAPES = {"b_enc": "dict", "b_dec": "model", "threshold": "dict", "w_enc": "model dict"}
+
+
+def _layer(files: Files, place: str, options: Options) -> Layer:
+    """A residual SAE of Gemma Scope 2: JumpReLU, ``w_enc`` [d_model, d_sae]."""
+    where = files.get(joined(place, CONFIG))
+    config = read_json(where)
+    layers = _layers(str(where), config)
+    if len(layers) != 1:
+        raise UserError(f"{where}: one SAE is of one layer, and it names layers {layers}.")
+    weights, title = joined(place, WEIGHTS), place or files.title
+    read = partial(_read, files, weights, layers[0], title)
+    return Layer(layers[0], RESID_POST, title, (weights,), read, _model(config))
+
+
+def _read(files: Files, weights: str, layer: int, title: str) -> Dictionary:
+    path = files.get(weights)
+    t = with_biases(taken(path, mapped(path), _SHAPES | {"w_dec": "dict model"}))
+    return Dictionary(
+        layer + 1,
+        t["w_enc"].T,
+        t["b_enc"],
+        t["b_dec"],
+        {layer + 1: t["w_dec"]},
+        t["threshold"].clamp(min=0),
+        title=title,
+    )
+
+
+def _crosscoder(files: Files, place: str, options: Options) -> DictionarySet:
+    """A weakly causal crosscoder.
+
+    Raises:
+        UserError: it decodes to earlier sites, or its files do not fit its configuration.
+    """
+    where = files.get(joined(place, CONFIG))
+    config = read_json(where)
+    layers = _layers(str(where), config)
+    start = len(joined(place, ""))
+    numbers = sorted(
+        int(match[1])
+        for name in files.names
+        if name.startswith(joined(place, "params_layer_"))
+        and (match := _PARAMS.fullmatch(name[start:]))
+    )
+    if numbers not in (list(range(len(layers))), layers):
+        raise UserError(
+            f"{files.title} has params_layer files {numbers}, and its config names layers {layers}:"
+            " one for each is needed."
+        )
+    names = [joined(place, f"params_layer_{number}.safetensors") for number in numbers]
+    files.fetch(names)
+    found: dict[int, Dictionary] = {}
+    for at, (name, layer) in enumerate(zip(names, layers, strict=True)):
+        path = files.get(name)
+        shapes = _SHAPES | {"w_dec": "dict sites model"}
+        t = with_biases(taken(path, mapped(path), shapes, sizes={"sites": len(layers)}))
+        if any(bool(piece.any()) for piece in t["w_dec"][:, :at].split(1024)):
+            raise UserError(f"{path}: {ACAUSAL_REASON}")
+        found[layer + 1] = Dictionary(
+            layer + 1,
+            t["w_enc"].T,
+            t["b_enc"],
+            t["b_dec"],
+            {later + 1: t["w_dec"][:, at + i] for i, later in enumerate(layers[at:])},
+            t["threshold"].clamp(min=0),
+            title=name,
+        )
+    entries = {layer + 1: layer for layer in layers}
+    title = joined(files.title, place)
+    return DictionarySet(
+        kind=WCC,
+        hook=RESID_POST,
+        scan=options.scan or (scan_of(files) if not place else title.rsplit("/", 1)[-1]),
+        model_name=options.model_name or _model(config),
+        by_checkpoint=found,
+        folder=files.root,
+        entries=entries,
+        neuronpedia=neuronpedia(options, entries),
+    )
+
+
+LAYOUT = Layout("gemma-scope-2", (CONFIG, WEIGHTS), _layer)
+CROSSCODER = Layout("gemma-scope-2-crosscoder", (CONFIG, PARAMS), whole=_crosscoder)
+
+
+def _layers(where: str, config: dict[str, Any]) -> list[int]:
+    """The layers whose output a Gemma Scope 2 dictionary reads and writes."""
+    if config.get("architecture") != "jump_relu":
+        raise UserError(
+            f"{where}: architecture is {config.get('architecture')!r}, and what is read here is "
+            "jump_relu."
+        )
+    hook_in, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    found = _HF_OUTPUT.fullmatch(str(hook_in))
+    if found is None or hook_out not in (None, hook_in):
+        raise UserError(
+            f"{where}: it reads {hook_in} and writes {hook_out}, and residual graphs need "
+            "dictionaries of model.layers.N.output (resid_post_all)."
+        )
+    if config.get("affine_connection"):
+        raise UserError(f"{where}: it has an affine connection: that is a transcoder, use -t.")
+    layers = [int(n) for n in found[1].strip("{}").split(",")]
+    if layers != sorted(set(layers)):
+        raise UserError(f"{where}: its layers {layers} do not ascend.")
+    return layers
+
+
+def _model(config: dict[str, Any]) -> str | None:
+    name = config.get("model_name")
+    return name if isinstance(name, str) else None

@@ -1,0 +1,164 @@
+"""What the layouts have in common: how one is recognised, and a set put together from its SAEs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from circuit_tracer_qk.dictionaries import (
+    RESID_POST,
+    RESID_PRE,
+    SAE,
+    Dictionary,
+    DictionarySet,
+)
+from circuit_tracer_qk.dictionary_files import Files
+from circuit_tracer_qk.errors import UserError
+
+HOOK = re.compile(rf"blocks\.(\d+)\.({RESID_PRE}|{RESID_POST})")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the files do not say, from a ``config.yaml`` beside them or from the list of names.
+
+    Attributes:
+        named: whether the layout was named, rather than recognised.
+        model_name: the model it was trained on.
+        scan: the name under which features are shown.
+        centred: trained on a model with centred writing weights; None where nobody says.
+        norm_scaling_factor: SAELens' factor of ``expected_average_only_in``, one for all layers or
+            one for each.
+        neuronpedia: Neuronpedia's id of a layer's dictionary, with ``{layer}`` in it.
+    """
+
+    named: bool = False
+    model_name: str | None = None
+    scan: str | None = None
+    centred: bool | None = None
+    norm_scaling_factor: float | dict[int, float] | None = None
+    neuronpedia: str | None = None
+
+    def factor(self, layer: int) -> float | None:
+        """The scaling factor of one layer."""
+        given = self.norm_scaling_factor
+        return given.get(layer) if isinstance(given, dict) else given
+
+
+class Layer(NamedTuple):
+    """One layer's SAE: where it stands, and how to read it.
+
+    Attributes:
+        number: the layer.
+        hook: hook_resid_pre or hook_resid_post.
+        title: its name for messages.
+        files: what has to be fetched before it is read.
+        read: reads it.
+        model_name: the model that its configuration names.
+    """
+
+    number: int
+    hook: str
+    title: str
+    files: tuple[str, ...]
+    read: Callable[[], Dictionary]
+    model_name: str | None = None
+
+    @property
+    def checkpoint(self) -> int:
+        return checkpoint(self.number, self.hook)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which dictionaries are stored.
+
+    Attributes:
+        name: what it is called in ``format:``.
+        files: the files by which a dictionary's folder is recognised.
+        layer: reads the configuration of one SAE's folder; None where it is no residual SAE that a
+            set would hold (the embedding's, say).
+        whole: reads a folder that is a set by itself, in place of ``layer``.
+        optional: files that a dictionary may have besides.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    layer: Callable[[Files, str, Options], Layer | None] | None = None
+    whole: Callable[[Files, str, Options], DictionarySet] | None = None
+    optional: tuple[str, ...] = field(default=())
+
+
+def checkpoint(layer: int, hook: str) -> int:
+    """The checkpoint of a layer's hook."""
+    return layer + (1 if hook == RESID_POST else 0)
+
+
+def assemble(files: Files, layers: Iterable[Layer], options: Options) -> DictionarySet:
+    """One set of SAEs, one a checkpoint, in the files' own dtypes.
+
+    Raises:
+        UserError: two of one checkpoint, or of different widths.
+    """
+    by_checkpoint: dict[int, Layer] = {}
+    for layer in layers:
+        other = by_checkpoint.setdefault(layer.checkpoint, layer)
+        if other is not layer:
+            raise UserError(
+                f"{files.title} holds several SAEs of layer {layer.number} at {layer.hook} "
+                f"({other.title} and {layer.title}): name those of one set, as a subfolder or with "
+                f"a pattern such as {files.title}/{_pattern(other)}."
+            )
+    chosen = dict(sorted(by_checkpoint.items()))
+    files.fetch(name for layer in chosen.values() for name in layer.files)
+    read = tqdm(chosen.items(), "Loading dictionaries", leave=False, delay=2, disable=None)
+    found = {c: layer.read() for c, layer in read}
+    widths = {len(d.b_dec) for d in found.values()}
+    if len(widths) > 1:
+        raise UserError(
+            f"the SAEs of {files.title} are of different widths d_model ({sorted(widths)}): they do "
+            "not belong to one model."
+        )
+    names = {layer.model_name for layer in chosen.values() if layer.model_name}
+    hooks = {layer.hook for layer in chosen.values()}
+    return DictionarySet(
+        kind=SAE,
+        hook=RESID_PRE if RESID_PRE in hooks and 0 in chosen else RESID_POST,
+        scan=options.scan or scan_of(files),
+        model_name=options.model_name or (names.pop() if len(names) == 1 else None),
+        by_checkpoint=found,
+        folder=files.root,
+        entries={c: layer.number for c, layer in chosen.items()},
+        neuronpedia=neuronpedia(options, {c: layer.number for c, layer in chosen.items()}),
+    )
+
+
+def scan_of(files: Files) -> str:
+    """The name of a set that has none of its own."""
+    return files.title if files.root is None else files.root.resolve().name
+
+
+def neuronpedia(options: Options, layers: dict[int, int]) -> dict[int, str]:
+    """checkpoint -> Neuronpedia's id, from checkpoint -> layer."""
+    pattern = options.neuronpedia
+    return {} if pattern is None else {c: pattern.format(layer=n) for c, n in layers.items()}
+
+
+def row_norms(W: Tensor) -> Tensor:
+    """(n,) norms of the rows in float64, a few rows at a time."""
+    return torch.cat([rows.double().norm(dim=1) for rows in W.split(1024)])
+
+
+def with_biases(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The small tensors in float32: what is added to sums of their size."""
+    return {name: t if t.ndim > 1 else t.float() for name, t in tensors.items()}
+
+
+def _pattern(layer: Layer) -> str:
+    return re.sub(rf"(?<![0-9]){layer.number}(?![0-9])", "*", layer.title, count=1)

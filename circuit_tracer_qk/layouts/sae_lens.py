@@ -1,0 +1,288 @@
+"""SAELens: ``cfg.json`` and ``sae_weights.safetensors``, one folder an SAE.
+
+``W_enc`` is [d_in, d_sae]. Standard, JumpReLU, TopK and gated SAEs are read here; every other
+architecture through SAELens itself where it is installed, with its own ``encode``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.dictionaries import RESID_POST, RESID_PRE, Dictionary, Units
+from circuit_tracer_qk.dictionary_files import Files, joined
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.layouts.layout import (
+    HOOK,
+    Layer,
+    Layout,
+    Options,
+    checkpoint,
+    row_norms,
+    with_biases,
+)
+from circuit_tracer_qk.weight_files import mapped, read_json, taken
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
+_SHAPES = {"W_enc": "model dict", "W_dec": "dict model", "b_dec": "model"}
+_BIASES = {
+    "gated": {"b_gate": "dict", "b_mag": "dict", "r_mag": "dict"},
+    "jumprelu": {"b_enc": "dict", "threshold": "dict"},
+}
+
+
+def _layer(files: Files, place: str, options: Options) -> Layer:
+    """One SAE, refused where its configuration asks for what cannot be done exactly."""
+    where = files.get(joined(place, CONFIG))
+    cfg = read_json(where)
+    metadata = cfg.get("metadata")
+    about: dict[str, Any] = metadata if isinstance(metadata, dict) else cfg  # before SAELens 6
+    hook_name = about.get("hook_name", about.get("hook_point"))
+    hook = HOOK.fullmatch(str(hook_name))
+    if hook is None:
+        raise UserError(
+            f"{where}: hook_name is {hook_name!r}, and residual graphs need "
+            f"dictionaries of blocks.N.{RESID_PRE} or blocks.N.{RESID_POST}."
+        )
+    layer = int(hook[1])
+    if cfg.get("reshape_activations", "none") not in (None, "none"):
+        raise UserError(f"{where}: reshape_activations is for head outputs, not the residual.")
+    units = _units(where, cfg, about, options, layer)
+    weights = joined(place, WEIGHTS)
+    title = place or files.title
+    at = checkpoint(layer, hook[2])
+    architecture, k = _architecture(where, cfg)
+    if architecture not in _ARCHITECTURES:
+        read = partial(_through_sae_lens, files, place, architecture, at, units, title)
+    else:
+        minus = bool(cfg.get("apply_b_dec_to_input", True))
+        rescaled = architecture == "topk" and bool(cfg.get("rescale_acts_by_decoder_norm", False))
+        read = partial(
+            _read, files, weights, at, architecture, k, minus, rescaled, units, title=title
+        )
+    name = about.get("model_name")
+    return Layer(layer, hook[2], title, (weights,), read, name if isinstance(name, str) else None)
+
+
+LAYOUT = Layout("sae-lens", (CONFIG, WEIGHTS), _layer)
+
+
+def _architecture(where: Path, cfg: dict[str, Any]) -> tuple[str, int | None]:
+    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    architecture, k = cfg.get("architecture", "standard"), cfg.get("k")
+    if activation == "topk" and "k" in (cfg.get("activation_fn_kwargs") or {}):
+        architecture, k = "topk", cfg["activation_fn_kwargs"]["k"]  # before SAELens 6
+    if activation not in ("relu", "topk"):
+        raise UserError(
+            f"{where}: the activation {activation!r} is not read exactly: relu and topk are."
+        )
+    if architecture == "topk" and not isinstance(k, int):
+        raise UserError(f"{where}: a topk SAE needs k, a whole number, and has {k!r}.")
+    return str(architecture), k if architecture == "topk" else None
+
+
+def _units(
+    where: Path, cfg: dict[str, Any], about: dict[str, Any], options: Options, layer: int
+) -> Units:
+    """What the SAE was trained to see."""
+    centred = options.centred
+    asked = about.get("model_from_pretrained_kwargs")
+    if centred is None and isinstance(asked, dict) and "center_writing_weights" in asked:
+        centred = bool(asked["center_writing_weights"])
+    mode = cfg.get("normalize_activations", "none")
+    if isinstance(mode, bool):  # before SAELens 6
+        mode = "expected_average_only_in" if mode else "none"
+    if centred is None and mode != "layer_norm" and _may_be_centred(cfg, about):
+        raise UserError(
+            f"{where} does not say whether this SAE was trained on GPT-2 with centred writing "
+            "weights, as SAELens once did (gpt2-small-res-jb is), and the two differ: say `centred:"
+            " true` or `false`, beside `format: sae-lens`, in a config.yaml in its folder."
+        )
+    centred = bool(centred)
+    if mode in (None, "none"):
+        return Units(centred=centred)
+    if mode in ("layer_norm", "constant_norm_rescale"):
+        return Units(mode, centred=centred)
+    factor = options.factor(layer)
+    if mode == "expected_average_only_in" and factor is not None:
+        return Units(factor=factor, centred=centred)
+    raise UserError(
+        f"{where}: normalize_activations is {mode!r}, whose statistics are not in its files: "
+        + (
+            "say `norm_scaling_factor: NUMBER`, beside `format: sae-lens`, in a config.yaml in its "
+            "folder, or fold it in with SAELens (fold_activation_norm_scaling_factor)."
+            if mode == "expected_average_only_in"
+            else "fold it in with SAELens first (fold_activation_whitening), or use another SAE."
+        )
+    )
+
+
+def _may_be_centred(cfg: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Whether the file is of the time when SAELens centred GPT-2 and did not write it down."""
+    old = "hook_point" in cfg and "model_from_pretrained_kwargs" not in about
+    return old and str(about.get("model_name", "")).startswith("gpt2")
+
+
+def _read(
+    files: Files,
+    name: str,
+    at: int,
+    architecture: str,
+    k: int | None,
+    minus: bool,
+    rescaled: bool,
+    units: Units,
+    *,
+    title: str,
+) -> Dictionary:
+    path = files.get(name)
+    found = mapped(path)
+    for scaling in ("scaling_factor", "finetuning_scaling_factor"):
+        if scaling in found and not bool((found[scaling] == 1).all()):
+            raise UserError(
+                f"{path} has the tensor {scaling}, a finetuned output scale that is not read here: "
+                "fold it into W_dec."
+            )
+    t = with_biases(taken(path, found, _SHAPES | _BIASES.get(architecture, {"b_enc": "dict"})))
+    return from_tensors(
+        at,
+        architecture,
+        W_enc=t["W_enc"].T,
+        W_dec=t["W_dec"],
+        biases=t,
+        k=k,
+        minus=minus,
+        rescaled=rescaled,
+        units=units,
+        title=title,
+    )
+
+
+def from_tensors(
+    at: int,
+    architecture: str,
+    *,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    biases: dict[str, Tensor],
+    k: int | None = None,
+    minus: bool = True,
+    rescaled: bool = False,
+    units: Units = Units(),
+    title: str = "",
+) -> Dictionary:
+    """A dictionary of one of SAELens' architectures, whoever stored it.
+
+    Args:
+        at: the checkpoint.
+        architecture: standard, jumprelu, topk or gated.
+        W_enc, W_dec: (d_dict, d_model) each.
+        biases: b_dec, and b_enc or b_gate, b_mag and r_mag; threshold of a JumpReLU.
+        k: of TopK.
+        minus: whether the encoder subtracts b_dec from its input.
+        rescaled: whether pre-activations are compared as if decoder vectors had norm 1.
+        units: what the dictionary was trained to see.
+        title: its name for messages.
+    """
+    b_dec = biases["b_dec"]
+    more: dict[str, Any] = {}
+    if architecture == "gated":
+        more = {"gain": biases["r_mag"].exp(), "b_mag": biases["b_mag"]}
+    if architecture == "jumprelu":  # SAELens applies a ReLU too
+        more = {"threshold": biases["threshold"].clamp(min=0)}
+    scale = None
+    if rescaled:
+        scale = row_norms(W_dec)
+        more |= {"encoder_scale": scale, "decoder_scale": 1 / scale}
+    if units.factor != 1:
+        back = torch.full((len(W_dec),), 1 / units.factor, dtype=torch.float64)
+        more["decoder_scale"] = back if scale is None else back / scale
+    return Dictionary(
+        at,
+        W_enc,
+        biases["b_gate" if architecture == "gated" else "b_enc"],
+        b_dec / units.factor,
+        {at: W_dec},
+        k=k,
+        subtract=b_dec if minus else None,
+        units=units,
+        title=title,
+        **more,
+    )
+
+
+def _through_sae_lens(
+    files: Files, place: str, architecture: str, at: int, units: Units, title: str
+) -> Dictionary:
+    """Any other architecture, by SAELens' own code; its decoder has to be linear.
+
+    Raises:
+        UserError: SAELens is not installed or cannot read it, or its reconstruction is not a sum
+            of activations times decoder vectors, position by position.
+    """
+    try:
+        from sae_lens import SAE  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+    except ImportError as error:
+        raise UserError(
+            f"{title}: SAEs of the architecture {architecture!r} are read through SAELens: `pip "
+            "install 'circuit-tracer-qk[sae-lens]'`. (standard, jumprelu, topk and gated need no "
+            "SAELens, which saves batchtopk and matryoshka SAEs as jumprelu.)"
+        ) from error
+    folder = files.get(joined(place, CONFIG)).parent
+    try:
+        sae: Any = SAE.load_from_disk(str(folder), device="cpu", dtype="float32")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{title}: SAELens cannot read the architecture {architecture!r} of {folder}: {reason}."
+        ) from error
+    sae.run_time_activation_norm_fn_in = lambda x: x  # which Units do
+    sae.run_time_activation_norm_fn_out = lambda x: x
+    moved: dict[Any, Any] = {}
+
+    def encode(z: Tensor) -> Tensor:
+        key = (z.device, z.dtype)
+        if key not in moved:
+            moved.clear()
+            moved[key] = sae.to(device=z.device, dtype=z.dtype)
+        acts = moved[key].encode(z)
+        return acts.to_dense() if acts.is_sparse else acts
+
+    W_dec, b_dec = sae.W_dec.detach().clone(), sae.b_dec.detach().clone()
+    _check_linear(sae, encode, W_dec, b_dec, f"{title}: the architecture {architecture!r}")
+    return Dictionary(
+        at,
+        sae.W_enc.detach().T if hasattr(sae, "W_enc") else W_dec,
+        W_dec.new_zeros(len(W_dec)),
+        b_dec / units.factor,
+        {at: W_dec / units.factor},
+        units=units,
+        own=encode,
+        title=title,
+    )
+
+
+@torch.no_grad()
+def _check_linear(sae: Any, encode: Any, W_dec: Tensor, b_dec: Tensor, what: str) -> None:
+    """Refuse an SAE whose features are no terms of one position's residual stream."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, len(b_dec), generator=g) * b_dec.norm().clamp(min=1)
+    try:
+        acts = encode(x)
+        alone = torch.cat([encode(row[None]) for row in x])
+        together = float((alone - acts).abs().max()) > 1e-5 * float(acts.abs().max())
+    except Exception:  # it wants a whole prompt
+        together = True
+    if together:
+        raise UserError(f"{what} encodes positions together, so its features are no one's own.")
+    by_hand, itself = acts @ W_dec + b_dec, sae.decode(acts)
+    if float((by_hand - itself).abs().max()) > 1e-5 * float(by_hand.abs().max().clamp(min=1e-6)):
+        raise UserError(
+            f"{what} does not reconstruct by activations times decoder vectors, so its features "
+            "are no terms of the residual stream."
+        )

@@ -1,0 +1,74 @@
+"""EleutherAI's sparsify: ``cfg.json`` and ``sae.safetensors``, one folder a hookpoint.
+
+A folder is called after the module whose output it reads: ``layers.5`` is the residual stream
+after block 5, ``layers.5.mlp`` is not. The encoder subtracts ``b_dec`` from its input.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary
+from circuit_tracer_qk.dictionary_files import Files, joined
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, with_biases
+from circuit_tracer_qk.weight_files import mapped, read_json, taken
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_RESIDUAL = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")
+
+
+def _layer(files: Files, place: str, options: Options) -> Layer | None:
+    root = files.repo if files.root is None else files.root.resolve().name
+    module = place.rsplit("/", 1)[-1] if place else root
+    found = _RESIDUAL.fullmatch(module)
+    if found is None:
+        if place:
+            return None  # another module's, or the embedding's, beside those of the residual
+        raise UserError(
+            f"{files.title} is of the module {module!r}, and residual graphs need the output of a "
+            "block: sparsify calls it layers.N (or h.N)."
+        )
+    where = files.get(joined(place, CONFIG))
+    config = read_json(where)
+    for name, reason in (
+        ("transcode", "it is a transcoder, use -t"),
+        ("signed", "its latents may be negative, which is not read here"),
+        ("skip_connection", "it has a skip connection, which no feature carries"),
+    ):
+        if config.get(name):
+            raise UserError(f"{where}: {name} is set: {reason}.")
+    if config.get("activation", "topk") != "topk":
+        raise UserError(f"{where}: activation {config['activation']!r} is not read here: topk is.")
+    k = config.get("k")
+    if type(k) is not int or k < 1:
+        raise UserError(f"{where}: k should be a whole number, found {k!r}.")
+    layer, weights, title = int(found[1]), joined(place, WEIGHTS), place or files.title
+    read = partial(_read, files, weights, where, layer, k, title)
+    return Layer(layer, RESID_POST, title, (weights,), read)
+
+
+LAYOUT = Layout("sparsify", (CONFIG, WEIGHTS), _layer)
+
+
+def _read(files: Files, weights: str, where: Path, layer: int, k: int, title: str) -> Dictionary:
+    path = files.get(weights)
+    shapes = {"encoder.weight": "dict model", "W_dec": "dict model", "b_dec": "model"}
+    t = with_biases(taken(path, mapped(path), shapes, {"encoder.bias": "dict"}))
+    W_enc = t["encoder.weight"]
+    if k > len(W_enc):
+        raise UserError(f"{where}: k is {k}, and {path} has {len(W_enc)} latents.")
+    return Dictionary(
+        layer + 1,
+        W_enc,
+        t.get("encoder.bias", torch.zeros(len(W_enc))),
+        t["b_dec"],
+        {layer + 1: t["W_dec"]},
+        k=k,
+        subtract=t["b_dec"],
+        title=title,
+    )

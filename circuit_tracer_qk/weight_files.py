@@ -1,0 +1,207 @@
+"""Reading what dictionaries are stored in: JSON, YAML, and tensors mapped into memory.
+
+Tensors stay in their files until they are used; what is small is checked at once, the rest where
+it is used (:class:`circuit_tracer_qk.dictionaries.Dictionary`).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from circuit_tracer_qk.errors import UserError
+
+CHECKED_AT_ONCE = 2**26  # bytes of a tensor that are searched for NaN when it is opened
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: it is missing, or none.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: fetch it again.")
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} should be a JSON object.")
+    return document
+
+
+def read_yaml(path: Path, example: str) -> dict[str, Any]:
+    """A YAML mapping; ``example`` is one line of what is expected.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        document = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} should be a mapping such as `{example}`")
+    return document
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors``, ``.npz`` or ``.pt`` file, mapped into memory.
+
+    Raises:
+        UserError: the file is missing, truncated or of another kind.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: fetch it again.")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        if path.suffix == ".npz":
+            return _mapped_npz(path)
+        return _mapped_pt(path)
+    except (SafetensorError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        kind = {".safetensors": "safetensors", ".npz": "NumPy archive"}.get(path.suffix, "PyTorch")
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is truncated or no {kind} file ({reason}): fetch it again."
+        ) from error
+
+
+def _mapped_npz(path: Path) -> dict[str, Tensor]:
+    """NumPy's archives are zip files; members that are not compressed can be mapped in place."""
+    found: dict[str, Tensor] = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if member.compress_type != zipfile.ZIP_STORED:
+                with archive.open(member) as stream:
+                    found[name] = _tensor(np.lib.format.read_array(stream, allow_pickle=False))
+                continue
+            # the local header's own lengths: they may differ from the directory's
+            file.seek(member.header_offset + 26)
+            n_name, n_extra = struct.unpack("<HH", file.read(4))
+            file.seek(n_name + n_extra, 1)
+            version = np.lib.format.read_magic(file)
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran, dtype = read(file)
+            if dtype.hasobject:
+                raise ValueError(f"{name} holds Python objects")
+            order = "F" if fortran else "C"
+            if 0 in shape or not shape:
+                count = 0 if 0 in shape else 1
+                array = np.fromfile(file, dtype, count).reshape(shape)
+            else:  # copy-on-write, because torch wants what it may write to
+                array = np.memmap(path, dtype, "c", file.tell(), shape, order)
+            found[name] = _tensor(array)
+    return found
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array)
+
+
+def _mapped_pt(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:  # the format before zip files cannot be mapped
+        if "mmap" not in str(error):
+            raise ValueError(str(error)) from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's own kinds
+        raise ValueError(str(error)) from error
+    if not isinstance(state, dict):
+        raise ValueError("it holds no mapping of names to tensors")
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def taken(
+    path: Path | Mapping[str, str],
+    found: Mapping[str, Tensor],
+    spec: Mapping[str, str],
+    optional: Mapping[str, str] | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors that a layout names, their shapes checked against one another.
+
+    Args:
+        path: their file, for messages; or what messages call each tensor.
+        found: what it holds.
+        spec: name -> shape in words, such as ``"dict model"``; words of ``sizes`` have that size,
+            the others the sizes that agree with most of the tensors, so that the odd one is named.
+        optional: the same, of tensors that may be absent.
+        sizes: the sizes that are known.
+
+    Raises:
+        UserError: naming the file and the tensor that is missing or wrong.
+    """
+    titles = (
+        path
+        if isinstance(path, Mapping)
+        else {name: f"the tensor {name} of {path}" for name in (*spec, *(optional or {}))}
+    )
+    for name in spec:
+        if name not in found:
+            has = ", ".join(sorted(found)) or "no tensors"
+            raise UserError(f"{path} lacks the tensor {name}; it has {has}")
+    words = {name: shape.split() for name, shape in {**spec, **(optional or {})}.items()}
+    tensors = {name: found[name] for name in words if name in found}
+    expected = _agreed(tensors, words, sizes or {})
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if shape != expected[name]:
+            hint = "; it is stored transposed" if shape == expected[name][::-1] else ""
+            raise UserError(
+                f"{titles[name]} should be {list(expected[name])} and is {list(shape)}{hint}"
+            )
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{titles[name]} should hold floating-point numbers, not {tensor.dtype}"
+            )
+        if tensor.nbytes <= CHECKED_AT_ONCE and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{titles[name]} holds NaN or infinite values; it was damaged or overflowed"
+            )
+    return tensors
+
+
+def _agreed(
+    tensors: Mapping[str, Tensor], words: Mapping[str, list[str]], known: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes, with the sizes of unknown words chosen by vote."""
+    votes: dict[str, dict[int, None]] = {}  # biases first: they cannot be transposed
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].ndim):
+        shape, named = tensor.shape, words[name]
+        for at in {0, -1} if shape and named else ():
+            if named[at] not in known:
+                votes.setdefault(named[at], {})[shape[at]] = None
+    unknown = sorted(votes)
+
+    def shapes(choice: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        size = dict(known) | dict(zip(unknown, choice, strict=True))
+        return {name: tuple(size[word] for word in words[name]) for name in tensors}
+
+    def agreement(expected: dict[str, tuple[int, ...]]) -> int:
+        ends = ((tuple(tensor.shape), expected[name]) for name, tensor in tensors.items())
+        return sum(s[:1] + s[-1:] == e[:1] + e[-1:] for s, e in ends)
+
+    choices = product(*(votes[word] for word in unknown))
+    return max((shapes(choice) for choice in choices), key=agreement)
