@@ -16,6 +16,7 @@ from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.heads import Heads, logit_directions, read_blocks
 from circuit_tracer_qk.influence import Sweep
 from circuit_tracer_qk.qk import QK
+from circuit_tracer_qk.reconstruction import check
 from circuit_tracer_qk.record import Record
 from circuit_tracer_qk.residual_model import ResidualModel
 from circuit_tracer_qk.transcoder_graph import TranscoderGraph, check_model, explain_graph
@@ -95,6 +96,7 @@ def read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomp
         )
     run = freeze(model.transformer, model.ensure_tokenized(prompt))
     parts = decompose(run, model.dictionaries, model.zero_positions)
+    check(parts, model.dictionaries, model.zero_positions)
     return parts, Heads(read_blocks(model.transformer, run.n_pos), run)
 
 
@@ -205,6 +207,7 @@ def attribute(
             dictionary_folder=None
             if model.dictionaries.folder is None
             else str(model.dictionaries.folder),
+            neuronpedia=dict(model.dictionaries.neuronpedia),
         ),
         **host.graph_arguments(
             scan=model.scan,

@@ -73,11 +73,18 @@ def attributions(
         "qk": {
             "schema_version": 1,
             "graph_kind": graph.kind,
+            **_neuronpedia(graph),
             "attributions": [written.tables[place] for place in sorted(written.tables)],
             "rows": [written.rows[place] for place in sorted(written.rows)],
         },
         "qk_only_nodes": outsiders,
     }
+
+
+def _neuronpedia(graph: ExplainedGraph) -> dict[str, dict[str, str]]:
+    """Where Neuronpedia has these features: ids by checkpoint, if it has any."""
+    ids = {str(checkpoint): name for checkpoint, name in sorted(graph.neuronpedia.items())}
+    return {"neuronpedia": ids} if ids else {}
 
 
 def _projected(required: dict[int, list[Place]]) -> dict[tuple[int, int], list[int]]:

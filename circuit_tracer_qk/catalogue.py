@@ -7,7 +7,7 @@ which licence; ``circuit-tracer-qk dictionaries`` prints it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,6 +88,32 @@ def every() -> Iterator[Chosen]:
     for name, entry in _listed().items():
         for variant in entry["variants"]:
             yield _chosen(name, entry, variant, None)
+
+
+def table(words: Iterable[str] = ()) -> list[str]:
+    """The list as lines of text, a header first: those that have all the words."""
+    rows = [("NAME", "MODEL", "HOOK", "LAYERS", "WIDTH", "LICENCE", "LAYOUT", "REPOSITORY")]
+    rows += [
+        (name, "the miniature", "hook_resid_post", "4", "512", "MIT", "native", "in the package")
+        for name in MINIATURES
+    ]
+    for c in every():
+        depth = f"{len(c.layers)}" if c.layers == tuple(range(len(c.layers))) else _listing(c)
+        where = (c.layout, c.repository)
+        rows.append((c.title, c.model or "", c.hook, depth, str(c.width), c.licence, *where))
+    wanted = [word.lower() for word in words]
+    kept = rows[:1] + [
+        row for row in rows[1:] if all(word in " ".join(row).lower() for word in wanted)
+    ]
+    widths = [max(len(row[i]) for row in kept) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in kept
+    ]
+
+
+def _listing(chosen: Chosen) -> str:
+    return "at " + ",".join(map(str, chosen.layers))
 
 
 def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None) -> Chosen:

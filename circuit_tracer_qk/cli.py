@@ -1,5 +1,5 @@
-"""The command line: ``circuit-tracer-qk demo | attribute | augment | qk | steer | convert |
-start-server``.
+"""The command line: ``circuit-tracer-qk demo | attribute | augment | qk | steer | dictionaries |
+convert | start-server``.
 
 Arguments, order of work and exit status; the text is :mod:`circuit_tracer_qk.report`'s. Whatever
 can be refused without the model is refused before it is loaded, and parsing imports no torch.
@@ -96,6 +96,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     _add_augment(commands)
     _add_qk(commands)
     _add_steer(commands)
+    _add_dictionaries(commands)
     _add_convert(commands)
     _add_start_server(commands, _host_flags(command, "start-server"))
     return parser
@@ -159,8 +160,8 @@ def _add_attribute(commands: Any, host: list[argparse.ArgumentParser]) -> None:
         "-d",
         "--dictionaries",
         metavar="REF",
-        help="Residual SAEs or a weakly causal crosscoder: a folder, a hub id org/name[@revision], "
-        "miniature-sae or miniature-wcc.",
+        help="Residual SAEs or a weakly causal crosscoder: a folder, a hub id "
+        "org/name[/folder][@revision], or a name of `circuit-tracer-qk dictionaries`.",
     )
     add(
         "--qk",
@@ -235,12 +236,24 @@ def _add_steer(commands: Any) -> None:
     parser.set_defaults(run=_steer)
 
 
+def _add_dictionaries(commands: Any) -> None:
+    parser = commands.add_parser(
+        "dictionaries",
+        help="list the dictionary sets that are known by name",
+        description="List the dictionary sets that -d knows by name: those that cover every layer "
+        "of a model's residual stream, and crosscoders. Nothing is fetched.",
+    )
+    parser.add_argument("words", nargs="*", help="show only sets whose line has all these words")
+    _add_verbose(parser)
+    parser.set_defaults(run=_dictionaries)
+
+
 def _add_convert(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="write dictionaries in the native format",
-        description="Read residual dictionaries (SAELens 6, Gemma Scope 2 or native) and write "
-        "them in the native format.",
+        description="Read residual dictionaries of any layout and write them in the native format,"
+        " with their labels and examples.",
     )
     parser.add_argument("source", help="the dictionaries: a folder, a hub id or a built-in name")
     parser.add_argument("destination", help="the folder to write, which must not exist")
@@ -278,7 +291,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verbose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verbose", action="store_true", help="show logs and progress")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show logs and progress")
 
 
 # Commands -----------------------------------------------------------------------------------------
@@ -484,6 +497,17 @@ def _steer(args: argparse.Namespace) -> None:
     prompt, model = _prompt_and_model(args)
     with _hushed():
         lines = steer_command.steer(args, prompt, model)
+    _show(lines)
+
+
+def _dictionaries(args: argparse.Namespace) -> None:
+    from circuit_tracer_qk import catalogue
+
+    lines = catalogue.table(args.words)
+    if len(lines) < 2:
+        raise UserError(
+            f"no set of the list has {' and '.join(args.words)}: leave the words out to see all."
+        )
     _show(lines)
 
 
@@ -746,6 +770,16 @@ def _noise(verbose: bool) -> Iterator[None]:
         else:
             warnings.simplefilter("ignore")
             logging.disable(logging.CRITICAL)
+        warnings.filterwarnings("always", "(?s).*FVU above 1")  # a number may be meaningless
+        show = warnings.showwarning
+
+        def one_line(message: Any, category: type[Warning], *rest: Any) -> None:
+            if category.__name__ == "ReconstructionWarning":
+                print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *rest)
+
+        warnings.showwarning = one_line
         try:
             yield
         finally:

@@ -106,6 +106,11 @@ class ExplainedGraph(host.Graph, ABC):
     def dictionary_folder(self) -> str | None:
         """Where feature examples lie; None if nowhere."""
 
+    @property
+    def neuronpedia(self) -> dict[int, str]:
+        """checkpoint -> Neuronpedia's id of its dictionary, such as "gpt2-small/3-res-jb"."""
+        return {}
+
     @abstractmethod
     def label(self, checkpoint: int, feature: int) -> str:
         """A feature's label, "" without one."""
@@ -178,6 +183,10 @@ class ResidualGraph(ExplainedGraph):
     @property
     def dictionary_folder(self) -> str | None:
         return self.record.dictionary_folder
+
+    @property
+    def neuronpedia(self) -> dict[int, str]:
+        return self.record.neuronpedia
 
     def label(self, checkpoint: int, feature: int) -> str:
         return self.record.names(checkpoint, feature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
 
     The folder appears whole or not at all. Loading it gives the same activations and decoder
     vectors, to the rounding of what had to be folded into the encoder; with nothing to fold, bit
-    for bit.
+    for bit. Labels and examples go along.
 
     Args:
         dictionaries: of :func:`circuit_tracer_qk.load_dictionaries`.
@@ -47,6 +48,7 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
         )
         for checkpoint, dictionary in bar:
             _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
+        _copy_features(dictionaries, part, shift)
         (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
         part.rename(target)
     except OSError as error:
@@ -105,6 +107,21 @@ def _write(folder: Path, kind: str, layer: int, d: Dictionary) -> None:
     if d.threshold is not None:
         tensors["activation_function.threshold"] = d.threshold
     save_file(_whole(tensors), folder / f"layer_{layer}.safetensors")
+
+
+def _copy_features(dictionaries: DictionarySet, folder: Path, shift: int) -> None:
+    """Labels and examples, where the set has them."""
+    labels = {
+        str(c - shift): [dictionaries.label(c, feature) for feature in range(len(d.b_enc))]
+        for c, d in dictionaries.by_checkpoint.items()
+    }
+    if any(label for some in labels.values() for label in some):
+        (folder / "labels.json").write_text(json.dumps(labels), "utf-8")
+    source = dictionaries.folder
+    if source is not None and (source / "features.zip").is_file():
+        shutil.copyfile(source / "features.zip", folder / "features.zip")
+    if source is not None and (source / "features").is_dir():
+        shutil.copytree(source / "features", folder / "features")
 
 
 def _whole(tensors: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Record:
         token_strings: the prompt's tokens as text.
         names: (checkpoint, feature) -> label.
         dictionary_folder: where feature examples lie; None if nowhere.
+        neuronpedia: checkpoint -> Neuronpedia's id of its dictionary, where it has one.
     """
 
     parts: Decomposition
@@ -53,6 +54,7 @@ class Record:
     token_strings: list[str]
     names: Callable[[int, int], str]
     dictionary_folder: str | None
+    neuronpedia: dict[int, str] = field(default_factory=dict)
 
 
 def beside(path: str | Path) -> Path:
@@ -126,6 +128,7 @@ def _flatten(record: Record) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "resid_pre": record.resid_pre,
         "token_strings": record.token_strings,
         "dictionary_folder": record.dictionary_folder,
+        "neuronpedia": {str(c): name for c, name in record.neuronpedia.items()},
         "names": [[c, f, record.names(c, f)] for c, f in known],
     }
     return tensors, facts
@@ -159,6 +162,7 @@ def _rebuild(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Record:
         token_strings=facts["token_strings"],
         names=lambda checkpoint, feature: names.get((checkpoint, feature), ""),
         dictionary_folder=facts["dictionary_folder"],
+        neuronpedia={int(c): name for c, name in facts.get("neuronpedia", {}).items()},
     )
 
 

@@ -57,6 +57,12 @@ window.utilQk = (function(){
     return data.qk?.graph_kind == 'transcoder' && label == 'error' ? `L${checkpoint - 1} error` : kind
   }
 
+  // Where a feature is on Neuronpedia; undefined where its dictionary is not.
+  function neuronpedia(data, {kind, checkpoint, feature}){
+    var id = data.qk?.neuronpedia?.[checkpoint]
+    if (kind == 'feature' && id) return `https://www.neuronpedia.org/${id.split('/').map(encodeURIComponent).join('/')}/${feature}`
+  }
+
   // Whether attention carried a component from another position, which its row then names. The
   // label of an error names its position already.
   function isCarried({kind, label, position}, to){
@@ -121,6 +127,7 @@ window.utilQk = (function(){
     tokenName,
     featureName,
     componentName,
+    neuronpedia,
     isCarried,
     nodeName,
     nodeLabel,

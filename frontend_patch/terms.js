@@ -92,6 +92,10 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
     utilQk.addText(rowSel.filter(d => utilQk.isCarried(toComponent(d), position)), 'span.qk-token.qk-from', d => `from ${utilQk.tokenName(data, toComponent(d).position)}`)
     var name = d => utilQk.componentName(data, toComponent(d))
     rowSel.append('span.qk-name').text(name).classed('is-kind', d => name(d) == toComponent(d).kind)
+    rowSel.filter(d => utilQk.neuronpedia(data, toComponent(d))).append('a.qk-np').text('↗')
+      .at({target: '_blank', rel: 'noopener noreferrer', tabindex: -1})
+      .at({href: d => utilQk.neuronpedia(data, toComponent(d)), title: 'this feature on Neuronpedia'})
+      .on('click', ev => ev.stopPropagation())
   }
 
   function addValue(rowSel, rows, table, nDigits){

@@ -6,7 +6,9 @@ by position in float64.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ from torch import Tensor
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import cli
-from circuit_tracer_qk.dictionaries import Dictionary
+from circuit_tracer_qk.dictionaries import Dictionary, Units
+from circuit_tracer_qk.native_files import write_dictionaries
 
 
 def stream(n_pos: int = 20, seed: int = 5) -> Tensor:
@@ -480,6 +483,16 @@ def test_converted_sets_are_the_same_sets(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["native", source.name])
 
 
+def test_labels_and_examples_are_converted_too(tmp_path: Path) -> None:
+    source = ctqk.load_dictionaries("miniature-sae")
+    write_dictionaries(source, tmp_path / "copy")
+    copy = ctqk.load_dictionaries(tmp_path / "copy")
+    for c, d in source.by_checkpoint.items():
+        named = [source.label(c, f) for f in range(len(d.b_enc))]
+        assert any(named) and named == [copy.label(c, f) for f in range(len(d.b_enc))]
+        assert copy.examples(c, 5) == source.examples(c, 5) is not None
+
+
 def test_what_cannot_be_converted_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -522,3 +535,75 @@ def test_the_three_layouts_of_stories260K_give_one_graph(shared: Path, of: str) 
         for layer in range(5):
             a, b = (g.qk(layer, 1, g.n_pos - 1, 15).terms for g in (graph, first))
             assert float((a - b).abs().max()) <= 1e-6 * float(b.abs().sum())
+
+
+def test_a_dictionary_that_does_not_fit_is_named_with_its_likely_cause(tmp_path: Path) -> None:
+    """The miniature's SAEs with two layers swapped: the warning says where each would fit."""
+    from circuit_tracer_qk.attribution import read
+    from circuit_tracer_qk.reconstruction import ReconstructionWarning, explained
+
+    prompt = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+    model = ctqk.load_model()
+    parts, _ = read(prompt, model)
+    found = explained(parts, model.zero_positions)
+    for c, value in found.items():
+        x, error = parts.run.residual[c][1:], parts.errors[c][1:]
+        by_hand = float((error**2).sum() / ((x - x.mean(0)) ** 2).sum())
+        assert value == pytest.approx(by_hand, rel=1e-5) and value < 0.1
+
+    known = dict(model.dictionaries.by_checkpoint)
+    swapped = dataclasses.replace(known[4], checkpoint=1, decoders={1: known[4].decoders[4]})
+    mixed = dataclasses.replace(model.dictionaries, by_checkpoint={**known, 1: swapped})
+    with pytest.warns(
+        ReconstructionWarning, match=r"1 \(1.6.*it fits checkpoint 4.*wrong layer or hook"
+    ):
+        ctqk.explain(prompt, dataclasses.replace(model, dictionaries=mixed))
+
+
+def test_a_missing_normalisation_is_named(tmp_path: Path) -> None:
+    """An SAE trained on normalised inputs whose configuration does not say so."""
+    from circuit_tracer_qk.attribution import read
+    from circuit_tracer_qk.reconstruction import ReconstructionWarning
+
+    prompt = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+    model = ctqk.load_model()
+    parts, _ = read(prompt, model)
+    x = parts.run.residual[2]
+    z = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+    lookup = torch.cat([z, -z])  # positions as features: it explains them all, and nothing else
+    d = x.shape[1]
+    trained = Dictionary(
+        2, lookup, torch.full((len(lookup),), -0.98 * d), torch.zeros(d), {2: lookup / (0.02 * d)}
+    )
+    good = dataclasses.replace(trained, units=Units("layer_norm"))
+    known = model.dictionaries.by_checkpoint
+    for dictionary, fits in ((good, True), (trained, False)):
+        mixed = dataclasses.replace(model.dictionaries, by_checkpoint={**known, 2: dictionary})
+        one = dataclasses.replace(model, dictionaries=mixed)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ctqk.explain(prompt, one)
+        said = [str(w.message) for w in caught if w.category is ReconstructionWarning]
+        assert (not said) == fits
+        assert fits or "it fits with normalize_activations layer_norm" in said[0]
+
+
+def test_fvu_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """-v prints every checkpoint's; above 1 a warning is one line whether or not it is asked for."""
+    assert cli.main(["qk", "--layer", "1", "--head", "2", "-v"]) == 0
+    assert "FVU of miniature-sae on this prompt, by checkpoint: 1: 0.0" in capsys.readouterr().err
+    assert cli.main(["qk", "--layer", "1", "--head", "2"]) == 0
+    assert capsys.readouterr().err == ""
+    source, target = ctqk.load_dictionaries("miniature-sae"), tmp_path / "set"
+    write_dictionaries(source, target)
+    for layer, other in ((0, 3), (3, 0)):
+        file = target / f"layer_{layer}.safetensors"
+        (target / f"swapped_{other}").write_bytes(file.read_bytes())
+    for layer in (0, 3):
+        (target / f"swapped_{layer}").rename(target / f"layer_{layer}.safetensors")
+    arguments = ["-m", str(Path(ctqk.__file__).parent / "miniature" / "model"), "-d", str(target)]
+    assert (
+        cli.main(["qk", "--layer", "1", "--head", "2", "-p", "Aunt Sally. Aunt", *arguments]) == 0
+    )
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("circuit-tracer-qk: warning: ") and "FVU above 1" in line
