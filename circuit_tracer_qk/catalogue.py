@@ -122,11 +122,13 @@ def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None
     layers = tuple(range(count)) if isinstance(count, int) else tuple(count)
     numbers = said.get("l0") or [None] * len(layers)
     places = said.get("paths") or [
-        said["path"].format(layer=layer, l0=l0) for layer, l0 in zip(layers, numbers, strict=True)
+        said.get("path", "").format(layer=layer, l0=l0)
+        for layer, l0 in zip(layers, numbers, strict=True)
     ]
     first = next(iter(entry["variants"]))
     title = name if variant == first else f"{name}/{variant}"
-    files = said.get("files") or ()
+    pattern = said.get("files")
+    files = () if pattern is None else tuple(pattern.format(layer=layer) for layer in layers)
     return Chosen(
         name=name,
         variant=variant,
@@ -139,8 +141,8 @@ def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None
         licence=said["licence"],
         layers=layers,
         width=said["width"],
-        places=tuple(places) if not files else ("",),
-        files=tuple(files),
+        places=tuple(dict.fromkeys(places)),
+        files=files,
         neuronpedia=said.get("neuronpedia"),
         centred=said.get("centred"),
         norm_scaling_factor=said.get("norm_scaling_factor"),

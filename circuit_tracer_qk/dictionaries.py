@@ -138,6 +138,13 @@ class Dictionary:
     own: Callable[[Tensor], Tensor] | None = None
     title: str = ""
 
+    def __post_init__(self) -> None:
+        if self.k is not None and not 1 <= self.k <= len(self.b_enc):
+            raise UserError(
+                f"{self.title or f'checkpoint {self.checkpoint}'}: k should be at most "
+                f"{len(self.b_enc)}, its number of features, and is {self.k}."
+            )
+
     def encode(self, x: Tensor) -> Tensor:
         """Activations of the features in the model's units, computed in ``x``'s dtype.
 

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from circuit_tracer_qk import hub
+from circuit_tracer_qk.errors import UserError
 
 DEPTH = 5  # folders below the one named that are looked into
 
@@ -44,7 +45,7 @@ class Files:
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             names += [(below / name).as_posix() for name in sorted(files)]
         title = str(folder if pattern is None else folder / pattern)
-        return cls(title, folder, names=_matching(names, pattern))
+        return cls(title, folder, names=_matching(str(folder), names, pattern))
 
     @classmethod
     def on_hub(cls, repo: str, revision: str | None, pattern: str | None = None) -> Files:
@@ -53,7 +54,7 @@ class Files:
         Raises:
             UserError: it cannot be listed.
         """
-        names = _matching(hub.list_files(repo, revision), pattern)
+        names = _matching(repo, hub.list_files(repo, revision), pattern)
         title = repo if pattern is None else f"{repo}/{pattern}"
         title = title if revision is None else f"{title}@{revision}"
         return cls(title, None, repo, revision, names)
@@ -111,12 +112,13 @@ def natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-def _matching(names: Iterable[str], pattern: str | None) -> tuple[str, ...]:
+def _matching(title: str, names: Iterable[str], pattern: str | None) -> tuple[str, ...]:
     """The names below the folders that a pattern such as ``layer_*/width_16k`` matches."""
     if pattern is None:
         return tuple(names)
     depth = len(PurePosixPath(pattern).parts)
-    kept = []
+    kept: list[str] = []
+    names = list(names)
     for name in names:
         parts = PurePosixPath(name).parts
         if len(parts) >= depth and all(
@@ -124,4 +126,8 @@ def _matching(names: Iterable[str], pattern: str | None) -> tuple[str, ...]:
             for part, wanted in zip(parts, PurePosixPath(pattern).parts, strict=False)
         ):
             kept.append(name)
+    if not kept:
+        here = sorted({PurePosixPath(name).parts[0] for name in names}, key=natural)
+        some = f"{', '.join(here[:6])}{', ...' if len(here) > 6 else ''}" if here else "nothing"
+        raise UserError(f"{title} has nothing below {pattern}: it has {some}.")
     return tuple(kept)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from circuit_tracer_qk import catalogue
+from circuit_tracer_qk import catalogue, hub
 from circuit_tracer_qk.dictionaries import DictionarySet
 from circuit_tracer_qk.dictionary_files import Files, joined
 from circuit_tracer_qk.errors import UserError
@@ -178,15 +178,7 @@ def _listed(entry: catalogue.Chosen) -> DictionarySet:
             )
         return _read(Files.local(entry.folder), None, False)
     layout = LAYOUTS[entry.layout]
-    files = Files(
-        entry.title,
-        None,
-        entry.repository,
-        entry.revision,
-        tuple(joined(place, name) for place in entry.places for name in layout.files)
-        if not entry.files
-        else entry.files,
-    )
+    files = Files(entry.title, None, entry.repository, entry.revision, _names(entry, layout))
     options = Options(
         named=True,
         model_name=entry.model,
@@ -196,6 +188,21 @@ def _listed(entry: catalogue.Chosen) -> DictionarySet:
         neuronpedia=entry.neuronpedia,
     )
     return _in_layout(files, layout, list(entry.places), options)
+
+
+def _names(entry: catalogue.Chosen, layout: Layout) -> tuple[str, ...]:
+    """The files of a listed set: known without asking, but for the optional ones."""
+    if entry.files:
+        return entry.files
+    within = [file.replace("*", str(i)) for file in layout.files for i in range(len(entry.layers))]
+    names = [joined(place, file) for place in entry.places for file in dict.fromkeys(within)]
+    names += [
+        name
+        for place in entry.places
+        for file in layout.optional
+        if hub.present(entry.repository, name := joined(place, file), entry.revision)
+    ]
+    return tuple(names)
 
 
 def _said(path: Path, said: dict[str, Any]) -> tuple[Layout, Options]:

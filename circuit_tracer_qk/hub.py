@@ -5,8 +5,7 @@ Every way in which a file cannot be had becomes one sentence.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -46,22 +45,26 @@ def list_files(repo: str, revision: str | None) -> list[str]:
 
 
 def download(repo: str, name: str, revision: str | None) -> Path:
-    """One file of a repository, from the cache or the hub.
+    """One file of a repository, from the cache or else the hub, which is not asked for cached ones.
 
     Raises:
         UserError: it cannot be had.
     """
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except Exception as error:  # whatever the network library raises
         raise failure(repo, revision, error, name) from error
 
 
-def has(repo: str, name: str, revision: str | None) -> bool:
-    """Whether an optional file is there."""
+def present(repo: str, name: str, revision: str | None) -> bool:
+    """Whether a file that a repository may lack is there (not, where nobody can say)."""
     try:
-        hf_hub_download(repo, name, revision=revision)
-    except Exception:
+        download(repo, name, revision)
+    except UserError:
         return False
     return True
 
@@ -107,7 +110,14 @@ def failure(
             f"{name} of {title} is not in the local cache, which has other files of it, and the "
             "hub cannot be reached: check the network, or fetch it elsewhere."
         )
-    reason = re.split(r"\.?\s*\n|\.\s", f"{error} ")[0].strip() or type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = (
+        "offline mode is on"
+        if constants.HF_HUB_OFFLINE
+        else "it does not answer"
+        if status is None
+        else f"it answers {status}"
+    )
     return UserError(
         f"{title} is no local folder and cannot be had from the Hugging Face hub ({reason}): "
         "check the id and the network, or download it elsewhere and give the folder"
@@ -121,8 +131,3 @@ def cached_revisions(repo: str) -> list[str]:
     snapshots = folder / "snapshots"
     commits = [p.name for p in snapshots.iterdir()] if snapshots.is_dir() else []
     return sorted(names) + sorted(commits)
-
-
-def parent_of(path: Path, name: str) -> Path:
-    """The snapshot folder in which a downloaded file lies under its name."""
-    return path.parents[len(PurePosixPath(name).parts) - 1]

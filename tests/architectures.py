@@ -119,18 +119,22 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def save_tiny(name: str, folder: Path, seed: int = 0) -> PreTrainedModel:
+def save_tiny(name: str, folder: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Builds the tiny model `name`, saves it (without a tokenizer) in `folder` and returns it.
 
     Args:
         name: a key of `ARCHITECTURES`.
         folder: where `config.json` and `model.safetensors` go.
         seed: the weights depend on it and on nothing else.
+        changes: other fields of the configuration, such as the number of layers.
 
     Returns:
         The model in float32 and eval mode, with eager attention.
     """
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), attn_implementation="eager")
+    config = ARCHITECTURES[name]()
+    if changes:
+        config = type(config).from_dict({**config.to_dict(), "layer_types": None, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     seen = set()  # a tied unembedding is the embedding, drawn once

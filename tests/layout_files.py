@@ -34,20 +34,20 @@ class Read(NamedTuple):
     acts: Tensor
 
 
-def draw(layer: int, *, thresholds: bool = True) -> dict[str, Tensor]:
-    """Random weights; encoder and decoder [N, D]."""
+def draw(layer: int, *, thresholds: bool = True, n: int = N) -> dict[str, Tensor]:
+    """Random weights; encoder and decoder [n, D]."""
     g = torch.Generator().manual_seed(100 + layer)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
     tensors = {
-        "W_enc": randn(N, D) / D**0.5,
-        "W_dec": randn(N, D) * 0.4,
-        "b_enc": randn(N) * 0.1 - 0.2,
+        "W_enc": randn(n, D) / D**0.5,
+        "W_dec": randn(n, D) * 0.4,
+        "b_enc": randn(n) * 0.1 - 0.2,
         "b_dec": randn(D) * 0.3,
     }
-    return tensors | ({"threshold": randn(N).abs() * 0.3} if thresholds else {})
+    return tensors | ({"threshold": randn(n).abs() * 0.3} if thresholds else {})
 
 
 def _linear(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Read:
@@ -379,7 +379,7 @@ def dictionary_learning_reads(path: Path, x: Tensor) -> Read:
 def write_qwen_scope(folder: Path, layer: int) -> Path:
     """One file a layer, in a repository whose name ends in ``W32K-L0_7``."""
     folder.mkdir(parents=True, exist_ok=True)
-    t = draw(layer, thresholds=False)
+    t = draw(layer, thresholds=False, n=128)
     t["W_dec"] = t["W_dec"].T.contiguous()
     torch.save(t, folder / f"layer{layer}.sae.pt")
     return folder / f"layer{layer}.sae.pt"

@@ -34,19 +34,38 @@ CONFIG, WEIGHTS = "config.json", "params.safetensors"
 PARAMS = "params_layer_*.safetensors"
 _HF_OUTPUT = re.compile(r"model\.layers\.(\d+|\{\d+(?:,\d+)*\})\.output")
 _PARAMS = re.compile(r"params_layer_(\d+)\.safetensors")
+_FOLDER = re.compile(r"resid_post(?:_all)?/layer_(\d+)_width")
 _SHAPES = {"b_enc": "dict", "b_dec": "model", "threshold": "dict", "w_enc": "model dict"}
 
 
 def _layer(files: Files, place: str, options: Options) -> Layer:
     """A residual SAE of Gemma Scope 2: JumpReLU, ``w_enc`` [d_model, d_sae]."""
-    where = files.get(joined(place, CONFIG))
-    config = read_json(where)
-    layers = _layers(str(where), config)
+    config, where = _config(files, place)
+    layers = _layers(where, config)
     if len(layers) != 1:
         raise UserError(f"{where}: one SAE is of one layer, and it names layers {layers}.")
     weights, title = joined(place, WEIGHTS), place or files.title
     read = partial(_read, files, weights, layers[0], title)
     return Layer(layers[0], RESID_POST, title, (weights,), read, _model(config))
+
+
+def _config(files: Files, place: str) -> tuple[dict[str, Any], str]:
+    """The configuration; where a folder of resid_post has none, what its name says."""
+    if joined(place, CONFIG) in files.names:
+        where = files.get(joined(place, CONFIG))
+        return read_json(where), str(where)
+    root = files.repo if files.root is None else files.root.resolve().as_posix()
+    whole = joined(root, place)
+    told = _FOLDER.search(whole)
+    if told is None:
+        raise UserError(
+            f"{whole} has no config.json, and is not called resid_post/layer_N_...: it does not say "
+            "what it reads."
+        )
+    return {
+        "architecture": "jump_relu",
+        "hf_hook_point_in": f"model.layers.{told[1]}.output",
+    }, whole
 
 
 def _read(files: Files, weights: str, layer: int, title: str) -> Dictionary:
@@ -116,7 +135,7 @@ def _crosscoder(files: Files, place: str, options: Options) -> DictionarySet:
     )
 
 
-LAYOUT = Layout("gemma-scope-2", (CONFIG, WEIGHTS), _layer)
+LAYOUT = Layout("gemma-scope-2", (WEIGHTS,), _layer, optional=(CONFIG,))
 CROSSCODER = Layout("gemma-scope-2-crosscoder", (CONFIG, PARAMS), whole=_crosscoder)
 
 
@@ -143,5 +162,10 @@ def _layers(where: str, config: dict[str, Any]) -> list[int]:
 
 
 def _model(config: dict[str, Any]) -> str | None:
+    """The model's id on the hub, which some of the configurations write otherwise."""
     name = config.get("model_name")
-    return name if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    if "/" not in name:
+        name = f"google/{name}"
+    return name.replace("gemma-v3", "gemma-3").replace("-270m-pt", "-270m")

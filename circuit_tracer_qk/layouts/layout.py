@@ -35,7 +35,8 @@ class Options:
         centred: trained on a model with centred writing weights; None where nobody says.
         norm_scaling_factor: SAELens' factor of ``expected_average_only_in``, one for all layers or
             one for each.
-        neuronpedia: Neuronpedia's id of a layer's dictionary, with ``{layer}`` in it.
+        neuronpedia: Neuronpedia's id of a layer's dictionary, with ``{layer}`` or
+            ``{checkpoint}`` in it.
     """
 
     named: bool = False
@@ -147,7 +148,11 @@ def scan_of(files: Files) -> str:
 def neuronpedia(options: Options, layers: dict[int, int]) -> dict[int, str]:
     """checkpoint -> Neuronpedia's id, from checkpoint -> layer."""
     pattern = options.neuronpedia
-    return {} if pattern is None else {c: pattern.format(layer=n) for c, n in layers.items()}
+    return (
+        {}
+        if pattern is None
+        else {c: pattern.format(layer=n, checkpoint=c) for c, n in layers.items()}
+    )
 
 
 def row_norms(W: Tensor) -> Tensor:
