@@ -5,7 +5,9 @@ Every test's page is watched: no console error, nothing thrown, no request to an
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -743,5 +745,30 @@ def test_another_graph_has_another_selection(watch: Watch, graph, tmp_path):
         assert selection(page) is None
         click_node(page, strongest(served.document)["target"])
         expect(part(page, "head").first).to_be_visible()
+    finally:
+        running.stop()
+
+
+def test_features_link_to_neuronpedia_where_it_has_them(watch: Watch, graph, tmp_path):
+    """The ids are in the JSON; a link leaves the page, and nothing is asked before it is clicked."""
+    known = {1: "gpt2-small/0-res-jb"}
+    record = dataclasses.replace(graph.record, neuronpedia=known)
+    named = copy.copy(graph)
+    named.record = record
+    ctqk.create_graph_files(named, "sally", tmp_path)
+    running, served = serve(tmp_path, "sally")
+    try:
+        assert served.document["qk"]["neuronpedia"] == {"1": known[1]}
+        page = watch.page
+        page.goto(served.address(qk="L1H2:q14:k6"))
+        links = page.locator(".qk-panel [data-qk=key-term] a.qk-np")
+        expect(links.first).to_be_visible()
+        features = [c for c in graph.qk(1, 2, 14, 6).key if c.kind == "feature"]
+        expected = {f"https://www.neuronpedia.org/{known[1]}/{c.feature}" for c in features}
+        hrefs = {link.get_attribute("href") for link in links.all()}
+        assert hrefs and hrefs <= expected
+        assert {link.get_attribute("rel") for link in links.all()} == {"noopener noreferrer"}
+        rows = page.locator(".qk-panel [data-qk=key-term]").count()
+        assert links.count() < rows, "bias and error rows have none"
     finally:
         running.stop()
