@@ -142,10 +142,17 @@ def _refuse_halves(files: Files) -> None:
 
 def _refuse_gaps(files: Files, layout: Layout, places: list[str]) -> None:
     """Refuse a set one of whose folders lacks a file that the others have."""
+    whole = {
+        place
+        for other in LAYOUTS.values()
+        if other != layout
+        for place in files.places(other.files)
+    }
     parents = {place.rpartition("/")[0] for place in places if place}
     for name in layout.files:
         for place in files.places([name]):
-            if place and place not in places and place.rpartition("/")[0] in parents:
+            beside = place and place.rpartition("/")[0] in parents
+            if beside and place not in places and place not in whole:
                 lacks = [f for f in layout.files if joined(place, f) not in files.names]
                 raise UserError(
                     f"{joined(joined(files.title, place), lacks[0])} is missing: fetch it again."

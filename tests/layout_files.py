@@ -318,7 +318,10 @@ DICTIONARY_LEARNING = (
 
 
 def write_dictionary_learning(
-    folder: Path, layer: int, name: str = "BatchTopKSAE", **more: Any
+    folder: Path,
+    layer: int,
+    name: str = "BatchTopKSAE",
+    said: dict[str, Any] | None = None,
 ) -> Path:
     path = folder / f"resid_post_layer_{layer}" / "trainer_0"
     path.mkdir(parents=True)
@@ -342,7 +345,7 @@ def write_dictionary_learning(
     trainer = {"dict_class": name, "activation_dim": D, "dict_size": N, "layer": layer}
     trainer |= {"lm_name": MODEL, "submodule_name": f"resid_post_layer_{layer}"}
     trainer |= {"k": K} if "k" in state else {}
-    config = {"trainer": trainer | more, "buffer": {"d_submodule": D, "ctx_len": 128}}
+    config = {"trainer": trainer | (said or {}), "buffer": {"d_submodule": D, "ctx_len": 128}}
     (path / "config.json").write_text(json.dumps(config))
     return path
 

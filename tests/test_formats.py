@@ -28,6 +28,7 @@ from layout_files import (
     write_crosscoder,
     write_dictionary_learning,
     write_gemma_scope,
+    write_gemma_scope_2,
     write_llama_scope,
     write_qwen_scope,
     write_sae_lens,
@@ -37,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli
+from circuit_tracer_qk import cli, weight_files
 from circuit_tracer_qk.dictionaries import Dictionary, Units
 from circuit_tracer_qk.native_files import write_dictionaries
 
@@ -609,3 +610,160 @@ def test_fvu_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("circuit-tracer-qk: warning: ") and "FVU above 1" in line
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def test_weights_stay_in_their_files_until_they_are_used(tmp_path: Path) -> None:
+    """Mapped, in the dtype they are stored in; only rows that are asked for are converted."""
+    write_llama_scope(tmp_path / "set", 0)
+    mapped = ctqk.load_dictionaries(tmp_path / "set", lazy=True).by_checkpoint[1]
+    assert mapped.W_enc.dtype == mapped.decoders[1].dtype == torch.bfloat16
+    copied = ctqk.load_dictionaries(tmp_path / "set").by_checkpoint[1]
+    assert copied.W_enc.dtype == torch.float32
+    for path in (write_gemma_scope(tmp_path / "a-res" / "gemma-scope-2b-pt-res", 1),):
+        dictionary = ctqk.load_dictionaries(path, lazy=True).by_checkpoint[2]
+        size = (path / "params.npz").stat().st_size
+        rows = dictionary.vectors(2, torch.tensor([3, 5]))
+        assert rows.shape == (2, D) and dictionary.decoders[2].untyped_storage().nbytes() <= size
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damage_in_a_large_file_is_found_where_it_is_used(
+    tmp_path: Path, name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small tensors are searched at once; large ones cost nothing until they are read."""
+    path = write_sae_lens(tmp_path, 0)
+    tensors = load_file(path / "sae_weights.safetensors")
+    tensors[name][2 if name == "W_dec" else (1, 2)] = value
+    save_file(tensors, path / "sae_weights.safetensors")
+    with pytest.raises(ctqk.UserError, match=f"{name} of .* holds NaN or infinite"):
+        ctqk.load_dictionaries(path)
+    monkeypatch.setattr(weight_files, "CHECKED_AT_ONCE", 0)
+    dictionary = ctqk.load_dictionaries(path).by_checkpoint[1]
+    with pytest.raises(ctqk.UserError, match=r"blocks.0.hook_resid_post.* NaN or\s+infinite"):
+        if name == "W_enc":
+            dictionary.encode(stream())
+        else:
+            dictionary.vectors(1, torch.tensor([0, 2]))
+    assert dictionary.vectors(1, torch.tensor([0, 3])).isfinite().all()
+
+
+class _Mischief:
+    def __reduce__(self) -> Any:
+        return print, ("this must not run",)
+
+
+def test_pickles_hold_tensors_and_run_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_dictionary_learning(tmp_path, 1)
+    state = torch.load(path / "ae.pt")
+    torch.save(state, path / "ae.pt", _use_new_zipfile_serialization=False)  # cannot be mapped
+    old = ctqk.load_dictionaries(tmp_path).by_checkpoint[2]
+    assert torch.equal(old.W_enc, state["encoder.weight"])
+    for content in ({"encoder.weight": _Mischief()}, [1, 2]):
+        torch.save(content, path / "ae.pt")
+        with pytest.raises(ctqk.UserError, match=r"ae.pt is truncated or no PyTorch file"):
+            ctqk.load_dictionaries(tmp_path)
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_formats_are_named_where_files_allow_two_readings(tmp_path: Path) -> None:
+    write_sae_lens(tmp_path, 0)
+    write_sparsify(tmp_path, 1)
+    with pytest.raises(ctqk.UserError, match=r"several layouts, sae-lens and sparsify.*sae-lens:"):
+        ctqk.load_dictionaries(tmp_path)
+    assert ctqk.load_dictionaries(f"sparsify:{tmp_path}").checkpoints == (2,)
+    assert ctqk.load_dictionaries(f"sae-lens:{tmp_path}").checkpoints == (1,)
+    assert ctqk.load_dictionaries(f"{tmp_path}/layers.*").checkpoints == (2,)
+    with pytest.raises(ctqk.UserError, match="holds no dictionaries of llama-scope"):
+        ctqk.load_dictionaries(f"llama-scope:{tmp_path}")
+    with pytest.raises(ctqk.UserError, match="does not exist"):
+        ctqk.load_dictionaries(f"no-such-format:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"format": "saelens"}, "format 'saelens' is not one of native, sae-lens"),
+        ({"format": "sae-lens", "centred": "yes"}, "centred: 'yes' is not understood"),
+        ({"format": "sae-lens", "layers": [0]}, "layers: .* is not understood beside"),
+        ({"format": "sae-lens", "norm_scaling_factor": "x"}, "norm_scaling_factor"),
+    ],
+)
+def test_what_a_config_says_is_checked(tmp_path: Path, said: dict[str, Any], message: str) -> None:
+    write_sae_lens(tmp_path, 0)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(said))
+    with pytest.raises(ctqk.UserError, match=message):
+        ctqk.load_dictionaries(tmp_path)
+
+
+OTHER_REFUSALS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "signed is set": (write_sparsify, {"signed": True}),
+    "transcode is set: it is a transcoder, use -t": (write_sparsify, {"transcode": True}),
+    "skip_connection is set": (write_sparsify, {"skip_connection": True}),
+    "activation 'groupmax'": (write_sparsify, {"activation": "groupmax"}),
+    "k should be a whole number": (write_sparsify, {"k": None}),
+    "use_glu_encoder": (write_llama_scope, {"use_glu_encoder": True}),
+    "batch-wise' depends on the whole batch": (
+        write_llama_scope,
+        {"norm_activation": "batch-wise"},
+    ),
+    "needs dataset_average_activation_norm": (
+        write_llama_scope,
+        {"dataset_average_activation_norm": None},
+    ),
+    r"writes blocks\.0\.hook_mlp_out": (
+        write_llama_scope,
+        {"hook_point_out": "blocks.0.hook_mlp_out"},
+    ),
+    "act_fn 'tanh'": (write_llama_scope, {"act_fn": "tanh"}),
+    "dict_class CrossCoder": (write_dictionary_learning, {"said": {"dict_class": "CrossCoder"}}),
+    "does not say that it is of the residual stream": (
+        write_dictionary_learning,
+        {"said": {"layer": 4, "submodule_name": "mlp_out_layer_4"}},
+    ),
+    "names no layer": (write_dictionary_learning, {"said": {"layer": None}}),
+}
+
+
+@pytest.mark.parametrize("message", OTHER_REFUSALS)
+def test_what_other_layouts_ask_for_and_is_not_read_is_refused(
+    tmp_path: Path, message: str
+) -> None:
+    write, more = OTHER_REFUSALS[message]
+    write(tmp_path, 0, **more)
+    with pytest.raises(ctqk.UserError, match=message):
+        ctqk.load_dictionaries(tmp_path)
+
+
+def test_batch_topk_needs_its_trained_threshold(tmp_path: Path) -> None:
+    path = write_dictionary_learning(tmp_path, 1)
+    state = torch.load(path / "ae.pt")
+    for threshold in (None, torch.tensor(-1.0)):  # -1 is what it has before training
+        changed = {name: t for name, t in state.items() if name != "threshold"}
+        torch.save(
+            changed | ({} if threshold is None else {"threshold": threshold}), path / "ae.pt"
+        )
+        with pytest.raises(ctqk.UserError, match="depend on the whole batch"):
+            ctqk.load_dictionaries(tmp_path)
+
+
+def test_gemma_scope_2_without_a_config_says_by_its_folders(tmp_path: Path) -> None:
+    """Some of its folders have none; resid_post/layer_N is what is left to go by."""
+    for name in ("resid_post_all", "elsewhere"):
+        for layer in (0, 1):
+            write_gemma_scope_2(tmp_path / name, layer, config=False)
+    found = ctqk.load_dictionaries(tmp_path / "resid_post_all")
+    assert found.checkpoints == (1, 2) and found.model_name is None
+    with pytest.raises(ctqk.UserError, match="does not say what it reads"):
+        ctqk.load_dictionaries(tmp_path / "elsewhere")
+
+
+def test_qwen_scopes_k_is_in_its_name(tmp_path: Path) -> None:
+    write_qwen_scope(tmp_path / "mine", 0)
+    with pytest.raises(ctqk.UserError, match="keep that name for the folder"):
+        ctqk.load_dictionaries(tmp_path / "mine")

@@ -4,12 +4,14 @@
 
 A random Llama-shaped model and all-layer JumpReLU SAEs are written to a temporary folder; a fresh
 process for each way of loading attributes one prompt. Anonymous memory is what the process owns;
-pages of mapped files are the system's to drop.
+pages of mapped files are the system's to drop. ``--plan`` prints the sum for Gemma-2-2B alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import resource
 import subprocess
@@ -65,6 +67,50 @@ def write(folder: Path, args: argparse.Namespace) -> None:
         )
 
 
+def plan(shape: dict[str, int]) -> dict[str, float]:
+    """Megabytes that attributing a prompt takes on the device, with mapped dictionaries.
+
+    Weights stay in the model's dtype; what is contracted is cast to float32 where it is used, a
+    layer at a time. Decoder rows are bounded by one row for every active feature.
+    """
+    d, positions = shape["d_model"], shape["tokens"]
+    embedding = shape["vocabulary"] * d
+    heads = shape["d_head"] * (2 * shape["heads"] + 2 * shape["key_heads"])
+    layer = d * heads + 3 * d * shape["d_mlp"]
+    active = positions * shape["l0"] * shape["layers"]
+    nodes = min(active, shape["kept"]) + positions * (shape["layers"] + 1) + 10
+    numbers = {
+        "weights (unembedding untied)": shape["bytes"] * (layer * shape["layers"] + 2 * embedding),
+        "unembedding in float32, for the logits": 4 * embedding,
+        "one layer in float32": 4 * layer,
+        "residual streams": 4 * 4 * (shape["layers"] + 1) * positions * d,
+        "piece of an encoder, activations": 4 * (2**24 + positions * shape["width"]),
+        "decoder rows of active features": 4 * active * d,
+        "kept vectors and adjacency": 4 * (2 * nodes * d + 2 * nodes**2),
+    }
+    return {name: bytes_ / 1e6 for name, bytes_ in numbers.items()}
+
+
+GEMMA_2_2B = {
+    "layers": 26, "d_model": 2304, "d_mlp": 9216, "heads": 8, "key_heads": 4, "d_head": 256,
+    "vocabulary": 256_000, "width": 16_384, "l0": 100, "tokens": 64, "kept": 7500, "bytes": 2,
+}  # fmt: skip
+
+
+def show(title: str, parts: dict[str, float]) -> None:
+    """The sum on paper."""
+    print(title)
+    for name, megabytes in parts.items():
+        print(f"  {name:40} {megabytes:10.0f} MB")
+    print(f"  {'sum':40} {sum(parts.values()):10.0f} MB")
+
+
+def returned() -> None:
+    """Give freed memory back to the system, so that what is left is in use."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def prompt(args: argparse.Namespace) -> torch.Tensor:
     """(tokens,) ids, a BOS in front."""
     ids = torch.randint(
@@ -86,7 +132,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
     import circuit_tracer_qk as ctqk
 
+    ctqk.explain("Aunt", ctqk.load_model())  # imports everything, which is no model's memory
     peak, done = [0], threading.Event()
+    returned()
     start = anonymous()
 
     def watch() -> None:
@@ -108,7 +156,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
             },
         )
     model = ctqk.load_model(folder / "model", saes, dtype=dtype, device="cpu")
-    loaded, load_peak, peak[0] = anonymous(), peak[0], 0
+    load_peak = peak[0]
+    returned()
+    loaded = peak[0] = anonymous()
     seconds = time.perf_counter() - began
     graph = ctqk.attribute(prompt(args), model, max_n_logits=5, max_feature_nodes=2000)
     done.set()
@@ -134,7 +184,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--measure", choices=("mapped", "copied"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--plan", action="store_true", help="the sum for Gemma-2-2B, no run")
     args = parser.parse_args()
+    if args.plan:
+        return show("Gemma-2-2B in bfloat16, all-layer 16k SAEs, 64 tokens", plan(GEMMA_2_2B))
     if args.measure:
         print(json.dumps(measure(args.folder, args)))
         return
@@ -151,6 +204,11 @@ def main() -> None:
             if run.returncode:
                 raise SystemExit(run.stderr)
             rows[how] = json.loads(run.stdout.splitlines()[-1])
+    small = {"layers": args.layers, "d_model": args.d_model, "d_mlp": 4 * args.d_model}
+    small |= {"heads": args.d_model // 64, "key_heads": max(1, args.d_model // 256), "d_head": 64}
+    small |= {name: getattr(args, name) for name in ("vocabulary", "width", "l0", "tokens")}
+    size = torch.empty((), dtype=getattr(torch, args.dtype)).element_size()
+    show("the sum for this model", plan({**small, "kept": 2000, "bytes": size}))
     print(f"{'MB':28} {'mapped':>10} {'copied':>10}")
     for name in rows["mapped"]:
         print(f"{name:28} {rows['mapped'][name]:10.1f} {rows['copied'][name]:10.1f}")
