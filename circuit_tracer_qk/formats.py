@@ -105,10 +105,10 @@ def _read(files: Files, layout: Layout | None, named: bool) -> DictionarySet:
         if (places := files.places(other.files))
     }
     if not found:
-        _refuse_halves(files)
         if layout is not None:
             wanted = " and ".join(layout.files)
             raise UserError(f"{files.title} holds no dictionaries of {layout.name}: no {wanted}.")
+        _refuse_halves(files)
         raise UserError(
             f"{files.title} has no config.yaml, nor files of a layout that is known "
             f"({', '.join(list(LAYOUTS)[1:])}): dictionary folders are recognised by them."
