@@ -14,6 +14,7 @@ from tqdm import tqdm
 from circuit_tracer_qk import hub
 from circuit_tracer_qk.errors import UserError
 
+WILD = re.compile(r"[*?\[]")
 DEPTH = 5  # folders below the one named that are looked into
 
 
@@ -25,6 +26,7 @@ class Files:
         title: how messages name the place.
         root: the local folder; None for a hub repository.
         repo, revision: the hub repository.
+        below: the folder in it that names are relative to.
         names: the files that are looked at.
     """
 
@@ -32,6 +34,7 @@ class Files:
     root: Path | None
     repo: str = ""
     revision: str | None = None
+    below: str = ""
     names: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -57,7 +60,16 @@ class Files:
         names = _matching(repo, hub.list_files(repo, revision), pattern)
         title = repo if pattern is None else f"{repo}/{pattern}"
         title = title if revision is None else f"{title}@{revision}"
-        return cls(title, None, repo, revision, names)
+        below = "" if pattern is None or WILD.search(pattern) else pattern
+        names = tuple(name.removeprefix(below).lstrip("/") for name in names)
+        return cls(title, None, repo, revision, below, names)
+
+    @property
+    def where(self) -> str:
+        """The whole path of the root: folders are often told apart by their names."""
+        if self.root is not None:
+            return self.root.resolve().as_posix()
+        return joined(self.repo, self.below) if self.below else self.repo
 
     def get(self, name: str) -> Path:
         """One file as a local path; the hub's are fetched.
@@ -67,7 +79,7 @@ class Files:
         """
         if self.root is not None:
             return self.root / name
-        return hub.download(self.repo, name, self.revision)
+        return hub.download(self.repo, joined(self.below, name), self.revision)
 
     def fetch(self, names: Iterable[str]) -> None:
         """Have several files, with a progress bar: the hub's are downloaded where need be.
@@ -77,7 +89,7 @@ class Files:
         """
         if self.root is None:
             for name in tqdm(list(names), "Fetching files", leave=False, delay=2, disable=None):
-                hub.download(self.repo, name, self.revision)
+                self.get(name)
 
     def places(self, files: Iterable[str]) -> list[str]:
         """The folders ("" for the root) that hold all of some files, in natural order.

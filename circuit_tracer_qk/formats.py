@@ -15,7 +15,7 @@ import torch
 
 from circuit_tracer_qk import catalogue, hub
 from circuit_tracer_qk.dictionaries import DictionarySet
-from circuit_tracer_qk.dictionary_files import Files, joined
+from circuit_tracer_qk.dictionary_files import WILD, Files, joined
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.layouts import LAYOUTS, Layout, Options, assemble, native
 from circuit_tracer_qk.weight_files import read_yaml
@@ -26,7 +26,6 @@ _HUB_ID = re.compile(
     re.ASCII,
 )
 _FORMAT = re.compile(r"(?P<format>[a-z][a-z0-9-]+):(?P<ref>.+)")
-_WILD = re.compile(r"[*?\[]")
 
 
 def load_dictionaries(
@@ -73,32 +72,31 @@ def _find(ref: str | Path) -> DictionarySet:
         if entry is not None:
             return _listed(entry)
     if folder.is_dir():
-        return _read(Files.local(folder), layout, isinstance(ref, str))
+        return _read(Files.local(folder), layout)
     if folder.exists():
         raise _nowhere(ref, "is not a folder")
-    if _WILD.search(text):
+    if WILD.search(text):
         parts = folder.parts
-        at = next(i for i, part in enumerate(parts) if _WILD.search(part))
+        at = next(i for i, part in enumerate(parts) if WILD.search(part))
         root = Path(*parts[:at]) if at else Path()
         if root.is_dir() and at:
-            return _read(Files.local(root, "/".join(parts[at:])), layout, True)
+            return _read(Files.local(root, "/".join(parts[at:])), layout)
     hub = _HUB_ID.fullmatch(text) if isinstance(ref, str) else None
     if hub is None:
         raise _nowhere(ref, "does not exist")
     pattern = hub["folder"].strip("/") or None
-    return _read(Files.on_hub(hub["repo"], hub["revision"], pattern), layout, True)
+    return _read(Files.on_hub(hub["repo"], hub["revision"], pattern), layout)
 
 
-def _read(files: Files, layout: Layout | None, named: bool) -> DictionarySet:
+def _read(files: Files, layout: Layout | None) -> DictionarySet:
     """What a folder or repository holds."""
     options = Options(named=layout is not None)
     if layout is None and native.CONFIG in files.names:
         config = files.get(native.CONFIG)
         said = read_yaml(config, "model_kind: residual_sae_set")
-        if "format" in said:
-            layout, options = _said(config, said)
-        else:
-            layout = native.LAYOUT
+        if "format" not in said:
+            return _in_layout(files, native.LAYOUT, [""], options)
+        layout, options = _said(config, said)
     found = {
         other.name: places
         for other in ([layout] if layout is not None else LAYOUTS.values())
@@ -183,9 +181,9 @@ def _listed(entry: catalogue.Chosen) -> DictionarySet:
             raise UserError(
                 f"this installation lacks the built-in dictionaries {entry.name}; reinstall"
             )
-        return _read(Files.local(entry.folder), None, False)
+        return _read(Files.local(entry.folder), None)
     layout = LAYOUTS[entry.layout]
-    files = Files(entry.title, None, entry.repository, entry.revision, _names(entry, layout))
+    files = Files(entry.title, None, entry.repository, entry.revision, names=_names(entry, layout))
     options = Options(
         named=True,
         model_name=entry.model,

@@ -23,7 +23,7 @@ _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
 
 
 def _layer(files: Files, place: str, options: Options) -> Layer | None:
-    root = files.repo if files.root is None else str(files.root.resolve())
+    root = files.where
     whole = joined(f"{root}/{place}" if place else root, WEIGHTS)
     if re.search(r"(^|/)embedding(/|$)", place):
         return None  # of the token embeddings, which no block has written to

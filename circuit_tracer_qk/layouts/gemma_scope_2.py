@@ -54,7 +54,7 @@ def _config(files: Files, place: str) -> tuple[dict[str, Any], str]:
     if joined(place, CONFIG) in files.names:
         where = files.get(joined(place, CONFIG))
         return read_json(where), str(where)
-    root = files.repo if files.root is None else files.root.resolve().as_posix()
+    root = files.where
     whole = joined(root, place)
     told = _FOLDER.search(whole)
     if told is None:

@@ -19,7 +19,7 @@ _NAME = re.compile(r"SAE-Res-(?P<model>.+)-W\d+K-L0_(?P<k>\d+)")
 
 
 def _load(files: Files, place: str, options: Options) -> DictionarySet:
-    root = files.repo if files.root is None else str(files.root.resolve())
+    root = files.where
     told = _NAME.search(joined(root, place))
     if told is None:
         raise UserError(

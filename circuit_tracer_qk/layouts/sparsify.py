@@ -23,8 +23,7 @@ _RESIDUAL = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")
 
 
 def _layer(files: Files, place: str, options: Options) -> Layer | None:
-    root = files.repo if files.root is None else files.root.resolve().name
-    module = place.rsplit("/", 1)[-1] if place else root
+    module = (place or files.where).rsplit("/", 1)[-1]
     found = _RESIDUAL.fullmatch(module)
     if found is None:
         if place:
