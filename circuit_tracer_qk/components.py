@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.dictionaries import DictionarySet
+from circuit_tracer_qk.dictionaries import DictionarySet, like
 from circuit_tracer_qk.frozen import FrozenRun
 
 KINDS = ("feature", "bias", "error", "embedding", "position")
@@ -197,7 +197,6 @@ def decompose(run: FrozenRun, dictionaries: DictionarySet, zero_positions: slice
     Identity: at every checkpoint and position the components sum to ``run.residual`` (the error is
     defined by it; the method's section 1).
     """
-    device, dtype = run.residual.device, run.residual.dtype
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     decoders: dict[tuple[int, int], Tensor] = {}
     biases: dict[int, Tensor] = {}
@@ -214,7 +213,7 @@ def decompose(run: FrozenRun, dictionaries: DictionarySet, zero_positions: slice
             (torch.full_like(position, c), position, feature, acts[position, feature], row)
         )
         for k in dictionary.decoders:
-            decoders[c, k] = dictionary.vectors(k, distinct).to(device, dtype)
+            decoders[c, k] = like(dictionary.vectors(k, distinct), run.residual)
             explained[k] += acts[:, distinct] @ decoders[c, k]
     checkpoint, position, feature, activation, row = (
         torch.cat(column) for column in zip(*parts, strict=True)

@@ -167,23 +167,23 @@ class Dictionary:
     def _activations(self, z: Tensor) -> Tensor:
         """(n_pos, d_dict) from the stream in the dictionary's units."""
         if self.subtract is not None:
-            z = z - _like(self.subtract, z)
+            z = z - like(self.subtract, z)
         pre = self._linear(z)
         if not bool(pre.isfinite().all()):
             raise UserError(
                 f"the encoder of {self.title or f'checkpoint {self.checkpoint}'} gives NaN or "
                 "infinite values: it was damaged or overflowed."
             )
-        gate = pre + _like(self.b_enc, z)
+        gate = pre + like(self.b_enc, z)
         if self.encoder_scale is not None:
-            gate = gate * _like(self.encoder_scale, z)
+            gate = gate * like(self.encoder_scale, z)
         if self.threshold is not None:
-            return gate * (gate > _like(self.threshold, z))
+            return gate * (gate > like(self.threshold, z))
         if self.k is not None:
             values, indices = gate.topk(self.k, dim=-1)
             return torch.zeros_like(gate).scatter(-1, indices, values.relu())
         if self.gain is not None and self.b_mag is not None:
-            return (pre * _like(self.gain, z) + _like(self.b_mag, z)).relu() * (gate > 0)
+            return (pre * like(self.gain, z) + like(self.b_mag, z)).relu() * (gate > 0)
         return gate.relu()
 
     def _linear(self, z: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class Dictionary:
         rows = max(1, _PIECE // W.shape[1])
         for start in range(0, len(W), rows):
             piece = slice(start, start + rows)
-            pre[:, piece] = F.linear(z, _like(W[piece], z))
+            pre[:, piece] = F.linear(z, like(W[piece], z))
         return pre
 
     def vectors(self, checkpoint: int, features: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class Dictionary:
     def bias(self, x: Tensor) -> Tensor:
         """(n_pos, d_model): what the dictionary reconstructs without any feature."""
         _, scale, shift = self.units.of(x)
-        b_dec = _like(self.b_dec, x).expand_as(x)
+        b_dec = like(self.b_dec, x).expand_as(x)
         b_dec = b_dec if scale is None else b_dec * scale
         return b_dec if shift is None else b_dec + shift
 
@@ -281,7 +281,7 @@ class Dictionary:
         return replace(self, **{name: moved(value) for name, value in vars(self).items()})
 
 
-def _like(tensor: Tensor, x: Tensor) -> Tensor:
+def like(tensor: Tensor, x: Tensor) -> Tensor:
     """In ``x``'s dtype, then on its device: not every device has every dtype."""
     return tensor.to(x.dtype).to(x.device)
 

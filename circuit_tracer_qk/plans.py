@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.components import FEATURE, KINDS, Decomposition
-from circuit_tracer_qk.dictionaries import DictionarySet
+from circuit_tracer_qk.dictionaries import DictionarySet, like
 from circuit_tracer_qk.edits import ALL, Edit, Head, HeadEdit, QKEdit
 from circuit_tracer_qk.errors import UserError
 
@@ -268,7 +268,7 @@ def changed_vectors(
     moved = torch.zeros_like(run.residual[layer])
     for changed in changes:
         step = changed.after - changed.before
-        moved[changed.position] += step * _vector(changed, layer, dictionaries, parts).to(moved)
+        moved[changed.position] += step * like(_vector(changed, layer, dictionaries, parts), moved)
     return moved
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.components import Decomposition
-from circuit_tracer_qk.dictionaries import Dictionary, DictionarySet, Units
+from circuit_tracer_qk.dictionaries import Dictionary, DictionarySet, Units, like
 
 log = logging.getLogger(__name__)
 
@@ -107,5 +107,5 @@ def _error(dictionary: Dictionary, x: Tensor) -> Tensor:
     acts = dictionary.encode(x)
     active = acts.any(0).nonzero().flatten()
     [checkpoint] = dictionary.decoders
-    vectors = dictionary.vectors(checkpoint, active).to(x.dtype).to(x.device)
+    vectors = like(dictionary.vectors(checkpoint, active), x)
     return x - acts[:, active] @ vectors - dictionary.bias(x)

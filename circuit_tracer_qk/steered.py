@@ -26,7 +26,7 @@ from torch import Tensor
 
 from circuit_tracer_qk import host
 from circuit_tracer_qk.components import Decomposition
-from circuit_tracer_qk.dictionaries import DictionarySet
+from circuit_tracer_qk.dictionaries import DictionarySet, like
 from circuit_tracer_qk.edits import Head
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.frozen import alone
@@ -308,7 +308,7 @@ class _Hooks:
         for c, acts in before.items():
             step = after[c] - acts
             some = step.any(0).nonzero().flatten()
-            vectors = known[c].vectors(place.layer, some).to(step)
+            vectors = like(known[c].vectors(place.layer, some), step)
             moved.append(step[:, some] @ vectors)
         return torch.stack(moved).sum(0)
 
