@@ -471,7 +471,7 @@ def _qk(args: argparse.Namespace) -> None:
     own_model = args.model and args.transcoder_set is None
     if args.graph is not None and (own_model or args.dictionaries or args.prompt is not None):
         raise UserError("a saved graph has its own model and prompt: leave out -m, -d and -p.")
-    qk, tokens = _opened(args) if args.graph is not None else _run(args)
+    qk, tokens = _opened(args) if args.graph is not None else _run(args, layer)
 
     from circuit_tracer_qk import report
 
@@ -600,7 +600,9 @@ def _opened(args: argparse.Namespace) -> tuple[Scores, list[str]]:
     return graph.scores, graph.token_strings
 
 
-def _prompt_and_model(args: argparse.Namespace) -> tuple[str, ResidualModel]:
+def _prompt_and_model(
+    args: argparse.Namespace, checkpoints: Sequence[int] | None = None
+) -> tuple[str, ResidualModel]:
     """The prompt and the model to run it on; without both, the miniature and the demo's."""
     prompt = args.prompt
     if args.dictionaries is None:
@@ -611,12 +613,13 @@ def _prompt_and_model(args: argparse.Namespace) -> tuple[str, ResidualModel]:
         raise UserError("-p/--prompt is missing: give the prompt to explain.")
     _check_prompt(prompt)
     dtype = getattr(args, "dtype", "float32")
-    return prompt, _load(args.model, args.dictionaries or MINIATURES["sae"], dtype)
+    ref = args.dictionaries or MINIATURES["sae"]
+    return prompt, _load(args.model, ref, dtype, checkpoints)
 
 
-def _run(args: argparse.Namespace) -> tuple[Scores, list[str]]:
+def _run(args: argparse.Namespace, layer: int) -> tuple[Scores, list[str]]:
     """QK attributions of a prompt, without its graph, and its tokens."""
-    prompt, model = _prompt_and_model(args)
+    prompt, model = _prompt_and_model(args, [layer])
 
     from circuit_tracer_qk import host
     from circuit_tracer_qk.attribution import explain
@@ -627,11 +630,18 @@ def _run(args: argparse.Namespace) -> tuple[Scores, list[str]]:
     return qk, [decode(t) for t in qk.heads.run.tokens]
 
 
-def _load(model: str | None, dictionaries: str, dtype: str = "float32") -> ResidualModel:
+def _load(
+    model: str | None,
+    dictionaries: str,
+    dtype: str = "float32",
+    checkpoints: Sequence[int] | None = None,
+) -> ResidualModel:
     import torch
 
     with _hushed():
-        return circuit_tracer_qk.load_model(model, dictionaries, dtype=getattr(torch, dtype))
+        return circuit_tracer_qk.load_model(
+            model, dictionaries, dtype=getattr(torch, dtype), checkpoints=checkpoints
+        )
 
 
 def _write_files(

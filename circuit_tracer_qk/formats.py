@@ -7,6 +7,7 @@ out in the model's own units, so that everything after this module sees one kind
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def load_dictionaries(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     lazy: bool | None = None,
+    checkpoints: Iterable[int] | None = None,
 ) -> DictionarySet:
     """Load residual SAEs or a weakly causal crosscoder.
 
@@ -50,17 +52,19 @@ def load_dictionaries(
         dtype: what they are cast to.
         lazy: leave them mapped into memory, as stored: encoders are read through in pieces and of
             decoders only the rows of active features. Default: sets of over 2 GB in float32.
+        checkpoints: fetch and read only the SAEs of these (the first, if there are none); QK
+            attributions of block ``l`` need checkpoint ``l``. Crosscoders are read whole.
 
     Raises:
         UserError: the dictionaries cannot be had, or cannot be read exactly.
     """
-    found = _find(ref)
+    found = _find(ref, None if checkpoints is None else frozenset(checkpoints))
     if found.n_weights > LARGE if lazy is None else lazy:
         return found
     return found.to(device, dtype)
 
 
-def _find(ref: str | Path) -> DictionarySet:
+def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:
     """The set, its tensors as stored."""
     text, layout = str(ref), None
     form = _FORMAT.fullmatch(text)
@@ -70,9 +74,9 @@ def _find(ref: str | Path) -> DictionarySet:
     if layout is None and isinstance(ref, str) and not folder.exists():
         entry = catalogue.find(text)
         if entry is not None:
-            return _listed(entry)
+            return _listed(entry, checkpoints)
     if folder.is_dir():
-        return _read(Files.local(folder), layout)
+        return _read(Files.local(folder), layout, checkpoints)
     if folder.exists():
         raise _nowhere(ref, "is not a folder")
     if WILD.search(text):
@@ -80,23 +84,24 @@ def _find(ref: str | Path) -> DictionarySet:
         at = next(i for i, part in enumerate(parts) if WILD.search(part))
         root = Path(*parts[:at]) if at else Path()
         if root.is_dir() and at:
-            return _read(Files.local(root, "/".join(parts[at:])), layout)
+            return _read(Files.local(root, "/".join(parts[at:])), layout, checkpoints)
     hub = _HUB_ID.fullmatch(text) if isinstance(ref, str) else None
     if hub is None:
         raise _nowhere(ref, "does not exist")
     pattern = hub["folder"].strip("/") or None
-    return _read(Files.on_hub(hub["repo"], hub["revision"], pattern), layout)
+    files = Files.on_hub(hub["repo"], hub["revision"], pattern)
+    return _read(files, layout, checkpoints)
 
 
-def _read(files: Files, layout: Layout | None) -> DictionarySet:
+def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | None) -> DictionarySet:
     """What a folder or repository holds."""
-    options = Options(named=layout is not None)
+    options = Options(named=layout is not None, checkpoints=checkpoints)
     if layout is None and native.CONFIG in files.names:
         config = files.get(native.CONFIG)
         said = read_yaml(config, "model_kind: residual_sae_set")
         if "format" not in said:
             return _in_layout(files, native.LAYOUT, [""], options)
-        layout, options = _said(config, said)
+        layout, options = _said(config, said, options)
     found = {
         other.name: places
         for other in ([layout] if layout is not None else LAYOUTS.values())
@@ -174,14 +179,14 @@ def _in_layout(files: Files, layout: Layout, places: list[str], options: Options
     return assemble(files, kept, options)
 
 
-def _listed(entry: catalogue.Chosen) -> DictionarySet:
+def _listed(entry: catalogue.Chosen, checkpoints: frozenset[int] | None) -> DictionarySet:
     """A set of the built-in list."""
     if entry.folder is not None:
         if not entry.folder.is_dir():
             raise UserError(
                 f"this installation lacks the built-in dictionaries {entry.name}; reinstall"
             )
-        return _read(Files.local(entry.folder), None)
+        return _read(Files.local(entry.folder), None, checkpoints)
     layout = LAYOUTS[entry.layout]
     files = Files(entry.title, None, entry.repository, entry.revision, names=_names(entry, layout))
     options = Options(
@@ -191,6 +196,7 @@ def _listed(entry: catalogue.Chosen) -> DictionarySet:
         centred=entry.centred,
         norm_scaling_factor=entry.norm_scaling_factor,
         neuronpedia=entry.neuronpedia,
+        checkpoints=checkpoints,
     )
     return _in_layout(files, layout, list(entry.places), options)
 
@@ -210,7 +216,7 @@ def _names(entry: catalogue.Chosen, layout: Layout) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _said(path: Path, said: dict[str, Any]) -> tuple[Layout, Options]:
+def _said(path: Path, said: dict[str, Any], options: Options) -> tuple[Layout, Options]:
     """What a ``config.yaml`` with ``format:`` says."""
     name = said["format"]
     if name not in LAYOUTS:
@@ -222,7 +228,7 @@ def _said(path: Path, said: dict[str, Any]) -> tuple[Layout, Options]:
         "norm_scaling_factor": (int, float, dict),
         "neuronpedia": str,
     }
-    options = Options(named=True)
+    options = replace(options, named=True)
     for key, value in said.items():
         if key == "format":
             continue

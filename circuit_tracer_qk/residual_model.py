@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     zero_positions: slice | None = None,
+    checkpoints: Iterable[int] | None = None,
 ) -> ResidualModel:
     """Load a model and its residual dictionaries.
 
@@ -74,15 +76,20 @@ def load_model(
         model: a local Hugging Face folder, a hub id or a TransformerLens name; the bundled
             miniature if left out (or the ``model_name`` in the dictionaries' config, if those are
             given). A TransformerLens model (norms folded or not) is used as it is.
-        dictionaries: a local folder, a hub id ``org/name[@revision]`` or a built-in name.
+        dictionaries: a built-in name, a local folder, a hub id ``org/name[@revision]`` or a set of
+            :func:`load_dictionaries`, which is used as it is.
         dtype: of the weights; everything is contracted in float32, or float64 for float64.
         device: cuda if there is one, else cpu.
         zero_positions: positions whose features are dropped, as circuit-tracer does: the first
             (gemma-3-it: the first four). ``slice(0, 0)`` keeps them all.
+        checkpoints: the dictionaries to fetch and read, where not all are needed: QK attributions
+            of block ``l`` need checkpoint ``l``.
 
     Raises:
         UserError: whatever cannot be loaded exactly, with the reason and the way out.
     """
+    if model is not None and not isinstance(model, str | Path):
+        device, dtype = model.W_E.device, model.cfg.dtype
     device = _device(device)
     if dictionaries is None:
         if model is not None:
@@ -94,9 +101,10 @@ def load_model(
     if not isinstance(dictionaries, DictionarySet):
         builtin = str(dictionaries) in MINIATURES
         dictionaries = load_dictionaries(
-            dictionaries, device=device, dtype=contraction_dtype(dtype)
+            dictionaries, device=device, dtype=contraction_dtype(dtype), checkpoints=checkpoints
         )
-        model = model or (MINIATURE if builtin else dictionaries.model_name)
+        model = model or (MINIATURE if builtin else None)
+    model = model or dictionaries.model_name
     if model is None:
         raise UserError(
             "No model was named, and the dictionaries' config has no model_name: give one."
@@ -113,7 +121,6 @@ def load_model(
     else:
         transformer = model
         transformer.setup()  # folding puts in new norms, whose hooks older trees do not register
-        dictionaries = dictionaries.to(model.W_E.device, contraction_dtype(model.cfg.dtype))
         refuse_unsupported(transformer)
         dictionaries.check_fits(transformer.cfg.d_model, transformer.cfg.n_layers)
         check_exact(transformer)

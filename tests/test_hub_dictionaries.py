@@ -310,3 +310,31 @@ def test_the_list_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("gemma-scope-2b-pt-res ", "google/gemma-2-2b", "26", "CC-BY-4.0", REF):
         assert word in line
     assert "no set of the list has nothing" in said(["dictionaries", "nothing"], capsys)
+
+
+def test_one_heads_table_needs_one_layers_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache that holds layer 12 alone explains a head of block 13, as the whole set does."""
+    chosen = NAMED["gemma-scope-2b-pt-res/16k"]
+    made = write_named(tmp_path / "made", chosen)
+    model = save_named_model(tmp_path / "model", "google/gemma-2-2b")
+    tables = []
+    for name, wanted in (("whole", "*"), ("one", "layer_12")):
+        cache = HubCache(tmp_path / name)
+        files = {
+            p.relative_to(made).as_posix(): p.read_bytes() for p in made.glob(f"{wanted}/*/*/*")
+        }
+        assert len(files) == (26 if name == "whole" else 1)
+        cache.add(chosen.repository, files)
+        cache.use(monkeypatch)
+        arguments = ["-m", str(model), "-d", chosen.name, "-p", "w5 w9 w7 w5 w9"]
+        assert cli.main(["qk", *arguments, "--head", "L13H0", "--key", "2"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    found = ctqk.load_dictionaries(chosen.name, checkpoints=[13])
+    assert found.checkpoints == (13,) and found.neuronpedia == {
+        13: "gemma-2-2b/12-gemmascope-res-16k"
+    }
+    line = said(["qk", *arguments, "--head", "L14H0"], capsys)
+    assert line.startswith("layer_13/width_16k/average_l0_84/params.npz of google/gemma-scope")

@@ -35,6 +35,7 @@ class Options:
         centred: trained on a model with centred writing weights; None where nobody says.
         norm_scaling_factor: SAELens' factor of ``expected_average_only_in``, one for all layers or
             one for each.
+        checkpoints: the ones wanted of a set of SAEs; None for all.
         neuronpedia: Neuronpedia's id of a layer's dictionary, with ``{layer}`` or
             ``{checkpoint}`` in it.
     """
@@ -44,12 +45,21 @@ class Options:
     scan: str | None = None
     centred: bool | None = None
     norm_scaling_factor: float | dict[int, float] | None = None
+    checkpoints: frozenset[int] | None = None
     neuronpedia: str | None = None
 
     def factor(self, layer: int) -> float | None:
         """The scaling factor of one layer."""
         given = self.norm_scaling_factor
         return given.get(layer) if isinstance(given, dict) else given
+
+
+def wanted(found: Iterable[int], options: Options) -> list[int]:
+    """The checkpoints to read, in order: those asked for, or else the first of a set."""
+    every = sorted(found)
+    if options.checkpoints is None:
+        return every
+    return [c for c in every if c in options.checkpoints] or every[:1]
 
 
 class Layer(NamedTuple):
@@ -116,7 +126,7 @@ def assemble(files: Files, layers: Iterable[Layer], options: Options) -> Diction
                 f"({other.title} and {layer.title}): name those of one set, as a subfolder or with "
                 f"a pattern such as {files.title}/{_pattern(other)}."
             )
-    chosen = dict(sorted(by_checkpoint.items()))
+    chosen = {c: by_checkpoint[c] for c in wanted(by_checkpoint, options)}
     files.fetch(name for layer in chosen.values() for name in layer.files)
     read = tqdm(chosen.items(), "Loading dictionaries", leave=False, delay=2, disable=None)
     found = {c: layer.read() for c, layer in read}

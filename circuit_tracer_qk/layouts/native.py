@@ -35,7 +35,7 @@ from circuit_tracer_qk.dictionaries import (
 )
 from circuit_tracer_qk.dictionary_files import Files, joined
 from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.layouts.layout import Layout, Options, scan_of
+from circuit_tracer_qk.layouts.layout import Layout, Options, scan_of, wanted
 from circuit_tracer_qk.weight_files import mapped, read_yaml, taken
 
 CONFIG = "config.yaml"
@@ -67,6 +67,9 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
     """
     config = _read_config(files, place)  # refuse other kinds before their weights are fetched
     numbers = _file_numbers(files, place, config)
+    if config.kind == SAE:  # a crosscoder is needed whole
+        kept = wanted((entry + config.shift for entry in numbers), options)
+        numbers = {c - config.shift: numbers[c - config.shift] for c in kept}
     stored = {entry: _layout(config.kind, number) for entry, number in numbers.items()}
     beside = [name for name in _BESIDE if joined(place, name) in files.names]
     every = [name for parts in stored.values() for name, _ in parts]
