@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
 from circuit_tracer_qk.errors import UserError
 
@@ -27,20 +28,21 @@ def list_files(repo: str, revision: str | None) -> list[str]:
     Raises:
         UserError: neither can be had.
     """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise failure(repo, revision, error) from error
     problem: Exception | None = None
     if not constants.HF_HUB_OFFLINE:
         try:
             return HfApi().list_repo_files(repo, revision=revision)
-        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise failure(repo, revision, error) from error
         except Exception as error:  # requests' and httpx's own kinds: no answer
             problem = error
-    try:
-        folder = Path(
-            snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
-        )
-    except (OSError, ValueError) as error:  # HFValidationError is a ValueError
-        raise failure(repo, revision, problem or error) from error
+    folder = snapshot(repo, revision)
+    if folder is None:
+        raise failure(repo, revision, problem or LocalEntryNotFoundError(repo)) from problem
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
@@ -94,18 +96,14 @@ def failure(
             f"{repo} is not on the hub (or is private): check the name, run `huggingface-cli "
             "login`, or give a local folder."
         )
-    cached = cached_revisions(repo)
-    wanted = revision or "main"
-    if cached and wanted not in cached and not any(c.startswith(wanted) for c in cached):
-        return UserError(
-            f"the local cache holds {repo} at {', '.join(cached)} and not at {wanted}, and the hub "
-            "cannot be reached: check the revision and the network."
-        )
+    missing = missing_revision(repo, revision)
+    if missing is not None:
+        return UserError(missing)
     if any_of(EntryNotFoundError) and not any_of(LocalEntryNotFoundError):
         return UserError(
             f"{title} has no file {name}: check the name and the revision, or choose another set."
         )
-    if name is not None and cached:
+    if name is not None and cached_revisions(repo):
         return UserError(
             f"{name} of {title} is not in the local cache, which has other files of it, and the "
             "hub cannot be reached: check the network, or fetch it elsewhere."
@@ -122,6 +120,27 @@ def failure(
         f"{title} is no local folder and cannot be had from the Hugging Face hub ({reason}): "
         "check the id and the network, or download it elsewhere and give the folder"
     )
+
+
+def missing_revision(repo: str, revision: str | None) -> str | None:
+    """One sentence where the cache holds a repository at other revisions; None where it does not."""
+    cached, wanted = cached_revisions(repo), revision or "main"
+    if not cached or wanted in cached:
+        return None
+    return (
+        f"the local cache holds {repo} at {', '.join(cached)} and not at {wanted}, and the hub "
+        "cannot be reached: check the revision and the network."
+    )
+
+
+def snapshot(repo: str, revision: str | None) -> Path | None:
+    """The folder of a revision in the cache; None where it has none."""
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
+        )
+    except (OSError, ValueError):  # HFValidationError is a ValueError
+        return None
 
 
 def cached_revisions(repo: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from circuit_tracer_qk import hub
 from circuit_tracer_qk.errors import UserError
 
 ALIBI = "its attention adds ALiBi position biases, which QK attributions do not decompose"
@@ -105,6 +106,9 @@ class Source:
                 f"{self.title} is not on the hub (or is private); check the name, run "
                 "`huggingface-cli login`, or give a local folder."
             )
+        missing = hub.missing_revision(self.path, self.revision)
+        if missing is not None:
+            return UserError(missing)
         if any(isinstance(c, errors.LocalEntryNotFoundError) for c in causes):
             return UserError(
                 f"The {what} of {self.title} is not in the local cache and the Hugging Face hub "
@@ -207,11 +211,17 @@ def read_weights(source: Source, config: Any, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _folder(source: Source) -> Path | None:
+    """Where the files are: the folder, or the hub's snapshot in the cache."""
+    return Path(source.path) if source.local else hub.snapshot(source.path, source.revision)
+
+
 def _broken_file(source: Source) -> Path | None:
-    """The first safetensors file of a folder whose header or length is wrong."""
+    """The first safetensors file of a model whose header or length is wrong."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(Path(source.path).glob("*.safetensors")) if source.local else ():
+    folder = _folder(source)
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
         try:
             with safe_open(file, "pt"):
                 pass
@@ -224,7 +234,8 @@ def _stored_shape(source: Source, key: str) -> list[int] | str:
     """The shape under which a folder stores the weight ``key`` (a prefix may be absent there)."""
     from safetensors import safe_open
 
-    for file in sorted(Path(source.path).glob("*.safetensors")) if source.local else ():
+    folder = _folder(source)
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
         with safe_open(file, "pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118 - not a dict
                 if key == stored or key.endswith("." + stored):

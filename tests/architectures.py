@@ -21,6 +21,7 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -147,6 +148,18 @@ def save_tiny(name: str, folder: Path, seed: int = 0, **changes: Any) -> PreTrai
                     parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     return model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of the tiny models' vocabulary: words ``w0``, ``w1``, ... and a BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<bos>", "<eos>", *(f"w{i}" for i in range(VOCAB - 3))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
 
 
 def _scale(

@@ -55,6 +55,7 @@ class HubCache:
             blob.write_bytes(content)
             link = snapshot / name
             link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
             link.symlink_to(blob)
         return snapshot
 

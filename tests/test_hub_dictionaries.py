@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
-from architectures import VOCAB, prompt_ids, save_tiny
+from architectures import prompt_ids, save_tiny, save_tokenizer
 from hub_cache import COMMIT, HubCache
 from layout_files import (
     D,
@@ -122,14 +121,7 @@ def save_named_model(folder: Path, name: str) -> Path:
     key = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
     width = {"hidden_size": D, "num_attention_heads": 2} if architecture == "neox" else {}
     save_tiny(architecture, folder, **{key: n_layers}, **width)
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<unk>", "<bos>", "<eos>", *(f"w{i}" for i in range(VOCAB - 3))]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", bos_token="<bos>"
-    ).save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 
