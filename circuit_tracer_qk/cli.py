@@ -1,5 +1,5 @@
 """The command line: ``circuit-tracer-qk demo | attribute | augment | qk | steer | dictionaries |
-convert | start-server``.
+convert | features | start-server``.
 
 Arguments, order of work and exit status; the text is :mod:`circuit_tracer_qk.report`'s. Whatever
 can be refused without the model is refused before it is loaded, and parsing imports no torch.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import circuit_tracer_qk
-from circuit_tracer_qk import steer_command
+from circuit_tracer_qk import features_command, steer_command
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import check_folder, check_names
 
@@ -98,6 +98,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     _add_steer(commands)
     _add_dictionaries(commands)
     _add_convert(commands)
+    _add_features(commands)
     _add_start_server(commands, _host_flags(command, "start-server"))
     return parser
 
@@ -259,6 +260,18 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("destination", help="the folder to write, which must not exist")
     _add_verbose(parser)
     parser.set_defaults(run=_convert)
+
+
+def _add_features(commands: Any) -> None:
+    parser = commands.add_parser(
+        "features",
+        help="describe features by where they fire in a text file: examples and labels",
+        description=features_command.DESCRIPTION,
+        epilog=features_command.EPILOG,
+    )
+    features_command.add_arguments(parser)
+    _add_verbose(parser)
+    parser.set_defaults(run=_features)
 
 
 def _add_start_server(commands: Any, host: list[argparse.ArgumentParser]) -> None:
@@ -522,6 +535,12 @@ def _convert(args: argparse.Namespace) -> None:
         written = write_dictionaries(found, args.destination)
     layers = ", ".join(map(str, found.checkpoints))
     _show([f"{found.kind} {found.scan} at checkpoints {layers} written to {written}"])
+
+
+def _features(args: argparse.Namespace) -> None:
+    with _hushed():
+        lines = features_command.run(args, _load)
+    _show(lines)
 
 
 def _demo(args: argparse.Namespace) -> None:

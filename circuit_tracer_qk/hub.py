@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
 
 from circuit_tracer_qk.errors import UserError
 
@@ -28,10 +27,6 @@ def list_files(repo: str, revision: str | None) -> list[str]:
     Raises:
         UserError: neither can be had.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise failure(repo, revision, error) from error
     problem: Exception | None = None
     if not constants.HF_HUB_OFFLINE:
         try:
@@ -40,7 +35,10 @@ def list_files(repo: str, revision: str | None) -> list[str]:
             raise failure(repo, revision, error) from error
         except Exception as error:  # requests' and httpx's own kinds: no answer
             problem = error
-    folder = snapshot(repo, revision)
+    try:
+        folder = snapshot(repo, revision)
+    except HFValidationError as error:
+        raise failure(repo, revision, error) from error
     if folder is None:
         raise failure(repo, revision, problem or LocalEntryNotFoundError(repo)) from problem
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
@@ -134,12 +132,18 @@ def missing_revision(repo: str, revision: str | None) -> str | None:
 
 
 def snapshot(repo: str, revision: str | None) -> Path | None:
-    """The folder of a revision in the cache; None where it has none."""
+    """The folder of a revision in the cache; None where it has none.
+
+    Raises:
+        HFValidationError: ``repo`` is no hub id.
+    """
     try:
         return Path(
             snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
         )
-    except (OSError, ValueError):  # HFValidationError is a ValueError
+    except HFValidationError:
+        raise
+    except (OSError, ValueError):
         return None
 
 
@@ -150,3 +154,8 @@ def cached_revisions(repo: str) -> list[str]:
     snapshots = folder / "snapshots"
     commits = [p.name for p in snapshots.iterdir()] if snapshots.is_dir() else []
     return sorted(names) + sorted(commits)
+
+
+def is_cached(folder: Path) -> bool:
+    """Whether a folder lies in the hub's cache, where nothing of ours belongs."""
+    return Path(constants.HF_HUB_CACHE).resolve() in folder.resolve().parents

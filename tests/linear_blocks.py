@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,21 @@ class Cases:
         return Case(reference, run, Carrier(heads, ports), reads, writes, skips)
 
 
+@cache
+def hooked_after_gain() -> bool:
+    """Whether the installed TransformerLens' LayerNorm has its hook behind the gain, as before 3."""
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.components.layer_norm import LayerNorm
+
+    cfg = HookedTransformerConfig(
+        n_layers=1, d_model=4, n_ctx=4, d_head=4, n_heads=1, d_vocab=4, attn_only=True, seed=0
+    )
+    ln, seen = LayerNorm(cfg, 4), []
+    ln.w.data.fill_(3.0)
+    ln.hook_normalized.register_forward_hook(lambda _, __, out: seen.append(out))
+    return torch.equal(ln(torch.arange(4.0)[None, None]), seen[0])
+
+
 def linear_block(case: Case, layer: int, x: Tensor, without: int | None = None) -> Tensor:
     """What leaves the block as a function of what enters, MLP cut out: x (P, d) -> (mid, out)."""
     block, run = case.reference.blocks[layer], case.run
@@ -79,7 +95,8 @@ def linear_block(case: Case, layer: int, x: Tensor, without: int | None = None) 
         read = mid
         if case.reads != "hook_resid_mid":
             norm = block.ln2
-            if case.reads == "ln2.hook_normalized":
+            centred = norm.kind == "layer"
+            if case.reads == "ln2.hook_normalized" and not (centred and hooked_after_gain()):
                 norm = Norm(norm.kind, torch.ones_like(norm.gain), norm.bias, norm.eps)
             read = norm.linear(mid, run.ln2[layer])
         written = read @ skip

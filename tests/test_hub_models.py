@@ -9,6 +9,7 @@ import torch
 from architectures import ARCHITECTURES, prompt_ids, save_tiny, save_tokenizer
 from hub_cache import COMMIT, HubCache
 from random_dictionaries import write_sae
+from transformer_lens import HookedTransformerConfig
 from transformers import AutoConfig
 
 import circuit_tracer_qk as ctqk
@@ -111,3 +112,15 @@ def test_models_that_cannot_be_had(
     weights.resolve().write_bytes(content[: len(content) // 2])
     said = refusal(capsys, MODEL, dictionaries)
     assert "model.safetensors is truncated" in said and "download it again" in said
+
+
+def test_an_old_transformer_lens_refuses_what_it_cannot_express(tmp_path: Path) -> None:
+    """Gemma 3's two rotary bases: before TransformerLens 3 by name, from then on exactly."""
+    folder = tmp_path / "model"
+    save_tiny("gemma3", folder)  # the folder's name says nothing of it
+    dictionaries = saes(tmp_path / "saes", folder)
+    if "rotary_base_local" in HookedTransformerConfig.__dataclass_fields__:
+        assert ctqk.load_model(folder, dictionaries, device="cpu").cfg.n_layers == 4
+    else:
+        with pytest.raises(ctqk.UserError, match="second rotary base.*install transformer-lens 3"):
+            ctqk.load_model(folder, dictionaries, device="cpu")

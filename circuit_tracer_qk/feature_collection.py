@@ -1,0 +1,242 @@
+"""Where a model's features fire in a corpus: the strongest window of every text, for each feature.
+
+The corpus is read once, batch by batch, for all checkpoints together. Of every text a feature keeps
+at most its peak, and of all texts the strongest few, so that memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.files import write_atomically
+from circuit_tracer_qk.frozen import contraction_dtype
+from circuit_tracer_qk.residual_model import ResidualModel
+
+BEFORE, AFTER = 10, 4
+WINDOW = BEFORE + 1 + AFTER
+
+
+@dataclass
+class Peaks:
+    """The strongest windows of one checkpoint's features.
+
+    Attributes:
+        value: (k, d_dict) activation at the peak, descending; 0 where there is none.
+        chunk: (k, d_dict) the chunk of the corpus.
+        position: (k, d_dict) the peak's position in it.
+        acts: (k, WINDOW, d_dict) activations around the peak; 0 outside the chunk.
+        count: (d_dict,) positions at which the feature fires.
+    """
+
+    value: Tensor
+    chunk: Tensor
+    position: Tensor
+    acts: Tensor
+    count: Tensor
+
+    @classmethod
+    def none(cls, k: int, d_dict: int) -> Peaks:
+        """Nothing read yet."""
+        places = torch.zeros(k, d_dict, dtype=torch.int32)
+        return cls(
+            torch.zeros(k, d_dict),
+            places,
+            places.clone(),
+            torch.zeros(k, WINDOW, d_dict),
+            torch.zeros(d_dict, dtype=torch.int64),
+        )
+
+    def add(self, acts: Tensor, first_chunk: int) -> None:
+        """Merge a batch.
+
+        Args:
+            acts: (n_chunks, n_pos, d_dict), 0 where nothing counts.
+            first_chunk: the number of its first chunk.
+        """
+        k = len(self.value)
+        self.count += (acts > 0).sum((0, 1)).cpu()
+        value, position = acts.max(1)
+        keep = min(k, len(value))
+        value, order = value.topk(keep, dim=0)
+        position = position.gather(0, order)
+        offsets = torch.arange(-BEFORE, AFTER + 1, device=acts.device)
+        at = position[:, None] + offsets[:, None]  # (keep, WINDOW, d_dict)
+        inside = (at >= 0) & (at < acts.shape[1])
+        feature = torch.arange(acts.shape[2], device=acts.device)
+        windows = acts[order[:, None], at.clamp(0, acts.shape[1] - 1), feature] * inside
+        new = Peaks(
+            value.float().cpu(),
+            (order + first_chunk).int().cpu(),
+            position.int().cpu(),
+            windows.float().cpu(),
+            self.count,
+        )
+        both = torch.cat([self.value, new.value])
+        self.value, order = both.topk(k, dim=0)
+        self.chunk = torch.cat([self.chunk, new.chunk]).gather(0, order)
+        self.position = torch.cat([self.position, new.position]).gather(0, order)
+        wide = order[:, None].expand(-1, WINDOW, -1)
+        self.acts = torch.cat([self.acts, new.acts]).gather(0, wide)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Texts as chunks of tokens, each with the BOS in front.
+
+    Attributes:
+        chunks: (n_tokens,) ids each.
+        batch: how many are read at a time.
+    """
+
+    chunks: Sequence[Tensor]
+    batch: int
+
+    @classmethod
+    def of(cls, texts: Sequence[str], model: ResidualModel, context: int, batch: int) -> Corpus:
+        """Texts cut to a context.
+
+        Raises:
+            UserError: nothing is left of them.
+        """
+        chunks: list[Tensor] = []
+        for text in tqdm(texts, "Tokenising", leave=False, delay=2, disable=None):
+            if not text.strip():
+                continue
+            ids = model.ensure_tokenized(text).cpu()
+            for start in range(1, len(ids), context - 1):
+                chunks.append(torch.cat([ids[:1], ids[start : start + context - 1]]))
+        if not chunks:
+            raise UserError("the texts have no tokens: give a file with text.")
+        return cls(chunks, batch)
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that are read, the BOS of each chunk aside."""
+        return sum(len(chunk) - 1 for chunk in self.chunks)
+
+    def batches(self) -> list[range]:
+        """Chunk numbers, batch by batch."""
+        n = len(self.chunks)
+        return [range(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
+
+    def padded(self, numbers: range) -> tuple[Tensor, Tensor]:
+        """(n_chunks, n_pos) ids, and where they are tokens; what is padded follows them."""
+        some = [self.chunks[i] for i in numbers]
+        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+        length = torch.tensor([len(chunk) for chunk in some])
+        return ids, torch.arange(ids.shape[1]) < length[:, None]
+
+
+@torch.no_grad()
+def collect(
+    model: ResidualModel,
+    corpus: Corpus,
+    checkpoints: Sequence[int],
+    k: int,
+    progress: Path,
+    save_when: Callable[[int], bool],
+) -> dict[int, Peaks]:
+    """checkpoint -> the k strongest windows of each of its features.
+
+    Args:
+        model: of :func:`circuit_tracer_qk.load_model`.
+        corpus: what is read.
+        checkpoints: which dictionaries.
+        k: windows a feature.
+        progress: the file in which the work is kept; if it is there and of this work, it goes on.
+        save_when: after how many batches it is written.
+    """
+    known = model.dictionaries.by_checkpoint
+    fingerprint = _fingerprint(model, corpus, checkpoints, k)
+    found, done = _resumed(progress, fingerprint)
+    for c in checkpoints:
+        found.setdefault(c, Peaks.none(k, len(known[c].b_enc)))
+    batches = corpus.batches()
+    bar = tqdm(batches, "Reading the corpus", initial=done, leave=False, delay=2, disable=None)
+    for i, numbers in enumerate(batches[done:], done):
+        streams, counted = _streams(model, corpus, numbers, checkpoints)
+        for c in checkpoints:
+            x = streams[c]
+            acts = known[c].encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
+            found[c].add(acts * counted[..., None], numbers.start)
+        bar.update(1)
+        if save_when(i + 1):
+            write_atomically(progress, _packed(found, fingerprint, i + 1))
+    bar.close()
+    return found
+
+
+def _streams(
+    model: ResidualModel, corpus: Corpus, numbers: range, checkpoints: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """checkpoint -> (n_chunks, n_pos, d_model), and (n_chunks, n_pos) which positions count."""
+    transformer = model.transformer
+    n_layers, device = transformer.cfg.n_layers, transformer.W_E.device
+    ids, there = corpus.padded(numbers)
+    hooks = {
+        c: f"blocks.{c}.hook_resid_pre" if c < n_layers else f"blocks.{c - 1}.hook_resid_post"
+        for c in checkpoints
+    }
+    wanted = set(hooks.values())
+    _, cache = transformer.run_with_cache(
+        ids.to(device), names_filter=lambda name: name in wanted, return_type=None
+    )
+    dtype = contraction_dtype(transformer.cfg.dtype)
+    counted = there.to(device)
+    counted[:, model.zero_positions] = False
+    return {c: cache[hook].to(dtype) for c, hook in hooks.items()}, counted
+
+
+# The work on the disk -----------------------------------------------------------------------------
+
+
+def _fingerprint(model: ResidualModel, corpus: Corpus, checkpoints: Sequence[int], k: int) -> str:
+    """Differs where the result would."""
+    digest = hashlib.sha256()
+    known = model.dictionaries.by_checkpoint
+    weights = [model.transformer.W_E[:8], *(known[c].b_enc for c in checkpoints)]
+    weights += [known[c].b_dec for c in checkpoints]
+    for tensor in (*weights, *corpus.chunks):
+        digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+        digest.update(b"|")
+    facts = [list(checkpoints), k, corpus.batch, WINDOW, str(model.zero_positions)]
+    digest.update(json.dumps([*facts, str(model.transformer.cfg.dtype)]).encode())
+    return digest.hexdigest()
+
+
+def _packed(found: dict[int, Peaks], fingerprint: str, done: int) -> bytes:
+    tensors = {
+        f"{c}.{name}": tensor.contiguous()
+        for c, peaks in found.items()
+        for name, tensor in vars(peaks).items()
+    }
+    return save(tensors, {"fingerprint": fingerprint, "done": str(done)})
+
+
+def _resumed(path: Path, fingerprint: str) -> tuple[dict[int, Peaks], int]:
+    """What was done before; nothing where the file is torn or of other work."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+            if said.get("fingerprint") != fingerprint:
+                return {}, 0
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    except (SafetensorError, OSError):
+        return {}, 0
+    parts: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        c, _, field = name.partition(".")
+        parts.setdefault(int(c), {})[field] = tensor
+    return {c: Peaks(**fields) for c, fields in parts.items()}, int(said["done"])

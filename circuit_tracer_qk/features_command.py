@@ -1,0 +1,142 @@
+"""The command ``features``: its arguments, the texts it reads, and the order of work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from circuit_tracer_qk.errors import UserError
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.residual_model import ResidualModel
+
+DESCRIPTION = (
+    "Describe the features of a set of dictionaries by where they fire in a corpus: features.zip "
+    "and labels.json, which the page and the tables show. An interrupted run goes on where it was."
+)
+EPILOG = "example: circuit-tracer-qk features -m MODEL -d FOLDER --texts corpus.txt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``features``, but for ``--verbose``."""
+    add = parser.add_argument
+    add("-m", "--model", help="model; the one that the dictionaries name, if left out")
+    add("-d", "--dictionaries", metavar="REF", required=True, help="see attribute")
+    add(
+        "--texts",
+        required=True,
+        metavar="FILE",
+        help=".txt (texts between blank lines, else one a line), .json (a list of strings) or "
+        '.jsonl (strings or {"text": ...})',
+    )
+    add("-o", "--output", metavar="FOLDER", help="default: the dictionaries' own folder")
+    add("--examples", type=int, default=5, help="windows for each feature (default: 5)")
+    add("--context", type=int, default=64, help="tokens of a text at a time (default: 64)")
+    add("--batch", type=int, default=16, help="how many of these are run together (default: 16)")
+    add("--max-texts", type=int, metavar="N", help="read only the first N texts")
+    add(
+        "--checkpoints",
+        metavar="C,C",
+        help="describe only these dictionaries (hook_resid_post of layer l is l + 1)",
+    )
+    add("--no-logits", action="store_true", help="leave out promoted and suppressed tokens")
+    add("--force", action="store_true", help="replace descriptions that are there")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+
+
+def run(args: argparse.Namespace, load: Callable[..., ResidualModel]) -> list[str]:
+    """Do it; the lines to print.
+
+    Args:
+        args: the parsed arguments.
+        load: (model, dictionaries, dtype) -> model.
+
+    Raises:
+        UserError: the texts cannot be read, or what :func:`build_features` refuses.
+    """
+    checkpoints = _numbers(args.checkpoints)
+    texts = read_texts(Path(args.texts).expanduser())
+    if args.max_texts is not None:
+        if args.max_texts < 1:
+            raise UserError(f"--max-texts is {args.max_texts}: it must be at least 1.")
+        texts = texts[: args.max_texts]
+    model = load(args.model, args.dictionaries, args.dtype)
+
+    from circuit_tracer_qk.feature_examples import build_features
+
+    built = build_features(
+        model,
+        texts,
+        args.output,
+        examples=args.examples,
+        context=args.context,
+        batch=args.batch,
+        checkpoints=checkpoints,
+        logits=not args.no_logits,
+        force=args.force,
+    )
+    return [
+        f"{built.n_alive} of {built.n_features} features fired in {built.n_positions} tokens of "
+        f"{len(texts)} texts; features.zip and labels.json written to {built.folder}"
+    ]
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--checkpoints is {text!r}: give whole numbers with commas, as in 1,2,3."
+        ) from error
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a ``.txt``, ``.json`` or ``.jsonl`` file.
+
+    Raises:
+        UserError: naming the file, and the line that is wrong.
+    """
+    try:
+        content = path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a text file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
+    if path.suffix == ".json":
+        found = _parsed(path, content)
+        if not isinstance(found, list):
+            raise UserError(f"{path} should be a list of strings.")
+        texts = [_text(path, f"item {i}", item) for i, item in enumerate(found, 1)]
+    elif path.suffix == ".jsonl":
+        texts = [
+            _text(path, f"line {i}", _parsed(path, line, f"line {i}"))
+            for i, line in enumerate(content.splitlines(), 1)
+            if line.strip()
+        ]
+    else:
+        blocks = content.replace("\r\n", "\n").split("\n\n")
+        texts = blocks if len([b for b in blocks if b.strip()]) > 1 else content.splitlines()
+        texts = [text.strip("\n") for text in texts]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"{path} has no text in it.")
+    return texts
+
+
+def _parsed(path: Path, text: str, where: str = "it") -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {where} is not valid JSON ({error}).") from error
+
+
+def _text(path: Path, where: str, item: object) -> str:
+    text = item.get("text") if isinstance(item, dict) else item
+    if not isinstance(text, str):
+        raise UserError(f'{path}: {where} should be a string or {{"text": ...}}.')
+    return text
