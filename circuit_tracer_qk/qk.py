@@ -201,7 +201,8 @@ class Scores(ABC):
     def _made(self, layer: int, head: int, query: int, key: int, q: Tensor, k: Tensor) -> QKTable:
         """The table of the images of either side, (n_components, d_head) each."""
         block = self.heads.block(layer)
-        score = self._scores(layer, head, query, torch.tensor([key]))
+        device = self.heads.run.residual.device
+        score = self._scores(layer, head, query, torch.tensor([key], device=device))
         if len(q) * len(k) > WIDE_TERMS:  # so many do not cancel to nothing
             q, k = (image.to(self.heads.run.residual.dtype) for image in (q, k))
         terms = (q / block.attn_scale) @ k.T
@@ -226,7 +227,8 @@ class Scores(ABC):
         """
         self.check(layer, head, query)
         block = self.heads.block(layer)
-        raw = self._scores(layer, head, query, torch.arange(query + 1))
+        device = self.heads.run.residual.device
+        raw = self._scores(layer, head, query, torch.arange(query + 1, device=device))
         scores = block.cap(raw).clone()
         scores[: block.first_key(query)] = -torch.inf
         pattern = self.heads.run.pattern[layer, head, query, : query + 1].clone()
