@@ -90,6 +90,16 @@ def every() -> Iterator[Chosen]:
             yield _chosen(name, entry, variant, None)
 
 
+def names_of(repository: str) -> str:
+    """A hint for messages: the sets of the list that a repository holds; "" for none."""
+    found = [f"{c.name}/{c.variant}" for c in every() if c.repository == repository]
+    if not found:
+        return ""
+    return f" The list has, of this repository, {', '.join(found[:6])}" + (
+        ", ..." if len(found) > 6 else "."
+    )
+
+
 def table(words: Iterable[str] = ()) -> list[str]:
     """The list as lines of text, a header first: those that have all the words."""
     rows = [("NAME", "MODEL", "HOOK", "LAYERS", "WIDTH", "LICENCE", "LAYOUT", "REPOSITORY")]

@@ -120,7 +120,7 @@ def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | Non
         some = " and ".join(found)
         raise UserError(
             f"{files.title} holds dictionaries in several layouts, {some}: name one, as in "
-            f"{next(iter(found))}:{files.title}, or a subfolder."
+            f"{next(iter(found))}:{files.title}, or a subfolder.{catalogue.names_of(files.repo)}"
         )
     [(name, places)] = found.items()
     return _in_layout(files, LAYOUTS[name], places, options)
@@ -168,6 +168,7 @@ def _in_layout(files: Files, layout: Layout, places: list[str], options: Options
             raise UserError(
                 f"{files.title} holds several sets ({', '.join(places[:4])}"
                 f"{', ...' if len(places) > 4 else ''}): name one of them as a subfolder."
+                + catalogue.names_of(files.repo)
             )
         return layout.whole(files, places[0], options)
     assert layout.layer is not None

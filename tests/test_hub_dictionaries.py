@@ -234,7 +234,9 @@ def test_what_cannot_be_had_is_one_sentence(
     assert missing.startswith("layer_2/width_16k/average_l0_141/params.npz of google/gemma-scope")
     assert "is not in the local cache" in missing
     assert "nothing below layer_7: it has layer_0, layer_1" in line(f"{REF}/layer_7")
-    assert "several SAEs of layer 1" in line(REF)
+    several = line(REF)
+    assert "several SAEs of layer 1" in several
+    assert "The list has, of this repository, gemma-scope-2b-pt-res/16k" in several
     assert "has no variant 1k: it has 16k, 65k" in line("gemma-scope-2b-pt-res/1k")
     assert "is no hub id" in line("org/na--me..")
     if silent:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.catalogue import names_of
 from circuit_tracer_qk.dictionaries import (
     RESID_POST,
     RESID_PRE,
@@ -124,7 +125,7 @@ def assemble(files: Files, layers: Iterable[Layer], options: Options) -> Diction
             raise UserError(
                 f"{files.title} holds several SAEs of layer {layer.number} at {layer.hook} "
                 f"({other.title} and {layer.title}): name those of one set, as a subfolder or with "
-                f"a pattern such as {files.title}/{_pattern(other)}."
+                f"a pattern such as {files.title}/{_pattern(other)}.{names_of(files.repo)}"
             )
     chosen = {c: by_checkpoint[c] for c in wanted(by_checkpoint, options)}
     files.fetch(name for layer in chosen.values() for name in layer.files)
