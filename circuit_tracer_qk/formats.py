@@ -238,6 +238,10 @@ def _said(path: Path, said: dict[str, Any], options: Options) -> tuple[Layout, O
             raise UserError(
                 f"{path}: {key}: {value!r} is not understood beside `format:`; known are {known}."
             )
+        if key == "norm_scaling_factor":
+            numbers = list(value.values()) if isinstance(value, dict) else [value]
+            if not all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers):
+                raise UserError(f"{path}: norm_scaling_factor should be above 0, found {value!r}.")
         options = replace(options, **{key: value})
     return LAYOUTS[name], options
 

@@ -34,12 +34,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing: fetch it again.")
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), parse_constant=_no_number)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} should be a JSON object.")
     return document
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
@@ -119,14 +123,16 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _mapped_pt(path: Path) -> dict[str, Tensor]:
+    """A state dict, mapped where the file is of PyTorch's newer kind; only tensors are unpickled."""
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except RuntimeError as error:  # the format before zip files cannot be mapped
-        if "mmap" not in str(error):
-            raise ValueError(str(error)) from error
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler's own kinds
-        raise ValueError(str(error)) from error
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:  # the format before zip files cannot be mapped
+            if "mmap" not in str(error):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's own kinds, and whatever junk makes it raise
+        raise ValueError(f"{type(error).__name__} while unpickling") from error
     if not isinstance(state, dict):
         raise ValueError("it holds no mapping of names to tensors")
     return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

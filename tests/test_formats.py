@@ -668,6 +668,10 @@ def test_pickles_hold_tensors_and_run_nothing(
         torch.save(content, path / "ae.pt")
         with pytest.raises(ctqk.UserError, match=r"ae.pt is truncated or no PyTorch file"):
             ctqk.load_dictionaries(tmp_path)
+    for junk in (b"", b"hello", b"x" * 500):
+        (path / "ae.pt").write_bytes(junk)
+        with pytest.raises(ctqk.UserError, match=r"ae.pt is truncated or no PyTorch file"):
+            ctqk.load_dictionaries(tmp_path)
     assert "must not run" not in capsys.readouterr().out
 
 
@@ -692,6 +696,8 @@ def test_formats_are_named_where_files_allow_two_readings(tmp_path: Path) -> Non
         ({"format": "sae-lens", "centred": "yes"}, "centred: 'yes' is not understood"),
         ({"format": "sae-lens", "layers": [0]}, "layers: .* is not understood beside"),
         ({"format": "sae-lens", "norm_scaling_factor": "x"}, "norm_scaling_factor"),
+        ({"format": "sae-lens", "norm_scaling_factor": 0}, "should be above 0"),
+        ({"format": "sae-lens", "norm_scaling_factor": {0: "a"}}, "should be above 0"),
     ],
 )
 def test_what_a_config_says_is_checked(tmp_path: Path, said: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def _how(where: Path, config: dict[str, Any]) -> tuple[float | None, int | None]
             )
         return max(float(threshold), 0.0), None
     if name == "topk":
-        if not isinstance(k, int):
+        if type(k) is not int:
             raise UserError(f"{where}: a topk SAE needs top_k, a whole number, and has {k!r}.")
         return None, k
     if name != "relu":

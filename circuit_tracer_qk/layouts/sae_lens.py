@@ -81,7 +81,7 @@ def _architecture(where: Path, cfg: dict[str, Any]) -> tuple[str, int | None]:
         raise UserError(
             f"{where}: the activation {activation!r} is not read exactly: relu and topk are."
         )
-    if architecture == "topk" and not isinstance(k, int):
+    if architecture == "topk" and type(k) is not int:
         raise UserError(f"{where}: a topk SAE needs k, a whole number, and has {k!r}.")
     return str(architecture), k if architecture == "topk" else None
 
