@@ -15,6 +15,7 @@ from circuit_tracer_qk import hub
 from circuit_tracer_qk.errors import UserError
 
 WILD = re.compile(r"[*?\[]")
+MOST = 100_000  # files of a folder that is still looked through
 DEPTH = 5  # folders below the one named that are looked into
 
 
@@ -47,6 +48,10 @@ class Files:
                 folders.clear()
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             names += [(below / name).as_posix() for name in sorted(files)]
+            if len(names) > MOST:
+                raise UserError(
+                    f"{folder} holds more than {MOST} files: name the folder of the dictionaries."
+                )
         title = str(folder if pattern is None else folder / pattern)
         return cls(title, folder, names=_matching(str(folder), names, pattern))
 

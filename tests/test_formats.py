@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, weight_files
+from circuit_tracer_qk import cli, dictionary_files, weight_files
 from circuit_tracer_qk.dictionaries import Dictionary, Units
 from circuit_tracer_qk.native_files import write_dictionaries
 
@@ -673,6 +673,15 @@ def test_pickles_hold_tensors_and_run_nothing(
         with pytest.raises(ctqk.UserError, match=r"ae.pt is truncated or no PyTorch file"):
             ctqk.load_dictionaries(tmp_path)
     assert "must not run" not in capsys.readouterr().out
+
+
+def test_a_folder_of_everything_is_not_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sae_lens(tmp_path, 0)
+    monkeypatch.setattr(dictionary_files, "MOST", 1)
+    with pytest.raises(ctqk.UserError, match="holds more than 1 files: name the folder"):
+        ctqk.load_dictionaries(tmp_path)
 
 
 def test_formats_are_named_where_files_allow_two_readings(tmp_path: Path) -> None:
