@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import write_atomically
-from circuit_tracer_qk.frozen import contraction_dtype
+from circuit_tracer_qk.frozen import alone, contraction_dtype
 from circuit_tracer_qk.residual_model import ResidualModel
 
 BEFORE, AFTER = 10, 4
@@ -30,13 +30,13 @@ WINDOW = BEFORE + 1 + AFTER
 
 @dataclass
 class Peaks:
-    """The strongest windows of one checkpoint's features.
+    """The strongest windows of one checkpoint's features, on the CPU.
 
     Attributes:
-        value: (k, d_dict) activation at the peak, descending; 0 where there is none.
-        chunk: (k, d_dict) the chunk of the corpus.
-        position: (k, d_dict) the peak's position in it.
-        acts: (k, WINDOW, d_dict) activations around the peak; 0 outside the chunk.
+        value: (d_dict, k) activation at the peak, descending; 0 where there is none.
+        chunk: (d_dict, k) the chunk of the corpus.
+        position: (d_dict, k) the peak's position in it.
+        acts: (d_dict, k, WINDOW) activations around the peak; 0 outside the chunk.
         count: (d_dict,) positions at which the feature fires.
     """
 
@@ -47,48 +47,54 @@ class Peaks:
     count: Tensor
 
     @classmethod
-    def none(cls, k: int, d_dict: int) -> Peaks:
+    def none(cls, d_dict: int, k: int) -> Peaks:
         """Nothing read yet."""
-        places = torch.zeros(k, d_dict, dtype=torch.int32)
         return cls(
-            torch.zeros(k, d_dict),
-            places,
-            places.clone(),
-            torch.zeros(k, WINDOW, d_dict),
-            torch.zeros(d_dict, dtype=torch.int64),
+            value=torch.zeros(d_dict, k, device="cpu"),
+            chunk=torch.zeros(d_dict, k, dtype=torch.int32, device="cpu"),
+            position=torch.zeros(d_dict, k, dtype=torch.int32, device="cpu"),
+            acts=torch.zeros(d_dict, k, WINDOW, device="cpu"),
+            count=torch.zeros(d_dict, dtype=torch.int64, device="cpu"),
         )
 
     def add(self, acts: Tensor, first_chunk: int) -> None:
         """Merge a batch.
 
+        Only features that beat the last of their peaks are touched, and only windows that stay
+        are cut out: after the first batches these are few.
+
         Args:
             acts: (n_chunks, n_pos, d_dict), 0 where nothing counts.
             first_chunk: the number of its first chunk.
         """
-        k = len(self.value)
+        k, n_pos = self.value.shape[1], acts.shape[1]
         self.count += (acts > 0).sum((0, 1)).cpu()
-        value, position = acts.max(1)
-        keep = min(k, len(value))
-        value, order = value.topk(keep, dim=0)
-        position = position.gather(0, order)
-        offsets = torch.arange(-BEFORE, AFTER + 1, device=acts.device)
-        at = position[:, None] + offsets[:, None]  # (keep, WINDOW, d_dict)
-        inside = (at >= 0) & (at < acts.shape[1])
-        feature = torch.arange(acts.shape[2], device=acts.device)
-        windows = acts[order[:, None], at.clamp(0, acts.shape[1] - 1), feature] * inside
-        new = Peaks(
-            value.float().cpu(),
-            (order + first_chunk).int().cpu(),
-            position.int().cpu(),
-            windows.float().cpu(),
-            self.count,
-        )
-        both = torch.cat([self.value, new.value])
-        self.value, order = both.topk(k, dim=0)
-        self.chunk = torch.cat([self.chunk, new.chunk]).gather(0, order)
-        self.position = torch.cat([self.position, new.position]).gather(0, order)
-        wide = order[:, None].expand(-1, WINDOW, -1)
-        self.acts = torch.cat([self.acts, new.acts]).gather(0, wide)
+        value, position = acts.max(1)  # (n_chunks, d_dict)
+        rising = (value.amax(0).float().cpu() > self.value[:, -1]).nonzero()[:, 0]
+        if not len(rising):
+            return
+        feature = rising.to(acts.device)
+        value, chunk = value[:, feature].T.float().topk(min(k, len(value)))  # (n_rising, .)
+        position = position[:, feature].T.gather(1, chunk)
+        value, rank = torch.cat([self.value[rising].to(value.device), value], 1).topk(k)
+        row, column = (rank >= k).nonzero(as_tuple=True)  # what is new
+        new = rank[row, column] - k
+        chunk, position = chunk[row, new], position[row, new]
+        at = position[:, None] + torch.arange(-BEFORE, AFTER + 1, device=acts.device)
+        inside = (at >= 0) & (at < n_pos)
+        windows = acts[chunk[:, None], at.clamp(0, n_pos - 1), feature[row, None]] * inside
+
+        self.value[rising] = value.cpu()
+        rank, row, column = rank.cpu(), row.cpu(), column.cpu()
+        rows = torch.arange(len(rising), device="cpu")[:, None]
+        for known, found in (
+            (self.chunk, chunk + first_chunk),
+            (self.position, position),
+            (self.acts, windows),
+        ):
+            ranked = known[rising][rows, rank.clamp(max=k - 1)]
+            ranked[row, column] = found.to("cpu", known.dtype)
+            known[rising] = ranked
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +127,10 @@ class Corpus:
             raise UserError("the texts have no tokens: give a file with text.")
         return cls(chunks, batch)
 
-    @property
-    def n_positions(self) -> int:
-        """Positions that are read, the BOS of each chunk aside."""
-        return sum(len(chunk) - 1 for chunk in self.chunks)
+    def n_positions(self, dropped: slice) -> int:
+        """How many positions count: all but those that are dropped of each chunk."""
+        lengths = [len(chunk) for chunk in self.chunks]
+        return sum(n - len(range(*dropped.indices(n))) for n in lengths)
 
     def batches(self) -> list[range]:
         """Chunk numbers, batch by batch."""
@@ -135,8 +141,8 @@ class Corpus:
         """(n_chunks, n_pos) ids, and where they are tokens; what is padded follows them."""
         some = [self.chunks[i] for i in numbers]
         ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        length = torch.tensor([len(chunk) for chunk in some])
-        return ids, torch.arange(ids.shape[1]) < length[:, None]
+        length = torch.tensor([len(chunk) for chunk in some], device="cpu")
+        return ids, torch.arange(ids.shape[1], device="cpu") < length[:, None]
 
 
 @torch.no_grad()
@@ -160,9 +166,11 @@ def collect(
     """
     known = model.dictionaries.by_checkpoint
     fingerprint = _fingerprint(model, corpus, checkpoints, k)
+    for torn in progress.parent.glob(f".{progress.name}.*.tmp"):  # of a run that was killed
+        torn.unlink(missing_ok=True)
     found, done = _resumed(progress, fingerprint)
     for c in checkpoints:
-        found.setdefault(c, Peaks.none(k, len(known[c].b_enc)))
+        found.setdefault(c, Peaks.none(len(known[c].b_enc), k))
     batches = corpus.batches()
     bar = tqdm(batches, "Reading the corpus", initial=done, leave=False, delay=2, disable=None)
     for i, numbers in enumerate(batches[done:], done):
@@ -172,7 +180,7 @@ def collect(
             acts = known[c].encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
             found[c].add(acts * counted[..., None], numbers.start)
         bar.update(1)
-        if save_when(i + 1):
+        if i + 1 == len(batches) or save_when(i + 1):  # what follows takes its time too
             write_atomically(progress, _packed(found, fingerprint, i + 1))
     bar.close()
     return found
@@ -190,9 +198,10 @@ def _streams(
         for c in checkpoints
     }
     wanted = set(hooks.values())
-    _, cache = transformer.run_with_cache(
-        ids.to(device), names_filter=lambda name: name in wanted, return_type=None
-    )
+    with alone(transformer):
+        _, cache = transformer.run_with_cache(
+            ids.to(device), names_filter=lambda name: name in wanted, return_type=None
+        )
     dtype = contraction_dtype(transformer.cfg.dtype)
     counted = there.to(device)
     counted[:, model.zero_positions] = False
@@ -203,17 +212,34 @@ def _streams(
 
 
 def _fingerprint(model: ResidualModel, corpus: Corpus, checkpoints: Sequence[int], k: int) -> str:
-    """Differs where the result would."""
+    """Differs where the result would: of weights, numbers spread over each of them are read."""
     digest = hashlib.sha256()
-    known = model.dictionaries.by_checkpoint
-    weights = [model.transformer.W_E[:8], *(known[c].b_enc for c in checkpoints)]
-    weights += [known[c].b_dec for c in checkpoints]
-    for tensor in (*weights, *corpus.chunks):
+    weights = list(model.transformer.parameters())
+    facts: list[Any] = [
+        list(checkpoints),
+        k,
+        corpus.batch,
+        BEFORE,
+        AFTER,
+        str(model.zero_positions),
+    ]
+    facts += [str(model.cfg), str(model.transformer.W_E.device)]
+    for c in checkpoints:
+        dictionary = model.dictionaries.by_checkpoint[c]
+        weights += [value for value in vars(dictionary).values() if isinstance(value, Tensor)]
+        facts += [dictionary.k, str(dictionary.units)]
+    digest.update(json.dumps(facts).encode())
+    for tensor in (*map(_spread, weights), *corpus.chunks):
+        digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-        digest.update(b"|")
-    facts = [list(checkpoints), k, corpus.batch, WINDOW, str(model.zero_positions)]
-    digest.update(json.dumps([*facts, str(model.transformer.cfg.dtype)]).encode())
     return digest.hexdigest()
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """At most 64 entries along every dimension of a tensor; no others are read."""
+    for dim, size in enumerate(tensor.shape):
+        tensor = tensor[(slice(None),) * dim + (slice(None, None, max(1, -(-size // 64))),)]
+    return tensor
 
 
 def _packed(found: dict[int, Peaks], fingerprint: str, done: int) -> bytes:

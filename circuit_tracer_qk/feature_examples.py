@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +22,34 @@ from tqdm import tqdm
 
 from circuit_tracer_qk import host, hub
 from circuit_tracer_qk.catalogue import MINIATURES
-from circuit_tracer_qk.dictionaries import feature_index, like
+from circuit_tracer_qk.dictionaries import DictionarySet, feature_index, indexed_feature, like
 from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.feature_collection import BEFORE, WINDOW, Corpus, Peaks, collect
+from circuit_tracer_qk.feature_collection import AFTER, BEFORE, Corpus, Peaks, collect
 from circuit_tracer_qk.files import check_folder, write_atomically
 from circuit_tracer_qk.frozen import contraction_dtype
 from circuit_tracer_qk.residual_model import ResidualModel
 
 SAVED_EVERY = 30.0  # seconds between two writings of the work so far
 LOGITS = 10
-_AT_A_TIME = 512  # features whose logits are held together
+_AT_A_TIME = 512  # features whose windows are held as Python's numbers
+_PIECE = 2**26  # logits held together
 _EPOCH = (2025, 1, 1, 0, 0, 0)  # the same features give the same archive
+
+
+class Window(NamedTuple):
+    """The surroundings of one of a feature's peaks.
+
+    Attributes:
+        value: activation at the peak.
+        ids: the tokens.
+        acts: activations at them.
+        place: the peak's index in them.
+    """
+
+    value: float
+    ids: list[int]
+    acts: list[float]
+    place: int
 
 
 class Built(NamedTuple):
@@ -40,7 +59,7 @@ class Built(NamedTuple):
         folder: where ``features.zip`` and ``labels.json`` are.
         n_features: features described.
         n_alive: those that fired.
-        n_positions: positions of the corpus.
+        n_positions: positions of the corpus; the BOS is none.
     """
 
     folder: Path
@@ -65,7 +84,10 @@ def build_features(
 
     Interrupted work goes on where it was (a file ``.features.part`` in the folder), with the same
     bytes as the result. One pass over the corpus serves all checkpoints; a feature takes
-    ``2 * examples * (WINDOW + 3) * 4`` bytes of memory.
+    ``2 * examples * (WINDOW + 3) * 4`` bytes of memory and of that file, a batch
+    ``batch * context`` activations of every feature of one dictionary. The dictionaries' own folder
+    is where they are read; from another folder copy both files there (dictionaries that are not in
+    a folder of yours: ``convert`` them first).
 
     Args:
         model: of :func:`circuit_tracer_qk.load_model`.
@@ -74,7 +96,8 @@ def build_features(
         examples: windows shown for each feature.
         context: tokens of a chunk, BOS included.
         batch: chunks run at a time.
-        checkpoints: the dictionaries to describe; all if left out.
+        checkpoints: the dictionaries to describe; all if left out. What the folder has of others
+            stays.
         logits: also list the tokens that each decoder vector promotes and suppresses.
         force: replace examples that are there.
 
@@ -89,13 +112,8 @@ def build_features(
             f"{model.dictionaries.scan} has no dictionary at checkpoint {unknown[0]}: it has them "
             f"at {', '.join(map(str, known))}."
         )
-    if examples < 1 or context < 2 or batch < 1:
-        raise UserError("examples and batch must be at least 1, context at least 2 tokens.")
-    target = _target(model, folder)
-    archive, labels = target / "features.zip", target / "labels.json"
-    for path in (archive, labels):
-        if path.exists() and not force:
-            raise UserError(f"{path} is there already: give force (--force) to replace it.")
+    check_sizes(examples, context, batch)
+    target = check_target(_target(model.dictionaries, folder), force)
     context = min(context, model.cfg.n_ctx)
     corpus = Corpus.of(texts, model, context, batch)
     progress, last = target / ".features.part", time.monotonic()
@@ -107,42 +125,130 @@ def build_features(
         return late
 
     found = collect(model, corpus, every, 2 * examples, progress, save_when)
-    decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
-    named: dict[str, list[str]] = {}
-    part = target / ".features.zip.part"
+    tokenizer = host.decoder(model.tokenizer, model.cfg.d_vocab)
+    decode = cache(lambda token: tokenizer.decode(token))
     total = sum(len(peaks.count) for peaks in found.values())
-    bar = tqdm(total=total, desc="Describing features", leave=False, delay=2, disable=None)
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as out:
-        for c, peaks in found.items():
-            number = str(model.dictionaries.entries.get(c, c - 1))
-            named[number] = []
-            for record in _records(model, corpus, c, peaks, examples, decode, logits):
-                named[number].append(record["label"])
-                index = feature_index(c, record["index"])
-                if index is not None:
-                    entry = zipfile.ZipInfo(f"{index}.json", _EPOCH)
-                    entry.compress_type = zipfile.ZIP_DEFLATED
-                    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-                    out.writestr(entry, text)
-                bar.update(1)
-    bar.close()
-    write_atomically(labels, (json.dumps(named, ensure_ascii=False, indent=0) + "\n").encode())
-    os.replace(part, archive)
+
+    def described() -> Iterator[tuple[int, dict[str, Any]]]:
+        with tqdm(
+            total=total, desc="Describing features", leave=False, delay=2, disable=None
+        ) as bar:
+            for c, peaks in found.items():
+                for record in _records(model, corpus, c, peaks, examples, decode, logits):
+                    yield c, record
+                    bar.update(1)
+
+    _write(target, model.dictionaries, described(), every)
     progress.unlink(missing_ok=True)
     alive = sum(int((peaks.count > 0).sum()) for peaks in found.values())
-    return Built(target, total, alive, corpus.n_positions)
+    return Built(target, total, alive, corpus.n_positions(model.zero_positions))
 
 
-def _target(model: ResidualModel, folder: str | Path | None) -> Path:
+def check_sizes(examples: int, context: int, batch: int) -> None:
+    """Refuse numbers that are out of range.
+
+    Raises:
+        UserError: one is.
+    """
+    if examples < 1 or context < 2 or batch < 1:
+        raise UserError("examples and batch must be at least 1, context at least 2 tokens.")
+
+
+def check_target(folder: str | Path, force: bool) -> Path:
+    """The folder, if descriptions can be written to it.
+
+    Raises:
+        UserError: it cannot be written to, or has descriptions that are not to be replaced.
+    """
+    target = check_folder(folder)
+    for name in ("features.zip", "features", "labels.json"):
+        if (target / name).exists() and not force:
+            raise UserError(
+                f"{target / name} is there already: give force (--force) to replace it."
+            )
+    return target
+
+
+def _target(dictionaries: DictionarySet, folder: str | Path | None) -> Path:
     """The folder to write to."""
-    own = model.dictionaries.folder
-    others = own is not None and (own in MINIATURES.values() or hub.is_cached(own))
-    if folder is None and (own is None or others):
+    if folder is not None:
+        return Path(folder)
+    own = dictionaries.folder
+    if own is None or own in MINIATURES.values() or hub.is_cached(own):
         raise UserError(
-            f"{model.dictionaries.scan} has no folder of its own here to describe its features in: "
+            f"{dictionaries.scan} has no folder of its own here to describe its features in: "
             "name one (-o FOLDER), or `convert` the set first and describe the copy."
         )
-    return check_folder(folder if folder is not None else own)  # type: ignore[arg-type]
+    return own
+
+
+def _write(
+    target: Path,
+    dictionaries: DictionarySet,
+    described: Iterator[tuple[int, dict[str, Any]]],
+    checkpoints: Sequence[int],
+) -> None:
+    """Put ``features.zip`` and ``labels.json`` in their places, whole.
+
+    Args:
+        described: (checkpoint, feature's JSON), by checkpoint and feature.
+        checkpoints: those of ``described``; of others, what is there stays.
+
+    Raises:
+        UserError: they cannot be written, or what is there cannot be read.
+    """
+    archive, part = target / "features.zip", target / ".features.zip.part"
+    labels = _other_labels(target / "labels.json", dictionaries, checkpoints)
+    try:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as out:
+            if archive.exists():
+                with zipfile.ZipFile(archive) as old:
+                    for name in old.namelist():
+                        stem = Path(name).stem
+                        if stem.isdecimal() and indexed_feature(int(stem))[0] not in checkpoints:
+                            out.writestr(_entry(name), old.read(name))
+            for c, record in described:
+                number = str(dictionaries.entries.get(c, c - 1))
+                labels.setdefault(number, []).append(record["label"])
+                index = feature_index(c, record["index"])
+                if index is not None:
+                    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+                    out.writestr(_entry(f"{index}.json"), text)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        ordered = dict(sorted(labels.items(), key=lambda item: (len(item[0]), item[0])))
+        named = json.dumps(ordered, ensure_ascii=False, indent=0) + "\n"
+        write_atomically(target / "labels.json", named.encode())
+        os.replace(part, archive)
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{archive} cannot be written ({reason}): free the disk or choose another folder; "
+            "what was read of the corpus is kept."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # only there if something failed
+            part.unlink()
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, _EPOCH)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    return entry
+
+
+def _other_labels(
+    path: Path, dictionaries: DictionarySet, checkpoints: Sequence[int]
+) -> dict[str, list[str]]:
+    """The labels that are there of other checkpoints."""
+    if not path.is_file():
+        return {}
+    try:
+        labels = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no labels by layer ({error}): move it away.") from error
+    mine = {str(dictionaries.entries.get(c, c - 1)) for c in checkpoints}
+    return {number: some for number, some in labels.items() if number not in mine}
 
 
 def _records(
@@ -151,95 +257,104 @@ def _records(
     checkpoint: int,
     peaks: Peaks,
     examples: int,
-    decode: Any,
+    decode: Callable[[int], str],
     logits: bool,
 ) -> Iterator[dict[str, Any]]:
     """Every feature of one dictionary, in order."""
-    for start in range(0, len(peaks.count), _AT_A_TIME):
-        some = range(start, min(start + _AT_A_TIME, len(peaks.count)))
-        tops, bottoms = _promoted(model, checkpoint, some) if logits else ((), ())
-        for i, feature in enumerate(some):
-            shown = _windows(corpus, peaks, feature, examples, decode)
+    n, n_positions = len(peaks.count), corpus.n_positions(model.zero_positions)
+    tops, bottoms = _promoted(model, checkpoint) if logits else ([[]] * n, [[]] * n)
+    for start in range(0, n, _AT_A_TIME):
+        some = slice(start, start + _AT_A_TIME)
+        for i, windows in enumerate(_windows(corpus, peaks, some), start):
+            shown = _examples(windows, examples, decode)
             yield {
                 "transcoder_id": model.dictionaries.scan,
-                "index": feature,
-                "label": _label(corpus, peaks, feature, decode),
+                "index": i,
+                "label": _label(windows, decode),
                 "examples_quantiles": [{"quantile_name": "Top activations", "examples": shown}]
                 if shown
                 else [],
-                "top_logits": [decode(t) for t in tops[i]] if logits else [],
-                "bottom_logits": [decode(t) for t in bottoms[i]] if logits else [],
+                "top_logits": [decode(t) for t in tops[i]],
+                "bottom_logits": [decode(t) for t in bottoms[i]],
                 "act_min": 0,
-                "act_max": _rounded(float(peaks.value[0, feature])),
+                "act_max": _rounded(windows[0].value) if windows else 0,
                 "quantile_values": [],
                 "histogram": [],
-                "activation_frequency": _rounded(int(peaks.count[feature]) / corpus.n_positions),
+                "activation_frequency": _rounded(int(peaks.count[i]) / n_positions),
             }
 
 
-def _promoted(model: ResidualModel, checkpoint: int, some: range) -> tuple[Tensor, Tensor]:
-    """(n, LOGITS) tokens that features' decoder vectors promote, and those they suppress.
+@torch.no_grad()
+def _promoted(model: ResidualModel, checkpoint: int) -> tuple[list[list[int]], list[list[int]]]:
+    """(d_dict, LOGITS) tokens that features' decoder vectors promote, and those they suppress.
 
     The vector goes through the final norm's gain and the unembedding, without the norm's scale.
     """
     transformer = model.transformer
     dictionary = model.dictionaries.by_checkpoint[checkpoint]
     site = max(dictionary.decoders)  # a crosscoder's last: nearest to the logits
-    W_U = transformer.unembed.W_U.detach()
-    x = torch.empty(0, dtype=contraction_dtype(W_U.dtype), device=W_U.device)
-    vectors = like(dictionary.vectors(site, torch.arange(some.start, some.stop)), x)
-    if str(transformer.cfg.normalization_type).startswith("LN"):
-        vectors = vectors - vectors.mean(-1, keepdim=True)
+    W_U = transformer.unembed.W_U
+    W_U = W_U.to(contraction_dtype(W_U.dtype))
     gain = getattr(transformer.ln_final, "w", None)
-    if isinstance(gain, Tensor):
-        vectors = vectors * like(gain.detach(), x)
-    out = vectors @ like(W_U, x)
-    n = min(LOGITS, out.shape[1])
-    return out.topk(n).indices.cpu(), (-out).topk(n).indices.cpu()
+    n, d_dict = min(LOGITS, W_U.shape[1]), len(dictionary.b_enc)
+    rows = max(1, _PIECE // W_U.shape[1])
+    tops: list[list[int]] = []
+    bottoms: list[list[int]] = []
+    for start in range(0, d_dict, rows):
+        features = torch.arange(start, min(start + rows, d_dict), device="cpu")
+        vectors = like(dictionary.vectors(site, features), W_U)
+        if str(transformer.cfg.normalization_type).startswith("LN"):
+            vectors = vectors - vectors.mean(-1, keepdim=True)
+        if isinstance(gain, Tensor):
+            vectors = vectors * like(gain, W_U)
+        logits = vectors @ W_U
+        tops += logits.topk(n).indices.tolist()
+        bottoms += logits.topk(n, largest=False).indices.tolist()
+    return tops, bottoms
 
 
-def _windows(
-    corpus: Corpus, peaks: Peaks, feature: int, count: int, decode: Any
+def _windows(corpus: Corpus, peaks: Peaks, some: slice) -> Iterator[list[Window]]:
+    """The windows of some features, strongest first."""
+    fields = (peaks.value, peaks.chunk, peaks.position, peaks.acts)
+    for values, chunks, positions, acts in zip(*(f[some].tolist() for f in fields), strict=True):
+        found = []
+        for value, chunk, position, around in zip(values, chunks, positions, acts, strict=True):
+            if not value:
+                break
+            first = max(position - BEFORE, 0)
+            ids = corpus.chunks[chunk][first : position + AFTER + 1].tolist()
+            skipped = first - (position - BEFORE)  # what lies before the chunk
+            found.append(Window(value, ids, around[skipped : skipped + len(ids)], position - first))
+        yield found
+
+
+def _examples(
+    windows: Sequence[Window], count: int, decode: Callable[[int], str]
 ) -> list[dict[str, Any]]:
-    """The strongest windows, no two of the same tokens."""
-    shown: list[dict[str, Any]] = []
-    seen: set[tuple[int, ...]] = set()
-    for j in range(len(peaks.value)):
-        if not float(peaks.value[j, feature]) or len(shown) == count:
-            break
-        ids = corpus.chunks[int(peaks.chunk[j, feature])]
-        place = int(peaks.position[j, feature])
-        first = max(place - BEFORE, 0)
-        window = ids[first : place - BEFORE + WINDOW]
-        key = tuple(window[: place - first + 1].tolist())
-        if key in seen:
-            continue
-        seen.add(key)
-        acts = peaks.acts[j, first - place + BEFORE :, feature][: len(window)]
-        shown.append(
-            {
-                "tokens_acts_list": [_rounded(a) for a in acts.tolist()],
-                "train_token_ind": place - first,
-                "is_repeated_datapoint": False,
-                "tokens": [decode(t) for t in window],
-            }
-        )
-    return shown
+    """The strongest windows, no two of the same tokens up to the peak."""
+    distinct: dict[tuple[int, ...], Window] = {}
+    for w in windows:
+        distinct.setdefault(tuple(w.ids[: w.place + 1]), w)
+    return [
+        {
+            "tokens_acts_list": [_rounded(a) for a in w.acts],
+            "train_token_ind": w.place,
+            "is_repeated_datapoint": False,
+            "tokens": [decode(t) for t in w.ids],
+        }
+        for w in list(distinct.values())[:count]
+    ]
 
 
-def _label(corpus: Corpus, peaks: Peaks, feature: int, decode: Any) -> str:
+def _label(windows: Sequence[Window], decode: Callable[[int], str]) -> str:
     """The token that holds most of the strongest activations, else the first three; "" if dead."""
     share: dict[int, float] = {}
-    for j in range(len(peaks.value)):
-        value = float(peaks.value[j, feature])
-        if value:
-            ids = corpus.chunks[int(peaks.chunk[j, feature])]
-            token = int(ids[int(peaks.position[j, feature])])
-            share[token] = share.get(token, 0.0) + value
+    for w in windows:
+        share[w.ids[w.place]] = share.get(w.ids[w.place], 0.0) + w.value
     if not share:
         return ""
     ranked = sorted(share.items(), key=lambda item: (-item[1], item[0]))
-    names = [f'"{decode(torch.tensor(token))}"' for token, _ in ranked[:3]]
+    names = [f'"{decode(token)}"' for token, _ in ranked[:3]]
     if ranked[0][1] >= 0.7 * sum(share.values()):
         return names[0]
     return f"many: {', '.join(names)}"

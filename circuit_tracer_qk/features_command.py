@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Describe the features of a set of dictionaries by where they fire in a corpus: features.zip "
-    "and labels.json, which the page and the tables show. An interrupted run goes on where it was."
+    "and labels.json, which the page and the tables show where they lie in the dictionaries' folder. "
+    "An interrupted run goes on where it was."
 )
 EPILOG = "example: circuit-tracer-qk features -m MODEL -d FOLDER --texts corpus.txt"
 
@@ -32,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".txt (texts between blank lines, else one a line), .json (a list of strings) or "
         '.jsonl (strings or {"text": ...})',
     )
-    add("-o", "--output", metavar="FOLDER", help="default: the dictionaries' own folder")
+    add(
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="default: the dictionaries' own folder, where they are read; copy them there from FOLDER",
+    )
     add("--examples", type=int, default=5, help="windows for each feature (default: 5)")
     add("--context", type=int, default=64, help="tokens of a text at a time (default: 64)")
     add("--batch", type=int, default=16, help="how many of these are run together (default: 16)")
@@ -40,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoints",
         metavar="C,C",
-        help="describe only these dictionaries (hook_resid_post of layer l is l + 1)",
+        help="describe only these dictionaries (hook_resid_post of layer l is l + 1); with --force "
+        "the descriptions of others stay",
     )
     add("--no-logits", action="store_true", help="leave out promoted and suppressed tokens")
     add("--force", action="store_true", help="replace descriptions that are there")
@@ -63,10 +71,13 @@ def run(args: argparse.Namespace, load: Callable[..., ResidualModel]) -> list[st
         if args.max_texts < 1:
             raise UserError(f"--max-texts is {args.max_texts}: it must be at least 1.")
         texts = texts[: args.max_texts]
+
+    from circuit_tracer_qk.feature_examples import build_features, check_sizes, check_target
+
+    check_sizes(args.examples, args.context, args.batch)
+    if args.output is not None:
+        args.output = check_target(args.output, args.force)
     model = load(args.model, args.dictionaries, args.dtype)
-
-    from circuit_tracer_qk.feature_examples import build_features
-
     built = build_features(
         model,
         texts,
@@ -102,25 +113,26 @@ def read_texts(path: Path) -> list[str]:
         UserError: naming the file, and the line that is wrong.
     """
     try:
-        content = path.read_bytes().decode()
+        content = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a text file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
-    if path.suffix == ".json":
+    kind = path.suffix.lower()
+    if kind == ".json":
         found = _parsed(path, content)
         if not isinstance(found, list):
             raise UserError(f"{path} should be a list of strings.")
         texts = [_text(path, f"item {i}", item) for i, item in enumerate(found, 1)]
-    elif path.suffix == ".jsonl":
+    elif kind == ".jsonl":
         texts = [
             _text(path, f"line {i}", _parsed(path, line, f"line {i}"))
-            for i, line in enumerate(content.splitlines(), 1)
+            for i, line in enumerate(content.split("\n"), 1)  # U+2028 may stand in a string
             if line.strip()
         ]
     else:
-        blocks = content.replace("\r\n", "\n").split("\n\n")
-        texts = blocks if len([b for b in blocks if b.strip()]) > 1 else content.splitlines()
+        blocks = re.split(r"\n[^\S\n]*\n", content.strip())
+        texts = blocks if len(blocks) > 1 else content.split("\n")
         texts = [text.strip("\n") for text in texts]
     texts = [text for text in texts if text.strip()]
     if not texts:

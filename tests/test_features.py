@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import torch
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import cli, feature_collection, feature_examples
-from circuit_tracer_qk.dictionaries import feature_index
-from circuit_tracer_qk.feature_collection import AFTER, BEFORE
+from circuit_tracer_qk.dictionaries import SAE, Dictionary, DictionarySet, feature_index
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.feature_collection import AFTER, BEFORE, WINDOW, Corpus, collect
 from circuit_tracer_qk.feature_examples import build_features
+from circuit_tracer_qk.features_command import read_texts
 
 MINIATURE = Path(ctqk.__file__).parent / "miniature"
 TEXTS = [
@@ -115,6 +119,53 @@ def test_examples_are_where_features_fire_most(
     assert checked > 100
 
 
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_peaks_are_those_of_brute_force(
+    tmp_path: Path, model: ctqk.ResidualModel, batch: int
+) -> None:
+    """Every feature: the k largest peaks, the windows around them, and the count."""
+    k = 5
+    corpus = Corpus.of(TEXTS, model, CONTEXT, batch)
+    found = collect(model, corpus, [1, 4], k, tmp_path / "part", lambda done: False)
+    for c, peaks in found.items():
+        chunks, acts = brute_force(model, c)
+        assert [chunk.tolist() for chunk in corpus.chunks] == chunks
+        torch.testing.assert_close(peaks.count, (acts > 0).sum((0, 1)))
+        strongest = acts.amax(1).sort(0, descending=True).values[:k].T
+        torch.testing.assert_close(peaks.value, strongest, rtol=1e-5, atol=1e-5)
+        around = torch.nn.functional.pad(acts, (0, 0, BEFORE, AFTER))
+        alive = 0
+        for feature, j in (peaks.value > 0).nonzero().tolist():
+            chunk, place = int(peaks.chunk[feature, j]), int(peaks.position[feature, j])
+            window = around[chunk, place : place + WINDOW, feature]
+            torch.testing.assert_close(peaks.acts[feature, j], window, rtol=1e-5, atol=1e-5)
+            assert float(window[BEFORE]) == pytest.approx(float(peaks.value[feature, j]), rel=1e-5)
+            alive += 1
+        assert alive > 500
+        pairs = torch.stack([peaks.chunk, peaks.position], -1)
+        for feature in range(0, 512, 5):
+            some = pairs[feature][peaks.value[feature] > 0].tolist()
+            assert len({chunk for chunk, _ in some}) == len(some), "one window of a chunk"
+
+
+@pytest.mark.parametrize("dropped", [slice(0, 0), slice(0, 1), slice(0, 4)])
+def test_frequencies_are_of_the_positions_that_count(
+    tmp_path: Path, model: ctqk.ResidualModel, dropped: slice
+) -> None:
+    d_model = model.cfg.d_model
+    always = Dictionary(
+        checkpoint=1,
+        W_enc=torch.zeros(2, d_model),
+        b_enc=torch.tensor([1.0, -1.0]),
+        b_dec=torch.zeros(d_model),
+        decoders={1: torch.ones(2, d_model)},
+    )
+    known = DictionarySet(SAE, "hook_resid_post", "x", None, {1: always})
+    build_features(ctqk.ResidualModel(model.transformer, known, dropped), TEXTS[:3], tmp_path)
+    found = [d["activation_frequency"] for d in documents(tmp_path).values()]
+    assert found == [1, 0]
+
+
 def test_logits_are_the_decoder_vectors_through_the_unembedding(
     tmp_path: Path, model: ctqk.ResidualModel
 ) -> None:
@@ -171,6 +222,94 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert (broken / "features.zip").read_bytes() == (whole / "features.zip").read_bytes()
 
 
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, saes: Path, model: ctqk.ResidualModel
+) -> None:
+    """SIGKILL in the middle of the work, and while the result is written."""
+    script = """
+import os, signal, sys
+import circuit_tracer_qk as ctqk
+from circuit_tracer_qk import feature_collection, feature_examples as f
+from pathlib import Path
+import json, torch
+torch.set_num_threads(1)
+where, folder, saes, model, texts = sys.argv[1:]
+f.SAVED_EVERY = -1.0
+module, name, at = {"reading": (feature_collection, "_streams", 5), "writing": (f, "_label", 700)}[where]
+plain, calls = getattr(module, name), []
+def killed(*args):
+    calls.append(1)
+    if len(calls) == at:
+        Path(folder, "..features.part.0.tmp").write_bytes(b"torn")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*args)
+setattr(module, name, killed)
+m = ctqk.load_model(model, saes, device="cpu")
+f.build_features(m, json.loads(texts), folder, context=12, batch=2, examples=2)
+"""
+    options: dict[str, Any] = {"context": 12, "batch": 2, "examples": 2}
+    build_features(model, TEXTS, tmp_path / "whole", **options)
+    places = [str(saes), str(MINIATURE / "model"), json.dumps(TEXTS)]
+    for where in ("reading", "writing"):
+        folder = tmp_path / where
+        folder.mkdir()
+        command = [sys.executable, "-c", script, where, str(folder), *places]
+        assert subprocess.run(command, cwd=MINIATURE.parents[1]).returncode == -9
+        assert (folder / ".features.part").exists()
+        assert not (folder / "features.zip").exists() and not (folder / "labels.json").exists()
+        build_features(model, TEXTS, folder, **options)
+        assert sorted(p.name for p in folder.iterdir()) == ["features.zip", "labels.json"]
+        for name in ("features.zip", "labels.json"):
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_weights_are_other_work(model: ctqk.ResidualModel) -> None:
+    """Where only what maps differs: biases and the first embeddings are often the same."""
+    corpus = Corpus.of(TEXTS[:2], model, CONTEXT, 2)
+
+    def printed(seed: int) -> str:
+        W = torch.randn(70, model.cfg.d_model, generator=torch.Generator().manual_seed(seed))
+        zeros = torch.zeros(70), torch.zeros(model.cfg.d_model)
+        known = DictionarySet(SAE, "x", "x", None, {1: Dictionary(1, W, *zeros, {1: W})})
+        other = ctqk.ResidualModel(model.transformer, known, model.zero_positions)
+        return feature_collection._fingerprint(other, corpus, [1], 4)
+
+    assert printed(0) == printed(0)
+    before = printed(0), printed(1)
+    weight = model.transformer.state_dict()["blocks.2.mlp.W_out"]
+    weight.mul_(2)
+    after = printed(0)
+    weight.div_(2)
+    assert len({*before, after}) == 3
+
+
+def test_other_checkpoints_stay(tmp_path: Path, model: ctqk.ResidualModel) -> None:
+    options: dict[str, Any] = {"context": CONTEXT, "logits": False}
+    build_features(model, TEXTS, tmp_path / "all", **options)
+    build_features(model, TEXTS, tmp_path / "parts", checkpoints=[3, 1], **options)
+    assert len(documents(tmp_path / "parts")) == 2 * 512
+    build_features(model, TEXTS, tmp_path / "parts", checkpoints=[2, 4], force=True, **options)
+    assert documents(tmp_path / "parts") == documents(tmp_path / "all")
+    labels = [(tmp_path / name / "labels.json").read_bytes() for name in ("parts", "all")]
+    assert labels[0] == labels[1]
+
+
+def test_a_disk_that_is_full(
+    tmp_path: Path, model: ctqk.ResidualModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_features(model, TEXTS[:3], tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    with pytest.raises(UserError, match="features.zip cannot be written .No space left"):
+        build_features(model, TEXTS, tmp_path, force=True)
+    (tmp_path / ".features.part").unlink()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_other_work_is_not_taken_for_this(
     tmp_path: Path, model: ctqk.ResidualModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +355,35 @@ def test_the_command_describes_a_set_that_graphs_then_show(
     assert cli.main([*arguments, "--force"]) == 0
 
 
+def test_stories_are_described(tmp_path: Path, shared: Path) -> None:
+    folder = shared / "stories260K"
+    described = ctqk.load_model(folder / "model", folder / "sae", device="cpu")
+    texts = json.loads((folder / "corpus.json").read_text("utf-8"))[:50]
+    built = build_features(described, texts, tmp_path)
+    assert built.n_features == 5 * 512 and built.n_alive > 2000
+    found = documents(tmp_path)
+    assert len(found) == 5 * 512
+    frequency = sum(d["activation_frequency"] for d in found.values()) / 5
+    assert 4 < frequency < 16, "its SAEs were trained to L0 8"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("x.txt", "one\nstill\n\ntwo\n", ["one\nstill", "two"]),
+        ("x.txt", "one\r\nstill\r\n \t\r\n\r\ntwo", ["one\nstill", "two"]),
+        ("x.txt", "\ufeffone\ntwo\x0cstill\n", ["one", "two\x0cstill"]),
+        ("x.TXT", "\none\ntwo\n\n", ["one", "two"]),
+        ("x.json", '\ufeff["one\\n\\ntwo", "", {"text": "three"}]', ["one\n\ntwo", "three"]),
+        ("x.JSONL", '"one\u2028still"\r\n{"text": "two"}\n', ["one\u2028still", "two"]),
+    ],
+)
+def test_texts_are_read(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    assert read_texts(path) == texts
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -250,9 +418,11 @@ def test_what_cannot_be_described_is_refused(
     path = tmp_path / "x.jsonl"
     path.write_text('"Aunt Sally"\n\n{"text": "Uncle Bob"}\n')
     arguments = ["features", "-d", "miniature-sae", "--texts", str(path)]
+    (tmp_path / "old" / "features").mkdir(parents=True)
     for more, message in (
         ([], "name one (-o FOLDER)"),
         (["-o", str(path)], "is no folder"),
+        (["-o", str(tmp_path / "old")], "features is there already: give force (--force)"),
         (["-o", str(tmp_path / "out"), "--checkpoints", "9"], "no dictionary at checkpoint 9"),
         (["-o", str(tmp_path / "out"), "--checkpoints", "a"], "--checkpoints is 'a'"),
         (["-o", str(tmp_path / "out"), "--context", "1"], "context at least 2"),
