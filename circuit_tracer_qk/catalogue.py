@@ -72,6 +72,8 @@ def find(ref: str) -> Chosen | None:
     if asked is None:
         return None
     name, variant, revision = asked["name"], asked["variant"], asked["revision"]
+    if name in MINIATURES and (variant or revision):
+        raise UserError(f"{name} has no variants and no revisions: leave out {ref[len(name) :]}.")
     if name in MINIATURES:
         return Chosen(name, "", name, folder=MINIATURES[name])
     entry = _listed().get(name)

@@ -169,7 +169,7 @@ class _Pools:
         }
         if present:
             sizes = [self.uses[item].before for item in items]
-            near = {x: min(abs(log(a / s)) for s in sizes) for x, a in here.items()}
+            near = {x: min(abs(log(abs(a / s))) for s in sizes) for x, a in here.items()}
             return sorted(near.keys() - taken, key=lambda x: (near[x], x))
         # absent ones, of the same dictionaries: those active at other tokens of the prompt first
         reads = {c for _, c, _, _ in items}

@@ -142,7 +142,7 @@ class Dictionary:
         if self.k is not None and not 1 <= self.k <= len(self.b_enc):
             raise UserError(
                 f"{self.title or f'checkpoint {self.checkpoint}'}: k should be at most "
-                f"{len(self.b_enc)}, its number of features, and is {self.k}."
+                f"{len(self.b_enc)}, its number of features, and at least 1, and is {self.k}."
             )
 
     def encode(self, x: Tensor) -> Tensor:

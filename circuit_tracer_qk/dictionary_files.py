@@ -28,6 +28,7 @@ class Files:
         root: the local folder; None for a hub repository.
         repo, revision: the hub repository.
         below: the folder in it that names are relative to.
+        from_cache: whether the names are those of the cache alone, because the hub is silent.
         names: the files that are looked at.
     """
 
@@ -36,16 +37,19 @@ class Files:
     repo: str = ""
     revision: str | None = None
     below: str = ""
+    from_cache: bool = False
     names: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def local(cls, folder: Path, pattern: str | None = None) -> Files:
         """A local folder's files, or those below the folders that match a pattern."""
         names: list[str] = []
-        for where, folders, files in os.walk(folder):
+        seen: set[str] = set()
+        for where, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
             below = Path(where).relative_to(folder)
-            if len(below.parts) >= DEPTH:
-                folders.clear()
+            if len(below.parts) >= DEPTH or os.path.realpath(where) in seen:
+                folders.clear()  # deep enough, or links in a circle
+            seen.add(os.path.realpath(where))
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             names += [(below / name).as_posix() for name in sorted(files)]
             if len(names) > MOST:
@@ -62,18 +66,19 @@ class Files:
         Raises:
             UserError: it cannot be listed.
         """
-        names = _matching(repo, hub.list_files(repo, revision), pattern)
+        listed, from_cache = hub.list_files(repo, revision)
+        names = _matching(repo, listed, pattern)
         title = repo if pattern is None else f"{repo}/{pattern}"
         title = title if revision is None else f"{title}@{revision}"
         below = "" if pattern is None or WILD.search(pattern) else pattern
         names = tuple(name.removeprefix(below).lstrip("/") for name in names)
-        return cls(title, None, repo, revision, below, names)
+        return cls(title, None, repo, revision, below, from_cache, names)
 
     @property
     def where(self) -> str:
         """The whole path of the root: folders are often told apart by their names."""
         if self.root is not None:
-            return self.root.resolve().as_posix()
+            return Path(os.path.abspath(self.root)).as_posix()
         return joined(self.repo, self.below) if self.below else self.repo
 
     def get(self, name: str) -> Path:
@@ -116,6 +121,10 @@ class Files:
             }
             found = having if found is None else found & having
         return sorted(found or (), key=natural)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}): it may hold layers.")
 
 
 def joined(place: str, name: str) -> str:

@@ -58,7 +58,12 @@ def load_dictionaries(
     Raises:
         UserError: the dictionaries cannot be had, or cannot be read exactly.
     """
-    found = _find(ref, None if checkpoints is None else frozenset(checkpoints))
+    try:
+        found = _find(ref, None if checkpoints is None else frozenset(checkpoints))
+    except (OSError, RuntimeError) as error:  # permissions, ~nobody, names beyond all length
+        raise UserError(
+            f"{ref} cannot be read ({getattr(error, 'strerror', 0) or error})."
+        ) from error
     if found.n_weights > LARGE if lazy is None else lazy:
         return found
     return found.to(device, dtype)
@@ -83,7 +88,7 @@ def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:
         parts = folder.parts
         at = next(i for i, part in enumerate(parts) if WILD.search(part))
         root = Path(*parts[:at]) if at else Path()
-        if root.is_dir() and at:
+        if root.is_dir() and (at or any(Path().glob(parts[0]))):
             return _read(Files.local(root, "/".join(parts[at:])), layout, checkpoints)
     hub = _HUB_ID.fullmatch(text) if isinstance(ref, str) else None
     if hub is None:
@@ -107,6 +112,12 @@ def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | Non
         for other in ([layout] if layout is not None else LAYOUTS.values())
         if (places := files.places(other.files))
     }
+    ours = found.get(native.LAYOUT.name, [])
+    kept = [p for p in ours if not _says_format(files, p)]  # beside another layout's files
+    if ours and len(found) > 1:
+        found = {n: p for n, p in found.items() if n != native.LAYOUT.name} | (
+            {native.LAYOUT.name: kept} if kept else {}
+        )
     if not found:
         if layout is not None:
             wanted = " and ".join(layout.files)
@@ -124,6 +135,12 @@ def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | Non
         )
     [(name, places)] = found.items()
     return _in_layout(files, LAYOUTS[name], places, options)
+
+
+def _says_format(files: Files, place: str) -> bool:
+    """Whether a ``config.yaml`` describes a folder of another layout."""
+    path = files.get(joined(place, native.CONFIG))
+    return "format" in read_yaml(path, "model_kind: residual_sae_set")
 
 
 def _refuse_halves(files: Files) -> None:
@@ -151,18 +168,39 @@ def _refuse_gaps(files: Files, layout: Layout, places: list[str]) -> None:
         if other != layout
         for place in files.places(other.files)
     }
-    parents = {place.rpartition("/")[0] for place in places if place}
+    alike = {_shape(place) for place in places if place}
     for name in layout.files:
         for place in files.places([name]):
-            beside = place and place.rpartition("/")[0] in parents
-            if beside and place not in places and place not in whole:
+            if _shape(place) in alike and place not in places and place not in whole:
                 lacks = [f for f in layout.files if joined(place, f) not in files.names]
                 raise UserError(
                     f"{joined(joined(files.title, place), lacks[0])} is missing: fetch it again."
                 )
 
 
+def _shape(place: str) -> str:
+    """A folder's name without its numbers: what the layers of a set have in common."""
+    return re.sub(r"[0-9]+", "#", place)
+
+
+def _options_at(files: Files, layout: Layout, place: str, options: Options) -> Options:
+    """The options of one SAE's folder, which may have a ``config.yaml`` of its own."""
+    name = joined(place, native.CONFIG)
+    if not place or name not in files.names:
+        return options
+    path = files.get(name)
+    said = read_yaml(path, f"format: {layout.name}")
+    return _said(path, said, options)[1] if said.get("format") == layout.name else options
+
+
 def _in_layout(files: Files, layout: Layout, places: list[str], options: Options) -> DictionarySet:
+    if layout.name != "sae-lens" and (
+        options.centred is not None or options.norm_scaling_factor is not None
+    ):
+        raise UserError(
+            f"{files.title}: `centred` and `norm_scaling_factor` are for sae-lens, and the format "
+            f"is {layout.name}: leave them out."
+        )
     if layout.whole is not None:
         if len(places) > 1:
             raise UserError(
@@ -172,9 +210,17 @@ def _in_layout(files: Files, layout: Layout, places: list[str], options: Options
             )
         return layout.whole(files, places[0], options)
     assert layout.layer is not None
-    _refuse_gaps(files, layout, places)
-    layers = [layout.layer(files, place, options) for place in places]
+    layers = [layout.layer(files, p, _options_at(files, layout, p, options)) for p in places]
     kept = [layer for layer in layers if layer is not None]
+    wanted = options.checkpoints
+    if wanted is None or not any(layer.checkpoint in wanted for layer in kept):
+        _refuse_gaps(files, layout, places)
+        if files.from_cache and wanted and max(wanted) > 0:
+            raise UserError(
+                f"the local cache has no dictionary of {files.title} at checkpoint "
+                f"{', '.join(map(str, sorted(wanted)))}, and the hub cannot be asked for it: check "
+                "the network."
+            )
     if not kept:
         raise UserError(f"{files.title} holds no dictionaries of the residual stream.")
     return assemble(files, kept, options)
@@ -220,7 +266,7 @@ def _names(entry: catalogue.Chosen, layout: Layout) -> tuple[str, ...]:
 def _said(path: Path, said: dict[str, Any], options: Options) -> tuple[Layout, Options]:
     """What a ``config.yaml`` with ``format:`` says."""
     name = said["format"]
-    if name not in LAYOUTS:
+    if not isinstance(name, str) or name not in LAYOUTS:
         raise UserError(f"{path}: format {name!r} is not one of {', '.join(LAYOUTS)}.")
     kinds: dict[str, type | tuple[type, ...]] = {
         "model_name": str,
@@ -242,6 +288,13 @@ def _said(path: Path, said: dict[str, Any], options: Options) -> tuple[Layout, O
             numbers = list(value.values()) if isinstance(value, dict) else [value]
             if not all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers):
                 raise UserError(f"{path}: norm_scaling_factor should be above 0, found {value!r}.")
+        if key == "neuronpedia":
+            try:
+                str(value).format(layer=0, checkpoint=0)
+            except (ValueError, KeyError, IndexError) as error:
+                raise UserError(
+                    f"{path}: neuronpedia may hold {{layer}} and {{checkpoint}}, found {value!r}."
+                ) from error
         options = replace(options, **{key: value})
     return LAYOUTS[name], options
 

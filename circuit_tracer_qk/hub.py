@@ -21,8 +21,8 @@ from huggingface_hub.file_download import repo_folder_name
 from circuit_tracer_qk.errors import UserError
 
 
-def list_files(repo: str, revision: str | None) -> list[str]:
-    """The files of a repository; those in the cache where the hub cannot be asked.
+def list_files(repo: str, revision: str | None) -> tuple[list[str], bool]:
+    """The files of a repository; those in the cache, and True, where the hub cannot be asked.
 
     Raises:
         UserError: neither can be had.
@@ -30,7 +30,7 @@ def list_files(repo: str, revision: str | None) -> list[str]:
     problem: Exception | None = None
     if not constants.HF_HUB_OFFLINE:
         try:
-            return HfApi().list_repo_files(repo, revision=revision)
+            return HfApi().list_repo_files(repo, revision=revision), False
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise failure(repo, revision, error) from error
         except Exception as error:  # requests' and httpx's own kinds: no answer
@@ -41,7 +41,8 @@ def list_files(repo: str, revision: str | None) -> list[str]:
         raise failure(repo, revision, error) from error
     if folder is None:
         raise failure(repo, revision, problem or LocalEntryNotFoundError(repo)) from problem
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(names), True
 
 
 def download(repo: str, name: str, revision: str | None) -> Path:

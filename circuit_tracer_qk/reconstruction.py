@@ -39,7 +39,8 @@ def fvu(x: Tensor, error: Tensor, zero_positions: slice = slice(0, 0)) -> float:
     kept[zero_positions] = False
     x, error = x[kept].double() if x.device.type != "mps" else x[kept], error[kept]
     variance = float((x - x.mean(0)).square().sum()) if len(x) else 0.0
-    return float(error.square().sum()) / variance if variance > 0 else float("nan")
+    some = variance > 1e-9 * float(x.square().sum())  # else it is rounding
+    return float(error.square().sum()) / variance if some else float("nan")
 
 
 def explained(parts: Decomposition, zero_positions: slice) -> dict[int, float]:

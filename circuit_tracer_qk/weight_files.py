@@ -35,8 +35,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: fetch it again.")
     try:
         document = json.loads(path.read_bytes(), parse_constant=_no_number)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} should be a JSON object.")
     return document
@@ -44,6 +46,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number")
+
+
+def flag(path: Path, config: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A setting that is true or false.
+
+    Raises:
+        UserError: it is something else, such as the text "false".
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {name} should be true or false, found {value!r}.")
+    return value
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
@@ -54,7 +70,9 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
     """
     try:
         document = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible dates
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(document, dict):
@@ -93,7 +111,7 @@ def _mapped_npz(path: Path) -> dict[str, Tensor]:
             name = member.filename.removesuffix(".npy")
             if member.compress_type != zipfile.ZIP_STORED:
                 with archive.open(member) as stream:
-                    found[name] = _tensor(np.lib.format.read_array(stream, allow_pickle=False))
+                    found |= _tensor(name, np.lib.format.read_array(stream, allow_pickle=False))
                 continue
             # the local header's own lengths: they may differ from the directory's
             file.seek(member.header_offset + 26)
@@ -114,12 +132,16 @@ def _mapped_npz(path: Path) -> dict[str, Tensor]:
                 array = np.fromfile(file, dtype, count).reshape(shape)
             else:  # copy-on-write, because torch wants what it may write to
                 array = np.memmap(path, dtype, "c", file.tell(), shape, order)
-            found[name] = _tensor(array)
+            found |= _tensor(name, array)
     return found
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array)
+def _tensor(name: str, array: np.ndarray) -> dict[str, Tensor]:
+    """An array under its name; nothing where torch has no such numbers (text, JAX's bfloat16)."""
+    try:
+        return {name: torch.from_numpy(array)}
+    except TypeError:
+        return {}
 
 
 def _mapped_pt(path: Path) -> dict[str, Tensor]:
@@ -135,7 +157,8 @@ def _mapped_pt(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{type(error).__name__} while unpickling") from error
     if not isinstance(state, dict):
         raise ValueError("it holds no mapping of names to tensors")
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(n): t.detach() for n, t in state.items() if isinstance(t, Tensor)}
+    return {n: t for n, t in tensors.items() if t.layout == torch.strided}
 
 
 def taken(
@@ -178,7 +201,7 @@ def taken(
             raise UserError(
                 f"{titles[name]} should be {list(expected[name])} and is {list(shape)}{hint}"
             )
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise UserError(
                 f"{titles[name]} should hold floating-point numbers, not {tensor.dtype}"
             )

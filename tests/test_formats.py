@@ -758,7 +758,11 @@ def test_what_other_layouts_ask_for_and_is_not_read_is_refused(
 def test_batch_topk_needs_its_trained_threshold(tmp_path: Path) -> None:
     path = write_dictionary_learning(tmp_path, 1)
     state = torch.load(path / "ae.pt")
-    for threshold in (None, torch.tensor(-1.0)):  # -1 is what it has before training
+    for threshold in (
+        None,
+        torch.tensor(float("nan")),
+        torch.tensor(-1.0),
+    ):  # -1 is what it has before training
         changed = {name: t for name, t in state.items() if name != "threshold"}
         torch.save(
             changed | ({} if threshold is None else {"threshold": threshold}), path / "ae.pt"
@@ -782,3 +786,95 @@ def test_qwen_scopes_k_is_in_its_name(tmp_path: Path) -> None:
     write_qwen_scope(tmp_path / "mine", 0)
     with pytest.raises(ctqk.UserError, match="keep that name for the folder"):
         ctqk.load_dictionaries(tmp_path / "mine")
+
+
+def test_a_missing_layer_is_noticed_however_deep_it_lies(tmp_path: Path) -> None:
+    for layer in range(3):
+        write_dictionary_learning(tmp_path / "a", layer)
+        write_sae_lens(tmp_path / "b" / f"L{layer}", layer)
+    (tmp_path / "a" / "resid_post_layer_1" / "trainer_0" / "ae.pt").unlink()
+    (tmp_path / "b" / "L2" / "blocks.2.hook_resid_post" / "sae_weights.safetensors").unlink()
+    with pytest.raises(ctqk.UserError, match=r"layer_1/trainer_0/ae.pt is missing"):
+        ctqk.load_dictionaries(tmp_path / "a")
+    with pytest.raises(ctqk.UserError, match=r"sae_weights.safetensors is missing"):
+        ctqk.load_dictionaries(tmp_path / "b")
+    assert ctqk.load_dictionaries(tmp_path / "a", checkpoints=[3]).checkpoints == (3,)
+
+
+def test_links_are_followed_and_go_by_their_own_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for layer in range(2):
+        write_sparsify(tmp_path / "store", layer).rename(tmp_path / "store" / f"blob{layer}")
+    (tmp_path / "set").mkdir()
+    for layer in range(2):
+        (tmp_path / "set" / f"layers.{layer}").symlink_to(tmp_path / "store" / f"blob{layer}")
+    (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
+    assert ctqk.load_dictionaries(tmp_path / "set").checkpoints == (1, 2)
+    assert ctqk.load_dictionaries(tmp_path / "set" / "layers.1").checkpoints == (2,)
+    monkeypatch.chdir(tmp_path / "set")
+    assert ctqk.load_dictionaries("layers.*").checkpoints == (1, 2)
+
+
+def test_what_a_layout_does_not_know_of_is_not_ignored(tmp_path: Path) -> None:
+    write_sparsify(tmp_path, 0)
+    (tmp_path / "config.yaml").write_text("format: sparsify\ncentred: true\n")
+    with pytest.raises(ctqk.UserError, match="are for sae-lens, and the format is sparsify"):
+        ctqk.load_dictionaries(tmp_path)
+
+
+def test_each_layer_of_a_set_may_have_its_own_factor(tmp_path: Path) -> None:
+    x = stream()
+    for layer, factor in enumerate((1.5, 0.5)):
+        path = write_sae_lens(tmp_path, layer, normalize_activations="expected_average_only_in")
+        said = {"format": "sae-lens", "norm_scaling_factor": factor}
+        (path / "config.yaml").write_text(yaml.safe_dump(said))
+    found = ctqk.load_dictionaries(tmp_path, dtype=torch.float64)
+    for layer, factor in enumerate((1.5, 0.5)):
+        path = tmp_path / f"blocks.{layer}.hook_resid_post"
+        held(found.by_checkpoint[layer + 1], x, sae_lens_reads(path, x, factor))
+
+
+def test_input_and_output_of_the_last_layer_have_labels_of_their_own(tmp_path: Path) -> None:
+    for layer in range(3):
+        write_sae_lens(tmp_path, layer, hook="hook_resid_pre")
+    write_sae_lens(tmp_path, 2)
+    labels = {str(i): [f"{i}-{f}" for f in range(N)] for i in range(4)}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    found = ctqk.load_dictionaries(tmp_path)
+    assert [found.label(c, 5) for c in found.checkpoints] == ["0-5", "1-5", "2-5", "3-5"]
+
+
+def test_dead_decoder_vectors_stay_zero(tmp_path: Path) -> None:
+    path = write_sae_lens(tmp_path / "set", 0, "topk-rescaled")
+    tensors = load_file(path / "sae_weights.safetensors")
+    tensors["W_dec"][3] = 0
+    save_file(tensors, path / "sae_weights.safetensors")
+    found = ctqk.load_dictionaries(tmp_path / "set")
+    write_dictionaries(found, tmp_path / "copy")
+    for dictionaries in (found, ctqk.load_dictionaries(tmp_path / "copy")):
+        rows = dictionaries.by_checkpoint[1].vectors(1, torch.tensor([3, 4]))
+        assert not rows[0].any() and rows[1].any()
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["format: [1]", "format: sae-lens\nneuronpedia: 'a{x}'", "model_name: 2024-13-45", "- a"],
+)
+def test_odd_yaml_is_one_sentence(tmp_path: Path, said: str) -> None:
+    write_sae_lens(tmp_path, 0)
+    (tmp_path / "config.yaml").write_text(said)
+    with pytest.raises(ctqk.UserError):
+        ctqk.load_dictionaries(tmp_path)
+
+
+@pytest.mark.parametrize("ref", ["~nosuchuser/saes", "x" * 300, "miniature-sae@v7"])
+def test_odd_references_are_one_sentence(ref: str) -> None:
+    with pytest.raises(ctqk.UserError):
+        ctqk.load_dictionaries(ref)
+
+
+def test_text_is_no_truth_value(tmp_path: Path) -> None:
+    path = write_sae_lens(tmp_path, 0, apply_b_dec_to_input="false")
+    with pytest.raises(ctqk.UserError, match="apply_b_dec_to_input should be true or false"):
+        ctqk.load_dictionaries(path)

@@ -64,7 +64,7 @@ def _layer(files: Files, place: str, options: Options) -> Layer | None:
         raise UserError(f"{where}: its trainer names no layer, found {layer!r}.")
     told = f"{module or ''} {place}"
     residual = re.search(rf"resid(?:_post|_out)?_(?:layer_?)?{layer}(?!\d)", told)
-    if residual is None and not options.named:
+    if residual is None and (module or not options.named):
         raise UserError(
             f"{where}: it does not say that it is of the residual stream after layer {layer} "
             f"(submodule_name {module!r}, folder {place or files.title!r}): residual graphs need "
@@ -97,7 +97,8 @@ def _read(
     biases = {_OURS.get(key, key): value for key, value in with_biases(t).items()}
     if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         threshold = found.get("threshold")
-        if threshold is None or threshold.numel() != 1 or float(threshold) < 0:
+        plain_number = threshold is not None and threshold.numel() == 1 and threshold.isreal().all()
+        if threshold is None or not plain_number or not float(threshold) >= 0:
             raise UserError(
                 f"{path}: {name} needs its trained threshold, a number not below 0, and has "
                 f"{None if threshold is None else threshold.flatten()[:1].tolist()}: without it "
@@ -106,8 +107,8 @@ def _read(
         biases["threshold"] = threshold.float().reshape(1).repeat(len(W_enc))
     if architecture == "topk":
         stored = found.get("k")
-        if stored is not None and int(stored) != k:
-            raise UserError(f"{where}: k is {k}, and {path} has k = {int(stored)}.")
+        if stored is not None and stored.flatten().tolist() != [k]:
+            raise UserError(f"{where}: k is {k}, and {path} has k = {stored.tolist()}.")
     return from_tensors(
         layer + 1,
         architecture,

@@ -139,14 +139,16 @@ def assemble(files: Files, layers: Iterable[Layer], options: Options) -> Diction
         )
     names = {layer.model_name for layer in chosen.values() if layer.model_name}
     hooks = {layer.hook for layer in chosen.values()}
+    hook = RESID_PRE if RESID_PRE in hooks and 0 in chosen else RESID_POST
+    shift = checkpoint(0, hook)  # numbers of their own for layer 11's input and its output
     return DictionarySet(
         kind=SAE,
-        hook=RESID_PRE if RESID_PRE in hooks and 0 in chosen else RESID_POST,
+        hook=hook,
         scan=options.scan or scan_of(files),
         model_name=options.model_name or (names.pop() if len(names) == 1 else None),
         by_checkpoint=found,
         folder=files.root,
-        entries={c: layer.number for c, layer in chosen.items()},
+        entries={c: c - shift for c in chosen},
         neuronpedia=neuronpedia(options, {c: layer.number for c, layer in chosen.items()}),
     )
 

@@ -26,7 +26,7 @@ from circuit_tracer_qk.layouts.layout import (
     row_norms,
     with_biases,
 )
-from circuit_tracer_qk.weight_files import mapped, read_json, taken
+from circuit_tracer_qk.weight_files import flag, mapped, read_json, taken
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -64,6 +64,8 @@ def _how(where: Path, config: dict[str, Any]) -> tuple[float | None, int | None]
     """(threshold, k) of the activation function; both None for a plain ReLU."""
     name = str(config.get("act_fn", "relu")).lower()
     threshold, k = config.get("jump_relu_threshold"), config.get("top_k")
+    if threshold is not None and type(threshold) not in (int, float):
+        raise UserError(f"{where}: jump_relu_threshold should be a number, found {threshold!r}.")
     if name == "jumprelu" or (name == "topk" and (threshold or 0) > 0):
         if not isinstance(threshold, int | float):
             raise UserError(
@@ -89,7 +91,7 @@ def _read(
     title: str,
 ) -> Dictionary:
     path = files.get(weights)
-    biased = config.get("use_decoder_bias", True)
+    biased = flag(where, config, "use_decoder_bias", True)
     shapes = {"encoder.weight": "dict model", "decoder.weight": "model dict"}
     shapes |= {"encoder.bias": "dict"} | ({"decoder.bias": "model"} if biased else {})
     t = with_biases(taken(path, mapped(path), shapes))
@@ -115,10 +117,11 @@ def _read(
         )
     b_dec = t["decoder.bias"] if biased else torch.zeros(d_model)
     encoder_scale, decoder_scale = None, torch.full((d_dict,), s_in / s_out, dtype=torch.float64)
-    if config.get("sparsity_include_decoder_norm"):
+    if flag(where, config, "sparsity_include_decoder_norm"):
         norm = row_norms(W_dec) * (s_in / s_out)
-        encoder_scale, decoder_scale = norm, decoder_scale / norm
+        encoder_scale, decoder_scale = norm, decoder_scale / norm.clamp(min=1e-8)
     threshold, k = how
+    minus = flag(where, config, "apply_decoder_bias_to_pre_encoder")
     return Dictionary(
         at,
         t["encoder.weight"],
@@ -127,7 +130,7 @@ def _read(
         {at: W_dec},
         threshold=None if threshold is None else torch.full((d_dict,), threshold),
         k=k,
-        subtract=b_dec / s_in if config.get("apply_decoder_bias_to_pre_encoder") else None,
+        subtract=b_dec / s_in if minus else None,
         encoder_scale=encoder_scale,
         decoder_scale=decoder_scale,
         units=units,

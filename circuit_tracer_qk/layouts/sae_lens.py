@@ -25,7 +25,7 @@ from circuit_tracer_qk.layouts.layout import (
     row_norms,
     with_biases,
 )
-from circuit_tracer_qk.weight_files import mapped, read_json, taken
+from circuit_tracer_qk.weight_files import flag, mapped, read_json, taken
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
@@ -60,8 +60,8 @@ def _layer(files: Files, place: str, options: Options) -> Layer:
     if architecture not in _ARCHITECTURES:
         read = partial(_through_sae_lens, files, place, architecture, at, units, title)
     else:
-        minus = bool(cfg.get("apply_b_dec_to_input", True))
-        rescaled = architecture == "topk" and bool(cfg.get("rescale_acts_by_decoder_norm", False))
+        minus = flag(where, cfg, "apply_b_dec_to_input", True)
+        rescaled = flag(where, cfg, "rescale_acts_by_decoder_norm") and architecture == "topk"
         read = partial(
             _read, files, weights, at, architecture, k, minus, rescaled, units, title=title
         )
@@ -75,8 +75,9 @@ LAYOUT = Layout("sae-lens", (CONFIG, WEIGHTS), _layer)
 def _architecture(where: Path, cfg: dict[str, Any]) -> tuple[str, int | None]:
     activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
     architecture, k = cfg.get("architecture", "standard"), cfg.get("k")
-    if activation == "topk" and "k" in (cfg.get("activation_fn_kwargs") or {}):
-        architecture, k = "topk", cfg["activation_fn_kwargs"]["k"]  # before SAELens 6
+    more = cfg.get("activation_fn_kwargs")
+    if activation == "topk" and isinstance(more, dict) and "k" in more:
+        architecture, k = "topk", more["k"]  # before SAELens 6
     if activation not in ("relu", "topk"):
         raise UserError(
             f"{where}: the activation {activation!r} is not read exactly: relu and topk are."
@@ -198,10 +199,10 @@ def from_tensors(
     scale = None
     if rescaled:
         scale = row_norms(W_dec)
-        more |= {"encoder_scale": scale, "decoder_scale": 1 / scale}
+        more |= {"encoder_scale": scale, "decoder_scale": 1 / scale.clamp(min=1e-8)}
     if units.factor != 1:
         back = torch.full((len(W_dec),), 1 / units.factor, dtype=torch.float64)
-        more["decoder_scale"] = back if scale is None else back / scale
+        more["decoder_scale"] = back * more.get("decoder_scale", 1)
     return Dictionary(
         at,
         W_enc,
