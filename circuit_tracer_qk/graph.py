@@ -411,7 +411,11 @@ def load_graph(path: str | Path, device: str | torch.device = "cpu") -> Residual
     return graph
 
 
-def _fingerprint(graph: ResidualGraph) -> list[float | int]:
-    """Enough of a graph to notice that two files do not belong together."""
-    A = graph.adjacency_matrix
-    return [*A.shape, float(A.double().sum()), float(A.double().abs().sum()), graph.n_pos]
+def _fingerprint(graph: ResidualGraph) -> list[int]:
+    """Enough of a graph to notice that two files do not belong together.
+
+    Sums of whole numbers: those of floating-point ones depend on how many threads add them.
+    """
+    rows = graph.adjacency_matrix.float().contiguous().view(torch.int32).sum(1)
+    places = torch.arange(1, len(rows) + 1, device=rows.device)
+    return [len(rows), int(rows.sum()), int((rows * places).sum()), graph.n_pos]

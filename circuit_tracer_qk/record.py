@@ -23,7 +23,7 @@ from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.frozen import FrozenRun
 from circuit_tracer_qk.heads import AttentionBlock, Heads, Norm
 
-FORMAT = "circuit-tracer-qk graph, version 1"
+FORMAT = "circuit-tracer-qk graph, version 2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ def beside(path: str | Path) -> Path:
     return Path(f"{path}.qk.safetensors")
 
 
-def record_bytes(record: Record, fingerprint: list[float | int]) -> bytes:
+def record_bytes(record: Record, fingerprint: list[int]) -> bytes:
     """A record as a safetensors file.
 
     Args:
@@ -77,7 +77,7 @@ def record_bytes(record: Record, fingerprint: list[float | int]) -> bytes:
     return save(tensors, metadata)
 
 
-def load_record(path: Path, device: str | torch.device) -> tuple[Record, list[float | int]]:
+def load_record(path: Path, device: str | torch.device) -> tuple[Record, list[int]]:
     """A saved record and the fingerprint of the graph that it belongs to.
 
     Raises:

@@ -6,7 +6,8 @@ What cannot be attributed exactly is refused here by name, before its weights ar
 from __future__ import annotations
 
 import functools
-import re
+import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,12 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
     "spiece.model",
 )
+# what each part is read from, to say which file is broken when it cannot be
+FILES = {
+    "config.json": ("config.json",),
+    "tokenizer": ("tokenizer*.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"),
+    "weights": ("*.safetensors", "*.bin", "*.index.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,7 @@ class Source:
             folder = folder.resolve()
             return cls(str(folder), folder.name, local=True)
         hub_id, _, revision = name.partition("@")
-        is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) and not hub_id.startswith(".")
-        if folder.exists() or not is_id:
+        if folder.exists() or not _is_hub_id(hub_id):
             raise UserError(
                 f"{name} is not a folder; give an existing Hugging Face folder, a hub id "
                 "org/name[@revision] or a TransformerLens name such as gpt2."
@@ -84,7 +90,8 @@ class Source:
             return load(local_files_only=True)
         try:
             return load(local_files_only=True)
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError, TypeError):
+            # the last two: transformers opens the path None of weights or vocabularies not cached
             return load()
 
     def failure(self, what: str, error: Exception) -> UserError:
@@ -92,6 +99,13 @@ class Source:
         from huggingface_hub import errors
 
         causes = (error, error.__cause__, error.__context__)
+        broken = _broken_file(self, FILES[what])
+        if broken is not None:
+            file, problem = broken
+            # the hub's client would link the same broken content again
+            way_out = "copy" if self.local else f"delete {file.resolve()}"
+            joint = "or" if self.local else "and"
+            return UserError(f"{file} {problem}; {way_out} {joint} download it again.")
         if self.local:
             return UserError(f"The {what} of {self.path} cannot be read: {first_line(error)}.")
         if any(isinstance(c, errors.RevisionNotFoundError) for c in causes):
@@ -114,7 +128,25 @@ class Source:
                 f"The {what} of {self.title} is not in the local cache and the Hugging Face hub "
                 "cannot be reached; check the name and the network, or give a local folder."
             )
+        if _partly_cached(self, what):
+            return UserError(
+                f"The local cache lacks files for the {what} of {self.title} and the Hugging Face "
+                "hub does not give them; check the network and that the hub has them, or give a "
+                "local folder."
+            )
         return UserError(f"The {what} of {self.title} cannot be loaded: {first_line(error)}.")
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether the hub's client would take ``name``."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def read_config(source: Source) -> Any:
@@ -183,11 +215,6 @@ def read_weights(source: Source, config: Any, dtype: torch.dtype) -> Any:
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        broken = _broken_file(source)
-        if broken is not None:
-            raise UserError(
-                f"{broken} is truncated or not a safetensors file; copy or download it again."
-            ) from error
         raise source.failure("weights", error) from error
     if info["mismatched_keys"]:
         key = sorted(info["mismatched_keys"])[0]
@@ -216,18 +243,48 @@ def _folder(source: Source) -> Path | None:
     return Path(source.path) if source.local else hub.snapshot(source.path, source.revision)
 
 
-def _broken_file(source: Source) -> Path | None:
-    """The first safetensors file of a model whose header or length is wrong."""
+def _broken_file(source: Source, patterns: tuple[str, ...]) -> tuple[Path, str] | None:
+    """The first of a model's files that is not what its name says, and what is wrong with it."""
     from safetensors import SafetensorError, safe_open
 
     folder = _folder(source)
-    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError:
-            return file
+    if folder is None:
+        return None
+    # a link whose target is gone from the cache is a missing file, not a broken one
+    files = (file for pattern in patterns for file in sorted(folder.glob(pattern)))
+    for file in filter(Path.is_file, files):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError:
+                return file, "is truncated or not a safetensors file"
+        elif file.suffix == ".json":
+            try:
+                json.loads(file.read_bytes())
+            except ValueError:
+                return file, "is truncated or not JSON"
+        else:
+            with file.open("rb") as opened:
+                start = opened.read(2)
+            # PyTorch's files are archives with their index at the end; the oldest are pickles
+            if start in (b"", b"PK") and not zipfile.is_zipfile(file):
+                return file, "is truncated"
     return None
+
+
+def _partly_cached(source: Source, what: str) -> bool:
+    """Whether the hub's cache lacks files without which ``what`` cannot be read."""
+    folder = _folder(source)
+    names = {p.name for p in folder.iterdir() if p.is_file()} if folder is not None else set()
+    if what == "config.json":
+        return what not in names
+    if what == "tokenizer":
+        return not names & set(TOKENIZER_FILES) - {"tokenizer_config.json"}
+    for index in (folder or Path()).glob("*.index.json") if names else ():
+        shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        return not shards <= names
+    return not any(name.endswith((".safetensors", ".bin")) for name in names)
 
 
 def _stored_shape(source: Source, key: str) -> list[int] | str:
