@@ -8,7 +8,6 @@ does not explain stays one ``error`` component per position; nothing is spread o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -70,14 +69,39 @@ class ActiveFeatures:
         Every node must read one and the same checkpoint's dictionary or several that all have a
         decoder at ``checkpoint``.
         """
+        able = [c for c, k in self.decoders if k == checkpoint]
+        if len(able) == 1:
+            return self.own(nodes, able[0], checkpoint)
         width = next(iter(self.decoders.values())).shape[1]
         out = self.activation.new_empty(len(nodes), width)
         reads = self.checkpoint[nodes]
         for c in reads.unique().tolist():
             at = (reads == c).nonzero().squeeze(1)
-            decoder = self.decoders[c, checkpoint][self.row[nodes[at]]].to(out.dtype)
-            out[at] = decoder * self.activation[nodes[at], None]
+            out[at] = self.own(nodes[at], c, checkpoint)
         return out
+
+    def own(self, nodes: Tensor | slice, read: int, checkpoint: int) -> Tensor:
+        """The same for nodes that all read ``read``, which nothing has to be looked up for."""
+        decoder = self.decoders[read, checkpoint][self.row[nodes]].to(self.activation.dtype)
+        return decoder * self.activation[nodes, None]
+
+
+class Group(NamedTuple):
+    """Components of one checkpoint that are made alike.
+
+    Attributes:
+        kind: index into :data:`KINDS`.
+        read: the checkpoint that features read; -1 for the other kinds.
+        starts: n_pos + 1 offsets: those of position p are the group's ``starts[p]:starts[p+1]``.
+        first: row in :class:`ActiveFeatures` of the group's first; 0 for the other kinds.
+        at: (n,) their rows among the checkpoint's components, ascending.
+    """
+
+    kind: int
+    read: int
+    starts: list[int]
+    first: int
+    at: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +116,7 @@ class Checkpoint:
         node: (n,) index into :class:`ActiveFeatures`; -1 for the other kinds.
         position: (n,) token position.
         starts: list of n_pos + 1 offsets: position p's components are ``starts[p]:starts[p+1]``.
+        groups: the same components by how they are made.
     """
 
     checkpoint: int
@@ -99,15 +124,35 @@ class Checkpoint:
     node: Tensor
     position: Tensor
     starts: list[int]
-    _vectors: Callable[[slice], Tensor]
+    groups: list[Group]
+    _features: ActiveFeatures
+    _others: dict[int, Tensor]
 
     def at(self, position: int) -> slice:
         """The components of one position."""
         return slice(self.starts[position], self.starts[position + 1])
 
-    def vectors(self, part: slice | None = None) -> Tensor:
-        """(n, d_model) component vectors; over a position they sum to the residual stream."""
-        return self._vectors(part or slice(0, len(self.kind)))
+    def vectors(self, positions: range | None = None) -> Tensor:
+        """(n, d_model) component vectors; over a position they sum to the residual stream.
+
+        Args:
+            positions: neighbouring positions; None for all.
+        """
+        positions = range(len(self.starts) - 1) if positions is None else positions
+        start, stop = self.starts[positions.start], self.starts[positions.stop]
+        some = next(iter(self._others.values()))
+        out = some.new_empty(stop - start, some.shape[1])
+        for group in self.groups:
+            part = slice(group.starts[positions.start], group.starts[positions.stop])
+            out.index_copy_(0, group.at[part] - start, self.of(group, part))
+        return out
+
+    def of(self, group: Group, part: slice) -> Tensor:
+        """(n, d_model) vectors of a part of one group."""
+        if group.kind != FEATURE:
+            return self._others[group.kind][part]
+        rows = slice(group.first + part.start, group.first + part.stop)
+        return self._features.own(rows, group.read, self.checkpoint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +176,23 @@ class Decomposition:
     def _built(self) -> dict[int, Checkpoint]:
         return {}
 
+    @cached_property
+    def offsets(self) -> dict[int, list[int]]:
+        """Checkpoint -> n_pos + 1 rows in ``features``: where each position's features start.
+
+        Counted in one go: nothing that follows has to wait for a device to answer.
+        """
+        run, f = self.run, self.features
+        n = run.n_layers + 1
+        counts = f.position.new_zeros(n * run.n_pos)
+        places = f.checkpoint * run.n_pos + f.position
+        counts.index_add_(0, places, torch.ones_like(places))
+        ends = counts.cumsum(0).tolist()
+        return {
+            c: [ends[at - 1] if at else 0 for at in range(c * run.n_pos, (c + 1) * run.n_pos + 1)]
+            for c in range(n)
+        }
+
     def at(self, checkpoint: int) -> Checkpoint:
         """The components of one checkpoint (built once)."""
         if checkpoint not in self._built:
@@ -144,44 +206,45 @@ class Decomposition:
 
     def _build(self, c: int, as_tokens: bool = False) -> Checkpoint:
         run, f = self.run, self.features
-        device = run.residual.device
-        everywhere = torch.arange(run.n_pos, device=device)
-        # (kind, vectors of all positions) of the components that are no features
+        device, n_pos = run.residual.device, run.n_pos
+        everywhere = torch.arange(n_pos, device=device)
+        # vectors of all positions of the components that are no features
         if c in self.biases and not as_tokens:
-            others = [(BIAS, self.biases[c].expand(run.n_pos, -1)), (ERROR, self.errors[c])]
+            others = {BIAS: self.biases[c].expand(n_pos, -1), ERROR: self.errors[c]}
         elif c == 0:
-            others = [(EMBEDDING, run.embedding)]
+            others = {EMBEDDING: run.embedding}
             if run.position_embedding is not None:
-                others.append((POSITION, run.position_embedding))
+                others[POSITION] = run.position_embedding
         else:
-            others = [(ERROR, run.residual[c])]
+            others = {ERROR: run.residual[c]}
 
         reads = [k for k, at in f.decoders if at == c and not as_tokens]
-        reading = torch.tensor(reads, dtype=torch.long, device=device)
-        nodes = torch.isin(f.checkpoint, reading).nonzero().squeeze(1)
-        n_other = len(others) * run.n_pos
-        position = torch.cat([f.position[nodes], everywhere.repeat(len(others))])
+        rows = [slice(self.offsets[k][0], self.offsets[k][-1]) for k in reads]
+        nodes = [torch.arange(part.start, part.stop, device=device) for part in rows]
+        node = torch.cat([*nodes, everywhere.new_full((len(others) * n_pos,), -1)])
+        position = torch.cat([*(f.position[part] for part in rows), everywhere.repeat(len(others))])
+        counts = [*(len(n) for n in nodes), *(n_pos for _ in others)]
+        kind = torch.cat(
+            [
+                everywhere.new_full((n,), code)
+                for n, code in zip(counts, [*(FEATURE for _ in reads), *others], strict=True)
+            ]
+        )
         order = position.argsort(stable=True)
-        kinds = torch.tensor([k for k, _ in others], device=device).repeat_interleave(run.n_pos)
-        kind = torch.cat([torch.full_like(nodes, FEATURE), kinds])[order]
-        node = torch.cat([nodes, nodes.new_full((n_other,), -1)])[order]
-        position = position[order]
-        counts = torch.bincount(position, minlength=run.n_pos)
-        starts = [0, *counts.cumsum(0).tolist()]
-        stacked = dict(others)
-
-        def vectors(part: slice) -> Tensor:
-            kinds, nodes, positions = kind[part], node[part], position[part]
-            out = run.residual.new_empty(len(kinds), run.residual.shape[-1])
-            is_feature = kinds == FEATURE
-            if bool(is_feature.any()):
-                out[is_feature] = f.vectors(nodes[is_feature], c)
-            for code, values in stacked.items():
-                at = kinds == code
-                out[at] = values[positions[at]]
-            return out
-
-        return Checkpoint(c, kind, node, position, starts, vectors)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=device)
+        at = place.split(counts)
+        groups = [
+            Group(FEATURE, k, [o - self.offsets[k][0] for o in self.offsets[k]], part.start, mine)
+            for k, part, mine in zip(reads, rows, at[: len(reads)], strict=True)
+        ]
+        whole = list(range(n_pos + 1))
+        groups += [
+            Group(code, -1, whole, 0, mine)
+            for code, mine in zip(others, at[len(reads) :], strict=True)
+        ]
+        starts = [sum(ends) for ends in zip(*(g.starts for g in groups), strict=True)]
+        return Checkpoint(c, kind[order], node[order], position[order], starts, groups, f, others)
 
 
 @torch.no_grad()

@@ -21,17 +21,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.components import Checkpoint, Decomposition
+from circuit_tracer_qk.components import FEATURE, Checkpoint, Decomposition
 from circuit_tracer_qk.heads import AttentionBlock, Heads, MLPBlock
 
 TILE = 512  # sources weighted by attention at once: they stay in the processor's cache
+SHARED_BYTES = 1 << 28  # images of decoder vectors that are made once for all positions
 
 
 class Targets(NamedTuple):
     """Targets across one block, in rows.
 
     Attributes:
-        positions: (n,) token positions, ascending.
+        positions: (n,) token positions.
         y: (n, d_model) gradients at the block's output: ``a_t v_t``, or a logit's direction.
         m: (n, d_model) ``M^T y``, zeros where the block has no MLP.
     """
@@ -39,6 +40,21 @@ class Targets(NamedTuple):
     positions: Tensor
     y: Tensor
     m: Tensor
+
+
+class Run(NamedTuple):
+    """Rows ``start`` to ``stop - 1`` of some targets stand at one position."""
+
+    position: int
+    start: int
+    stop: int
+
+
+def runs_of(positions: Tensor) -> list[Run]:
+    """Ascending positions, which must be at hand (on the CPU), as runs."""
+    places, counts = positions.unique_consecutive(return_counts=True)
+    ends = [0, *counts.cumsum(0).tolist()]
+    return [Run(p, *ends[i : i + 2]) for i, p in enumerate(places.tolist())]
 
 
 class Parts(NamedTuple):
@@ -58,34 +74,80 @@ class Parts(NamedTuple):
     pattern: Tensor
 
 
-def pull_mlp(
-    heads: Heads,
-    mlp: MLPBlock | None,
-    layer: int,
-    y: Tensor,
-    positions: Tensor,
-    hidden: Tensor | None = None,
-) -> Tensor:
-    """``M^T y`` of rows at given positions, at the block's true MLP input.
+def recurs(n_distinct: int, n: int, bytes_each: int) -> bool:
+    """Whether images of distinct decoder vectors, shared by the positions at which their feature
+    is active, save work and fit into memory."""
+    return 4 * n_distinct <= 3 * n and n_distinct * bytes_each <= SHARED_BYTES
+
+
+class BlockMLP:
+    """The MLP of one block at every position of a run, pulling rows back: ``M^T y``.
 
     Args:
         heads: the heads of the run.
         mlp: the block's MLP; None where it has none.
         layer: the block.
-        y: (n, d_model) gradients at its output.
-        positions: (n,) the position of each row.
-        hidden: (n, d_mlp) ``mlp.read_back`` of the rows, where it is known already.
-
-    Returns:
-        (n, d_model)
     """
-    if mlp is None:
-        return torch.zeros_like(y)
-    run = heads.run
-    if hidden is None:
-        hidden = mlp.read_back(y, run.scale("ln2_post", layer)[positions])
-    here, row = positions.unique(return_inverse=True)  # the MLP's slope is needed nowhere else
-    return mlp.pull(hidden, row, run.mlp_input[layer][here], run.scale("ln2", layer)[here])
+
+    def __init__(self, heads: Heads, mlp: MLPBlock | None, layer: int) -> None:
+        run = heads.run
+        self.mlp = mlp
+        self.scale = run.scale("ln2", layer)
+        self.post_scale = run.scale("ln2_post", layer)
+        self._slopes = () if mlp is None else mlp.slopes(run.mlp_input[layer], self.scale)
+        self._scratch = self.scale.new_empty(0)
+
+    def pull(self, y: Tensor, positions: Tensor, runs: list[Run]) -> Tensor:
+        """(n, d_model): ``M^T y`` of rows at given positions.
+
+        Args:
+            y: (n, d_model) gradients at the block's output.
+            positions: (n,) ascending.
+            runs: the same.
+        """
+        if self.mlp is None:
+            return torch.zeros_like(y)
+        hidden = self.mlp.read_back(y, self.post_scale[positions])
+        rows = torch.arange(len(y), device=y.device)
+        return self._pull(hidden, rows, positions, runs)
+
+    def shared(self, decoder: Tensor, n: int) -> Tensor | None:
+        """(n_distinct, d_mlp): decoder vectors at the hidden layer, for :meth:`pull_shared`.
+
+        None where there is no MLP, or where so few of the ``n`` targets share one that it is not
+        worth it.
+        """
+        if self.mlp is None:
+            return None
+        if not recurs(len(decoder), n, self.mlp.W_out.shape[0] * self.scale.element_size()):
+            return None
+        decoder = decoder.to(self.scale.dtype)
+        return self.mlp.read_back(decoder, decoder.new_ones(len(decoder)))
+
+    def pull_shared(
+        self, shared: Tensor, row: Tensor, weight: Tensor, positions: Tensor, runs: list[Run]
+    ) -> Tensor:
+        """(n, d_model): ``M^T y`` of rows ``weight * decoder[row]``, from :meth:`shared`."""
+        m = self._pull(shared, row, positions, runs)
+        return m.mul_((weight / self.post_scale[positions])[:, None])
+
+    def _pull(self, hidden: Tensor, row: Tensor, positions: Tensor, runs: list[Run]) -> Tensor:
+        """``hidden[row]``, which is never made as a whole, through the hidden layer."""
+        assert self.mlp is not None
+        if len(self._scratch) < len(row):
+            self._scratch = hidden.new_empty(len(row), hidden.shape[1])
+        sloped = self._scratch[: len(row)]
+        g = hidden.new_empty(len(row), self.mlp.W_out.shape[1])
+        for i, (slope, reader) in enumerate(zip(self._slopes, self.mlp.readers, strict=True)):
+            for p, start, stop in runs:
+                part = sloped[start:stop]
+                torch.index_select(hidden, 0, row[start:stop], out=part)
+                part.mul_(slope[p])
+            if i:
+                g.addmm_(sloped, reader.T)
+            else:
+                torch.mm(sloped, reader.T, out=g)
+        return self.mlp.ln2.pull(g, self.scale[positions])
 
 
 class BlockEdges:
@@ -102,14 +164,34 @@ class BlockEdges:
         self.layer = layer
         self.sources: Checkpoint = parts.tokens if layer == 0 else parts.at(layer)
         self.vectors = self.sources.vectors()
-        # (n_sources, n_kv, d_head)
-        self.values = heads.values(layer, self.vectors, self.sources.position)
+        self.values = self._values(parts)  # (n_sources, n_kv, d_head)
 
-    def rows(self, targets: Targets) -> Tensor:
+    def _values(self, parts: Decomposition) -> Tensor:
+        block, run, features = self.heads.block(self.layer), parts.run, parts.features
+        scale = run.scale("ln1", self.layer)
+        width = block.n_kv * block.W_V.shape[2]
+        out = self.vectors.new_empty(len(self.vectors), width)
+        for group in self.sources.groups:
+            n = len(group.at)
+            if group.kind == FEATURE:
+                decoder = features.decoders[group.read, self.sources.checkpoint]
+                if recurs(len(decoder), n, width * out.element_size()):
+                    shared = self.heads.values(self.layer, decoder.to(out.dtype), None).flatten(1)
+                    mine = slice(group.first, group.first + n)
+                    weight = features.activation[mine] / scale[features.position[mine]]
+                    image = shared[features.row[mine]].mul_(weight[:, None])
+                    out.index_copy_(0, group.at, image)
+                    continue
+            vectors, at = self.sources.of(group, slice(0, n)), self.sources.position[group.at]
+            out.index_copy_(0, group.at, self.heads.values(self.layer, vectors, at).flatten(1))
+        return out.unflatten(1, (block.n_kv, -1))
+
+    def rows(self, targets: Targets, runs: list[Run]) -> Tensor:
         """Edges from every source to every target.
 
         Args:
             targets: rows ordered by position.
+            runs: their positions.
 
         Returns:
             (n_targets, n_sources) edge weights; zero where the source lies after the target or
@@ -117,24 +199,31 @@ class BlockEdges:
         """
         block, sources = self.heads.block(self.layer), self.sources
         pattern = self.heads.run.pattern[self.layer]
-        z = self.heads.pull_output(self.layer, _gradient(block, targets), targets.positions)
-        z = z.flatten(1)
         local = targets.y + targets.m
-        out = z.new_zeros(len(z), len(self.vectors))
-        places, counts = targets.positions.unique_consecutive(return_counts=True)
-        row = 0
-        for p, count in zip(places.tolist(), counts.tolist(), strict=True):
-            rows = slice(row, row + count)
-            row += count
-            attention = pattern[:, p].T.reshape(len(sources.starts) - 1, block.n_kv, -1, 1)
-            end = sources.starts[p + 1]
-            for start in range(sources.starts[block.first_key(p)], end, TILE):
-                tile = slice(start, min(start + TILE, end))
-                seen = attention[sources.position[tile]]
-                weighted = (self.values[tile, :, None] * seen).flatten(1)
-                out[rows, tile] = z[rows] @ weighted.T
+        at_write = targets.y if block.parallel else local
+        z = self.heads.pull_output(self.layer, at_write, targets.positions).flatten(1)
+        out = z.new_empty(len(z), len(self.vectors))
+        scratch = z.new_empty(
+            TILE, block.n_kv, block.n_heads // block.n_kv, z.shape[1] // block.n_heads
+        )
+        for p, first, last in runs:
+            rows = slice(first, last)
+            begin, end = sources.starts[block.first_key(p)], sources.starts[p + 1]
+            out[rows, :begin].zero_()
+            out[rows, end:].zero_()
+            attention = (
+                pattern[:, p]
+                .T[sources.position[begin:end]]
+                .view(end - begin, *scratch.shape[1:3], 1)
+            )
+            for start in range(begin, end, TILE):
+                stop = min(start + TILE, end)
+                weighted = scratch[: stop - start]
+                seen = attention[start - begin : stop - begin]
+                torch.mul(self.values[start:stop, :, None], seen, out=weighted)
+                torch.mm(z[rows], weighted.flatten(1).T, out=out[rows, start:stop])
             here = sources.at(p)
-            out[rows, here] += local[rows] @ self.vectors[here].T
+            out[rows, here].addmm_(local[rows], self.vectors[here].T)
         return out
 
 

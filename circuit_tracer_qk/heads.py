@@ -8,7 +8,7 @@ A block is read from TransformerLens once into plain tensors (:class:`AttentionB
     k(u)    = Rot_p[(n(u) W_K[g]) w_kn / tau_k]                         :meth:`Heads.keys`
     v(u)    = n(u) W_V[g]                                               :meth:`Heads.values`
     z(g)    = post1^T(g) W_O[h]^T                                       :meth:`Heads.pull_output`
-    M^T y   = pull-back through post2 . MLP . ln2                       :meth:`MLPBlock.pull`
+    M^T y   = pull-back through post2 . MLP . ln2                  :meth:`MLPBlock.read_back`, ...
 
 (method, sections 2 and 3; paper, "QK attributions" and "Head loadings"). Keys are grouped: head
 ``h`` reads key-value head ``g = h // (n_heads // n_kv)``.
@@ -358,28 +358,27 @@ class MLPBlock:
         """
         return self.post.pull(y, post_scale) @ self.W_out.T
 
-    def pull(self, hidden: Tensor, positions: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-        """M^T y: the MLP's vector-Jacobian product, per position, batched over rows.
+    def slopes(self, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """Derivatives of the hidden layer by what each of :meth:`readers` gives it.
 
         Args:
-            hidden: (n, d_mlp) gradients ``y`` at the hidden layer, of :meth:`read_back`.
-            positions: (n,) the position of each row.
-            x: (n_pos, d_model) the MLP's input; M is its Jacobian there.
+            x: (n_pos, d_model) the MLP's input.
             scale: (n_pos,) frozen denominators of ln2.
 
         Returns:
-            (n, d_model). The derivative is the MLP's true local one; the norms' denominators are
-            constants (method, section 3).
+            (n_pos, d_mlp) each. The derivative is the MLP's true local one; the norms'
+            denominators are constants (method, section 3).
         """
         n = self.ln2.apply(x, scale)
         if self.W_gate is None:
-            slope = self._slope(n @ self.W_in + self.b_in)
-            g = (hidden * slope[positions]) @ self.W_in.T
-        else:
-            gate, linear = self._gated(n)
-            through_gate = hidden * (linear * self._slope(gate))[positions]
-            g = through_gate @ self.W_gate.T + (hidden * self.act(gate)[positions]) @ self.W_in.T
-        return self.ln2.pull(g, scale[positions])
+            return (self._slope(n @ self.W_in + self.b_in),)
+        gate, linear = self._gated(n)
+        return linear * self._slope(gate), self.act(gate)
+
+    @property
+    def readers(self) -> tuple[Tensor, ...]:
+        """(d_model, d_mlp) each: what reads the normed stream, in the order of the slopes."""
+        return (self.W_in,) if self.W_gate is None else (self.W_gate, self.W_in)
 
 
 class Heads:
@@ -410,7 +409,14 @@ class Heads:
             k = torch.einsum("pd,gde->pge", n, b.W_K) + b.b_K
             return _rms(q, b.qk_eps), _rms(k, b.qk_eps)
 
+        @lru_cache(maxsize=2)
+        def flat(layer: int) -> tuple[Tensor, Tensor]:
+            """(d_model, n_kv * d_head) of all values, (n_heads * d_head, d_model) of all outputs."""
+            b = block(layer)
+            return b.W_V.transpose(0, 1).flatten(1), b.W_O.flatten(0, 1)
+
         self.block = block
+        self._flat = flat
         self._taus = taus
         self._constant_layers = [
             any(t is not None and bool(t.any()) for t in (b.ln1.b, b.b_Q, b.b_K)) for b in blocks
@@ -504,11 +510,15 @@ class Heads:
         q, k = self.whole(layer)
         return torch.einsum("qhe,khe->hqk", q, b.expand(k)) / b.attn_scale
 
-    def values(self, layer: int, u: Tensor, positions: Tensor) -> Tensor:
-        """v(u): (n, n_kv, d_head), the value path's reading of component vectors."""
+    def values(self, layer: int, u: Tensor, positions: Tensor | None) -> Tensor:
+        """v(u): (n, n_kv, d_head), the value path's reading of component vectors.
+
+        Without positions, before the division by ln1's denominator there.
+        """
         b = self.block(layer)
-        n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions])
-        return torch.einsum("nd,gde->nge", n, b.W_V)
+        scale = u.new_ones(1) if positions is None else self.run.scale("ln1", layer)[positions]
+        n = b.ln1.linear(u, scale)
+        return (n @ self._flat(layer)[0]).unflatten(1, (b.n_kv, -1))
 
     def value_bias(self, layer: int) -> Tensor:
         """(n_kv, d_head): what the value path adds whatever the residual stream holds."""
@@ -521,7 +531,7 @@ class Heads:
         """
         b = self.block(layer)
         g = b.post.pull(g, self.run.scale("ln1_post", layer)[positions])
-        return torch.einsum("nd,hed->nhe", g, b.W_O)
+        return (g @ self._flat(layer)[1].T).unflatten(1, (b.n_heads, -1))
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

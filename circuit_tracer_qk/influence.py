@@ -7,6 +7,7 @@ circuit-tracer's iterated influence, for SAE and for WCC graphs (method, section
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,28 +23,42 @@ from circuit_tracer_qk.components import (
     POSITION,
     Checkpoint,
     Decomposition,
+    Group,
 )
-from circuit_tracer_qk.edges import BlockEdges, Targets, pull_mlp
-from circuit_tracer_qk.heads import Heads, MLPBlock, read_mlp
+from circuit_tracer_qk.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
+from circuit_tracer_qk.heads import Heads, read_mlp
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 KEEP_BYTES = 1 << 30  # edge rows kept from the influence sweep rather than computed again
-SHARED_BYTES = 1 << 28  # decoder vectors read back through an MLP once for all positions
+
+
+class Some(NamedTuple):
+    """Some graph features, ascending: on the run's device, and at hand.
+
+    Nothing in the loops over blocks waits for a device: what they need to know is known before.
+    """
+
+    nodes: Tensor
+    at_hand: list[int]
+
+    def within(self, start: int, stop: int) -> slice:
+        """The part of them that lies among graph features ``start`` to ``stop - 1``."""
+        return slice(bisect_left(self.at_hand, start), bisect_left(self.at_hand, stop))
 
 
 class Rows(NamedTuple):
     """Edges of some targets from every component of one checkpoint.
 
     Attributes:
-        nodes: (n,) features in the order of all graph features; empty for the logits' rows.
+        part: which of the features asked for; empty for the logits' rows.
         sources: the components that the columns stand for.
         weights: (n, n_sources).
         pulls: (n, d_model) ``M^T y`` of the targets.
     """
 
-    nodes: Tensor
+    part: slice
     sources: Checkpoint
     weights: Tensor
     pulls: Tensor
@@ -93,68 +108,76 @@ class Sweep:
         self.first_slot = 0 if resid_pre else 1  # the checkpoint of error slot 0
         run = parts.run
         self.n_layers, self.n_pos = run.n_layers, run.n_pos
-        reads = parts.features.checkpoint
-        self.skipped = int((reads == 0).sum())  # features of checkpoint 0 are no nodes
-        self.n_features = len(reads) - self.skipped
+        self.skipped = parts.offsets[0][-1]  # features of checkpoint 0 are no nodes
+        self.n_features = len(parts.features) - self.skipped
         self.width = self.n_features + (self.n_layers + 1) * self.n_pos
+        self._positions = parts.features.position[self.skipped :].cpu()
         self._kept: dict[int, list[Rows]] = {}
 
-    def columns(self, sources: Checkpoint) -> Tensor:
-        """(n_sources,) node of each component; -1 for decoder biases and positions."""
-        at = sources.kind.new_full((len(sources.kind),), -1)
-        feature, error = sources.kind == FEATURE, sources.kind == ERROR
-        token = sources.kind == EMBEDDING
-        at[feature] = sources.node[feature] - self.skipped
-        slot = sources.checkpoint - self.first_slot
-        at[error] = self.n_features + slot * self.n_pos + sources.position[error]
-        at[token] = self.n_features + self.n_layers * self.n_pos + sources.position[token]
-        return at
+    def place(self, group: Group, checkpoint: int) -> slice | None:
+        """The nodes of a group of components; None for decoder biases and positions."""
+        if group.kind == FEATURE:
+            start = group.first - self.skipped
+        elif group.kind == ERROR:
+            start = self.n_features + (checkpoint - self.first_slot) * self.n_pos
+        elif group.kind == EMBEDDING:
+            start = self.n_features + self.n_layers * self.n_pos
+        else:
+            return None
+        return slice(start, start + len(group.at))
 
-    def feature_rows(self, checkpoint: int, nodes: Tensor) -> Iterator[Rows]:
-        """Rows of features that read ``checkpoint``, in chunks of ``batch_size``."""
-        layer = checkpoint - 1
+    def some(self, nodes: Tensor | None = None) -> Some:
+        """Graph features by their order; all without ``nodes``."""
+        if nodes is None:
+            everything = torch.arange(self.n_features, device=self.directions.device)
+            return Some(everything, list(range(self.n_features)))
+        return Some(nodes, nodes.tolist())
+
+    def reading(self, checkpoint: int) -> tuple[int, int]:
+        """The first graph feature that reads ``checkpoint``, and the first after these."""
+        offsets = self.parts.offsets[checkpoint]
+        return offsets[0] - self.skipped, offsets[-1] - self.skipped
+
+    def feature_rows(self, checkpoint: int, some: Some) -> Iterator[Rows]:
+        """Rows of those of some features that read ``checkpoint``, ``batch_size`` at once."""
+        whole = some.within(*self.reading(checkpoint))
+        if whole.start == whole.stop:
+            return
+        layer, features = checkpoint - 1, self.parts.features
         block = BlockEdges(self.parts, self.heads, layer)
         mlp = read_mlp(self.model.blocks[layer], self.parts.run.residual.dtype)
-        features = self.parts.features
-        shared = None if mlp is None else self._read_back_once(mlp, checkpoint, len(nodes))
-        for chunk in nodes.split(self.batch_size):
-            if len(chunk) == 0:
-                continue
-            at = chunk + self.skipped
-            positions, hidden = features.position[at], None
-            y = features.vectors(at, checkpoint)
-            if shared is not None:
-                post_scale = self.parts.run.scale("ln2_post", layer)[positions]
-                hidden = shared[features.row[at]] * (features.activation[at] / post_scale)[:, None]
-            m = pull_mlp(self.heads, mlp, layer, y, positions, hidden)
-            yield Rows(chunk, block.sources, block.rows(Targets(positions, y, m)), m)
-
-    def _read_back_once(self, mlp: MLPBlock, checkpoint: int, n_targets: int) -> Tensor | None:
-        """(n_distinct, d_mlp) decoder vectors at the MLP's hidden layer, shared by the positions
-        at which a feature is active; None where few features recur, or they take too much room."""
-        decoder = self.parts.features.decoders[checkpoint, checkpoint]
-        size = len(decoder) * mlp.W_out.shape[0] * self.directions.element_size()
-        if 4 * len(decoder) > 3 * n_targets or size > SHARED_BYTES:
-            return None
-        decoder = decoder.to(self.directions.dtype)
-        return mlp.read_back(decoder, decoder.new_ones(len(decoder)))
+        local = BlockMLP(self.heads, mlp, layer)
+        decoder = features.decoders[checkpoint, checkpoint]
+        shared = local.shared(decoder, whole.stop - whole.start)
+        for start in range(whole.start, whole.stop, self.batch_size):
+            part = slice(start, min(start + self.batch_size, whole.stop))
+            at = some.nodes[part] + self.skipped
+            runs = runs_of(self._positions[some.at_hand[part]])
+            positions, y = features.position[at], features.own(at, checkpoint, checkpoint)
+            if shared is None:
+                m = local.pull(y, positions, runs)
+            else:
+                weight = features.activation[at]
+                m = local.pull_shared(shared, features.row[at], weight, positions, runs)
+            yield Rows(part, block.sources, block.rows(Targets(positions, y, m), runs), m)
 
     def logit_rows(self) -> Rows:
         """Rows of the logits: from their own checkpoint, or across the last block without one."""
         run, y = self.parts.run, self.directions
-        nodes = torch.empty(0, dtype=torch.long, device=y.device)
         if self.n_layers in self.parts.biases:
             sources = self.parts.at(self.n_layers)
             weights = y.new_zeros(len(y), len(sources.kind))
-            here = sources.at(self.n_pos - 1)
-            weights[:, here] = y @ sources.vectors(here).T
-            return Rows(nodes, sources, weights, torch.zeros_like(y))
+            last = range(self.n_pos - 1, self.n_pos)
+            weights[:, sources.at(last.start)] = y @ sources.vectors(last).T
+            return Rows(slice(0, 0), sources, weights, torch.zeros_like(y))
         layer = self.n_layers - 1
         block = BlockEdges(self.parts, self.heads, layer)
         mlp = read_mlp(self.model.blocks[layer], run.residual.dtype)
         positions = torch.full((len(y),), self.n_pos - 1, device=y.device)
-        m = pull_mlp(self.heads, mlp, layer, y, positions)
-        return Rows(nodes, block.sources, block.rows(Targets(positions, y, m)), m)
+        runs = [Run(self.n_pos - 1, 0, len(y))]
+        m = BlockMLP(self.heads, mlp, layer).pull(y, positions, runs)
+        weights = block.rows(Targets(positions, y, m), runs)
+        return Rows(slice(0, 0), block.sources, weights, m)
 
     def influence(self, logit_weights: Tensor) -> Tensor:
         """(width,) influence of every node on the weighted logits, in one sweep.
@@ -165,18 +188,25 @@ class Sweep:
         out = logit_weights.new_zeros(self.width)
 
         def spread(rows: Rows, weights: Tensor) -> None:
-            at = self.columns(rows.sources)
-            size = rows.weights[:, at >= 0].abs()
-            shares = weights / size.sum(1).clamp_min(1e-10)
-            out.index_add_(0, at[at >= 0], shares @ size)
+            size = rows.weights.abs()
+            checkpoint, groups = rows.sources.checkpoint, rows.sources.groups
+            places = [(group, self.place(group, checkpoint)) for group in groups]
+            for group, nodes in places:
+                if nodes is None:  # no node stands for them
+                    size.index_fill_(1, group.at, 0)
+            given = (weights / size.sum(1).clamp_min(1e-10)) @ size
+            for group, nodes in places:
+                if nodes is not None:
+                    out[nodes] += given[group.at]
 
         spread(self.logit_rows(), logit_weights)
         self._kept.clear()
         room = KEEP_BYTES
+        every = self.some()
         for checkpoint in self._progress("Influence"):
             chunks = []
-            for rows in self.feature_rows(checkpoint, self._reading(checkpoint)):
-                spread(rows, out[rows.nodes])
+            for rows in self.feature_rows(checkpoint, every):
+                spread(rows, out[rows.part])
                 room -= rows.weights.numel() * rows.weights.element_size()
                 if room > 0:
                     chunks.append(rows)
@@ -193,49 +223,43 @@ class Sweep:
 
     def fill(self, selected: Tensor) -> Filled:
         """The selected features' and the logits' edges, as a graph's adjacency."""
-        run = self.parts.run
+        run, some = self.parts.run, self.some(selected)
         n, n_logits = len(selected), len(self.directions)
-        n_others = self.width - self.n_features
-        # where each node of the full width went; -1 for features left out
-        place = torch.full((self.width,), -1, device=selected.device)
-        place[selected] = torch.arange(n, device=selected.device)
-        place[self.n_features :] = torch.arange(n, n + n_others, device=selected.device)
-
-        total = n + n_others + n_logits
+        left_out = self.n_features - n
+        total = self.width - left_out + n_logits
         adjacency = torch.zeros(total, total, dtype=torch.float32, device=selected.device)
         pulls = run.residual.new_zeros(n + n_logits, run.residual.shape[-1])
         extra = {
             kind: run.residual.new_zeros(n + n_logits, self.n_pos) for kind in (BIAS, POSITION)
         }
 
-        def put(rows: Rows, at: Tensor, at_target: Tensor) -> None:
-            columns = self.columns(rows.sources)
-            to = torch.where(columns >= 0, place[columns], -1)
-            adjacency[at[:, None], to[None, to >= 0]] = rows.weights[:, to >= 0].float()
+        def put(rows: Rows, at: slice, at_target: slice) -> None:
+            """Every group of sources is a block of columns: both are in the nodes' order."""
             pulls[at_target] = rows.pulls
-            for kind, edges in extra.items():
-                of_kind = rows.sources.kind == kind
-                where = rows.sources.position[of_kind]
-                edges[at_target[:, None], where[None]] = rows.weights[:, of_kind]
+            for group in rows.sources.groups:
+                nodes, columns = self.place(group, rows.sources.checkpoint), group.at
+                if nodes is None:
+                    extra[group.kind][at_target] = rows.weights[:, columns]
+                    continue
+                to = slice(nodes.start - left_out, nodes.stop - left_out)
+                if group.kind == FEATURE:
+                    to = some.within(nodes.start, nodes.stop)
+                    columns = columns[some.nodes[to] - nodes.start]
+                adjacency[at, to] = rows.weights[:, columns].float()
 
-        order = torch.arange(n_logits, device=selected.device)
-        put(self.logit_rows(), total - n_logits + order, n + order)
+        put(self.logit_rows(), slice(total - n_logits, total), slice(n, n + n_logits))
         for checkpoint in self._progress("Edges"):
-            nodes = self._reading(checkpoint)
             kept = self._kept.pop(checkpoint, None)
             if kept is None:
-                kept = self.feature_rows(checkpoint, nodes[place[nodes] >= 0])
+                for rows in self.feature_rows(checkpoint, some):
+                    put(rows, rows.part, rows.part)
+                continue
             for rows in kept:
-                mine = place[rows.nodes] >= 0
-                at = place[rows.nodes[mine]]
-                put(rows._replace(weights=rows.weights[mine], pulls=rows.pulls[mine]), at, at)
+                part = some.within(rows.part.start, rows.part.stop)
+                mine = some.nodes[part] - rows.part.start
+                put(rows._replace(weights=rows.weights[mine], pulls=rows.pulls[mine]), part, part)
         has_positions = run.position_embedding is not None
         return Filled(adjacency, pulls, extra[BIAS], extra[POSITION] if has_positions else None)
-
-    def _reading(self, checkpoint: int) -> Tensor:
-        """Graph features that read ``checkpoint``, by position."""
-        reads = self.parts.features.checkpoint
-        return (reads == checkpoint).nonzero().squeeze(1) - self.skipped
 
     def _progress(self, name: str) -> tqdm:
         checkpoints = [c for c in sorted(self.parts.biases, reverse=True) if c > 0]

@@ -279,10 +279,9 @@ def _vector(
         dictionary = dictionaries.by_checkpoint[changed.checkpoint]
         return dictionary.vectors(layer, torch.tensor([changed.component]))[0]
     checkpoint = parts.at(layer)
-    here = checkpoint.at(changed.position)
-    at = (checkpoint.kind[here] == KINDS.index(changed.component)).nonzero().flatten()
-    row = here.start + int(at[0])
-    return checkpoint.vectors(slice(row, row + 1))[0]
+    kind = KINDS.index(changed.component)
+    group = next(group for group in checkpoint.groups if group.kind == kind)
+    return checkpoint.of(group, slice(changed.position, changed.position + 1))[0]
 
 
 def active_at(parts: Decomposition, layer: int, position: int) -> list[tuple[int, int, float]]:

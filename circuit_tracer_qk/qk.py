@@ -332,11 +332,10 @@ class QK(Scores):
 
     def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
         checkpoint = self.parts.at(layer)
-        part = checkpoint.at(position)
-        vectors = checkpoint.vectors(part)
+        vectors = checkpoint.vectors(range(position, position + 1))
         vectors = vectors.to(self._wide or vectors.dtype)
         project = (self.heads.queries, self.heads.keys)[side]
-        image = project(layer, vectors, checkpoint.position[part], head)
+        image = project(layer, vectors, checkpoint.position[checkpoint.at(position)], head)
         if not self.heads.has_constants(layer):
             return image
         at = torch.tensor([position], device=image.device)
@@ -366,7 +365,7 @@ class QK(Scores):
             )
         for run in _runs(positions):
             part = slice(checkpoint.starts[run.start], checkpoint.starts[run.stop])
-            images = project(layer, checkpoint.vectors(part), checkpoint.position[part], head)
+            images = project(layer, checkpoint.vectors(run), checkpoint.position[part], head)
             for p in run:
                 here = checkpoint.at(p)
                 image = images[here.start - part.start : here.stop - part.start]

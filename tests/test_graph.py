@@ -120,10 +120,10 @@ def test_the_tokenizer_decides_what_a_prompt_is() -> None:
 def test_sharing_decoder_vectors_changes_nothing(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Features that recur go back through the MLP once, or each time: the same edges."""
-    from circuit_tracer_qk import influence
+    """Features that recur are projected and go back through the MLP once, or each time."""
+    from circuit_tracer_qk import edges
 
-    monkeypatch.setattr(influence, "SHARED_BYTES", 0)
+    monkeypatch.setattr(edges, "SHARED_BYTES", 0)
     graph = ctqk.attribute(case.ids, case.model, max_n_logits=3)
     scale = case.graph.adjacency_matrix.abs().max()
     difference = (graph.adjacency_matrix - case.graph.adjacency_matrix).abs().max()

@@ -198,12 +198,13 @@ def measure_edges(n_pos: int, repeats: int, sample: int) -> list[Row]:
     )
     parts, heads = random_decomposition(model, n_pos, active=50, d_dict=4096)
     sweep = Sweep(model, parts, heads, torch.empty(0, 768), False, OUR_BATCH, False)
+    every = sweep.some()
     targets = (parts.features.checkpoint == LAYER + 1).nonzero().squeeze(1)
     sampled = targets[torch.linspace(0, len(targets) - 1, sample).long()]
 
     @torch.no_grad()
     def ours() -> list[Rows]:
-        return list(sweep.feature_rows(LAYER + 1, targets - sweep.skipped))
+        return list(sweep.feature_rows(LAYER + 1, every))
 
     our_edges = torch.cat([rows.weights for rows in ours()])[sampled - targets[0]]
     work: dict[str, Callable[[], object]] = {}
