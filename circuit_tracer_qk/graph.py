@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from circuit_tracer_qk.edges import Parts, Targets, edge_parts
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import write_together
 from circuit_tracer_qk.frozen import FrozenRun
-from circuit_tracer_qk.qk import QK, QKRow, QKTable, Scores, TopTerms
+from circuit_tracer_qk.qk import QK, Place, QKRow, QKTable, Scores, TopTerms
 from circuit_tracer_qk.record import Record, beside, load_record, record_bytes
 
 
@@ -222,6 +222,16 @@ class ResidualGraph(ExplainedGraph):
             UserError: an index out of range.
         """
         return self.scores.top(layer, head, query, n)
+
+    def qk_tops(
+        self, places: Iterable[Place], n: int = 50
+    ) -> Iterator[tuple[tuple[int, int, int], TopTerms]]:
+        """The ``n`` largest terms of many (layer, head, query, key), by (layer, head, query).
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        return self.scores.tops(places, n)
 
     def edge(self, source: int, target: int) -> Edge:
         """One edge and what carried it.

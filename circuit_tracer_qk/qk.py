@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import accumulate
 from operator import index
 from typing import NamedTuple
 
@@ -23,8 +24,10 @@ from torch.nn.functional import one_hot
 from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomposition
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.heads import Heads
+from circuit_tracer_qk.largest import largest, padded
 
 WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype
+BATCH_BYTES = 6 << 20  # of tables whose largest terms are looked for at once
 RUN = 16  # neighbouring positions projected at once: bounds memory, and stays in the cache
 
 Label = Callable[[int, int], str]
@@ -118,13 +121,14 @@ class QKRow(NamedTuple):
 
 
 class TopTerms(NamedTuple):
-    """The largest terms of one head and query over all its visible keys, without their tables.
+    """The largest terms of one head and query at some of its keys, without their tables.
 
     Attributes:
         keys: (n_keys,) key positions.
         scores: (n_keys,) scores before the soft-cap.
         values: (n_keys, n) signed terms, largest by absolute value first; 0 beyond a small table.
-        query_index, key_index: (n_keys, n) row and column in that key's :class:`QKTable`.
+        query_index, key_index: (n_keys, n) row and column in that key's :class:`QKTable`; -1 beyond
+            a small table.
     """
 
     keys: Tensor
@@ -276,31 +280,74 @@ class QK(Scores):
         self._kept_bytes = 0
 
     def top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
-        """The ``n`` largest terms for every visible key of a query: one product, no tables kept.
+        """The ``n`` largest terms for every visible key of a query; no tables are kept.
 
         Raises:
             UserError: an index out of range.
         """
         self.check(layer, head, query)
+        keys = range(self.heads.block(layer).first_key(query), query + 1)
+        [(_, found)] = self._tops(layer, head, {query: list(keys)}, n)
+        return found
+
+    def tops(
+        self, places: Iterable[Place], n: int = 50
+    ) -> Iterator[tuple[tuple[int, int, int], TopTerms]]:
+        """The ``n`` largest terms of many tables, by (layer, head, query); no tables are kept.
+
+        The keys of a query and the queries of a key share their projections, and tables are made
+        ``BATCH_BYTES`` at a time: all pairs of a head take no more room than a few of them.
+
+        Args:
+            places: (layer, head, query, key) of each table.
+            n: how many terms of each.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        by_head: dict[tuple[int, int], dict[int, list[int]]] = {}
+        for layer, head, query, key in sorted(set(places)):
+            self.check(layer, head, query, key)
+            by_head.setdefault((layer, head), {}).setdefault(query, []).append(key)
+        for (layer, head), keys in by_head.items():
+            for query, found in self._tops(layer, head, keys, n):
+                yield (layer, head, query), found
+
+    def _tops(
+        self, layer: int, head: int, keys: dict[int, list[int]], n: int
+    ) -> Iterator[tuple[int, TopTerms]]:
+        """The same for one head: ``keys`` of each query."""
         block = self.heads.block(layer)
-        keys = range(block.first_key(query), query + 1)
-        q = self._images(layer, head, [query], side=0)[0] / block.attn_scale
-        images = self._images(layer, block.group(head), keys, side=1)
-        width = max(map(len, images))
-        padded = q.new_zeros(len(keys), width, q.shape[1])
-        for at, image in enumerate(images):
-            padded[at, : len(image)] = image
-        terms = q @ padded.transpose(1, 2)
-        flat = terms.flatten(1)
-        at = flat.abs().topk(min(n, flat.shape[1]), dim=1).indices
-        positions = torch.arange(keys.start, keys.stop)
-        return TopTerms(
-            positions,
-            self._scores(layer, head, query, positions).to(flat.dtype),
-            flat.gather(1, at),
-            at // width,
-            at % width,
-        )
+        at = sorted({key for some in keys.values() for key in some})
+        images = self._images(layer, block.group(head), at, side=1)
+        sizes = {key: len(image) for key, image in zip(at, images, strict=True)}
+        starts = dict(zip(at, accumulate(sizes.values(), initial=0), strict=False))
+        end = sum(sizes.values())  # a row of zeros, which small tables are filled up with
+        k = torch.cat([*images, images[0].new_zeros(1, images[0].shape[1])])
+        for query, mine in keys.items():
+            q = self._images(layer, head, [query], side=0)[0] / block.attn_scale
+            values = q.new_zeros(len(mine), n)
+            index = torch.full((2, len(mine), n), -1, device=q.device)
+            by_size = sorted(range(len(mine)), key=lambda i: sizes[mine[i]])
+            while by_size:
+                width = padded(sizes[mine[by_size[-1]]])
+                some = max(1, BATCH_BYTES // (width * len(q) * q.element_size()))
+                chunk, by_size = by_size[-some:], by_size[:-some]
+                first, size = torch.tensor(
+                    [[starts[mine[i]], sizes[mine[i]]] for i in chunk], device=q.device
+                ).T
+                column = torch.arange(width, device=q.device)
+                rows = torch.where(column < size[:, None], first[:, None] + column, end)
+                terms = (k[rows.flatten()] @ q.T).view(len(chunk), -1)
+                found, place = largest(terms, min(n, terms.shape[1]))
+                real = place // len(q) < size[:, None]
+                to, m = torch.tensor(chunk, device=q.device), found.shape[1]
+                values[to, :m] = found
+                index[0, to, :m] = torch.where(real, place % len(q), -1)
+                index[1, to, :m] = torch.where(real, place // len(q), -1)
+            positions = torch.tensor(mine)
+            scores = self._scores(layer, head, query, positions).to(values.dtype)
+            yield query, TopTerms(positions, scores, values, index[0], index[1])
 
     def _list(self, layer: int, position: int, side: int) -> list[Component]:
         checkpoint = self.parts.at(layer)

@@ -17,6 +17,7 @@ from conftest import record_error
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk import qk
 
 ALL = list(ARCHITECTURES)
 F64, F32 = 1e-10, 1e-5
@@ -159,6 +160,37 @@ def test_softmax_of_the_row_is_the_pattern(case: Case) -> None:
                 masked = ~case.run.mask[layer][query, : query + 1]
                 assert bool((row.scores[masked] == -math.inf).all())
                 assert bool((row.pattern[masked] == 0).all())
+
+
+def test_top_terms_of_many_tables_are_the_tables(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pairs of all heads, a few tables at a time."""
+    monkeypatch.setattr(qk, "BATCH_BYTES", 4000)
+    n_pos, layer, wanted = len(case.ids), case.n_layers - 1, 400
+    places = [
+        qk.Place(layer, head, query, key)
+        for head in range(case.reference.n_heads)
+        for query in range(n_pos)
+        for key in range(query, -1, -3)
+    ]
+    seen = []
+    for (layer, head, query), found in case.graph.qk_tops(places, wanted):
+        for at, key in enumerate(found.keys.tolist()):
+            seen.append((layer, head, query, key))
+            table = case.graph.qk(layer, head, query, key)
+            n = min(wanted, table.terms.numel())
+            rows, columns = found.query_index[at, :n], found.key_index[at, :n]
+            scale = table.terms.abs().sum()
+            assert len({*zip(rows.tolist(), columns.tolist(), strict=True)}) == n
+            _close(
+                case, "top terms of many", found.values[at, :n], table.terms[rows, columns], scale
+            )
+            sizes = table.terms.abs().flatten().topk(n).values
+            _close(case, "top terms of many", found.values[at, :n].abs(), sizes, scale)
+            assert bool((found.values[at, n:] == 0).all() and (found.key_index[at, n:] == -1).all())
+            _close(case, "scores of many", found.scores[at], _f64([table.score]), scale)
+    assert seen == sorted(places)
 
 
 def test_top_terms_over_all_keys_are_the_tables(case: Case) -> None:
