@@ -200,8 +200,8 @@ class BlockEdges:
         block, sources = self.heads.block(self.layer), self.sources
         pattern = self.heads.run.pattern[self.layer]
         local = targets.y + targets.m
-        at_write = targets.y if block.parallel else local
-        z = self.heads.pull_output(self.layer, at_write, targets.positions).flatten(1)
+        u = targets.y if block.parallel else local
+        z = self.heads.pull_output(self.layer, u, targets.positions).flatten(1)
         out = z.new_empty(len(z), len(self.vectors))
         scratch = z.new_empty(
             TILE, block.n_kv, block.n_heads // block.n_kv, z.shape[1] // block.n_heads
@@ -253,7 +253,7 @@ def edge_parts(
         The parts, (n,) and (n, n_heads).
     """
     block = heads.block(layer)
-    z_total = heads.pull_output(layer, _gradient(block, targets), targets.positions)
+    z_total = heads.pull_output(layer, at_write(block, targets), targets.positions)
     z_direct = z_total
     if not block.parallel:
         z_direct = heads.pull_output(layer, targets.y, targets.positions)
@@ -276,6 +276,6 @@ def edge_parts(
     return Parts(*(torch.cat(column) for column in zip(*done, strict=True)))
 
 
-def _gradient(block: AttentionBlock, targets: Targets) -> Tensor:
+def at_write(block: AttentionBlock, targets: Targets) -> Tensor:
     """u: the gradient at the attention write. In parallel blocks the MLP does not read it."""
     return targets.y if block.parallel else targets.y + targets.m

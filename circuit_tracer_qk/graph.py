@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk import host
-from circuit_tracer_qk.edges import Parts, Targets, edge_parts
+from circuit_tracer_qk.candidates import strongest
+from circuit_tracer_qk.components import EMBEDDING, ERROR, FEATURE, Checkpoint
+from circuit_tracer_qk.edges import BlockEdges, Parts, Targets, edge_parts, runs_of
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import write_together
 from circuit_tracer_qk.frozen import FrozenRun
@@ -75,6 +77,32 @@ class EdgeParts(NamedTuple):
     query: Tensor
     key: Tensor
     parts: Parts
+
+
+class Carriers(NamedTuple):
+    """The largest head loadings of some targets: which heads carried what from where.
+
+    Attributes:
+        layer: (n_targets,) the block crossed.
+        loading: (n_targets, n) head loadings (total), largest by absolute value first; 0 beyond
+            the last.
+        head, key: (n_targets, n) the head and the source's position; -1 beyond the last.
+        source: (n_targets, n) the source's node; -1 where it is none of the graph: decoder biases,
+            learned positions, features that the graph left out.
+        exact: (n_targets,) no loading left out is larger than one listed; False only where a
+            budget cut the search.
+        share: (n_targets,) the listed have at least this share of the target's sum of |loadings|.
+        skipped: share of all the targets' loadings that were not computed.
+    """
+
+    layer: Tensor
+    loading: Tensor
+    head: Tensor
+    key: Tensor
+    source: Tensor
+    exact: Tensor
+    share: Tensor
+    skipped: float
 
 
 class ExplainedGraph(host.Graph, ABC):
@@ -299,6 +327,60 @@ class ResidualGraph(ExplainedGraph):
                 whole[mine] = part
         return EdgeParts(layer, query, key, out)
 
+    def carriers(
+        self, targets: Sequence[int] | Tensor, n: int = 20, budget: int | None = None
+    ) -> Carriers:
+        """The ``n`` largest head loadings of every target, over all heads and all components.
+
+        Most are never computed: pairs of head and key position are searched in the order of an
+        upper bound on what they carried, until none is left that could matter (``candidates``).
+        What is listed is what computing everything would list.
+
+        Args:
+            targets: node indices in adjacency order.
+            n: how many of each.
+            budget: most pairs of head and key position to look into, for the targets of one
+                block and position; ``exact`` and ``share`` tell what it cut.
+
+        Raises:
+            UserError: a node that is no target, or a logit that reads its own checkpoint; ``n`` or
+                ``budget`` below one.
+        """
+        if n < 1 or (budget is not None and budget < 1):
+            raise UserError(f"n is {n} and budget {budget}: they must be at least 1.")
+        heads, parts = self.record.heads, self.record.parts
+        target = torch.as_tensor(targets, dtype=torch.long, device=heads.run.residual.device)
+        writes, positions = self._target_places(target)
+        own = self._is_logit(target) & (heads.run.n_layers in parts.biases)
+        for node in target[own].tolist():
+            raise UserError(
+                f"node {node} is a logit that reads its own checkpoint: no head is in between; ask "
+                "for the features that it reads."
+            )
+        layer = writes - 1
+        empty = layer.new_full((len(target), n), -1)
+        found = Carriers(
+            layer,
+            heads.run.residual.new_zeros(len(target), n),
+            *(empty.clone() for _ in range(3)),
+            exact=torch.ones_like(target, dtype=torch.bool),
+            share=heads.run.residual.new_zeros(len(target)),
+            skipped=0.0,
+        )
+        computed = of = 0
+        for at in layer.unique().tolist():
+            mine = (layer == at).nonzero().squeeze(1)
+            mine = mine[positions[mine].argsort(stable=True)]
+            block, rows = BlockEdges(parts, heads, at), self._targets(target[mine])
+            best = strongest(block, rows, runs_of(rows.positions.cpu()), n, budget)
+            listed, source = best.source >= 0, best.source.clamp_min(0)
+            found.loading[mine], found.head[mine] = best.loading, best.head
+            found.key[mine] = torch.where(listed, block.sources.position[source], -1)
+            found.source[mine] = torch.where(listed, self._nodes(block.sources)[source], -1)
+            found.exact[mine], found.share[mine] = best.exact, best.share
+            computed, of = computed + best.computed, of + best.of
+        return found._replace(skipped=1 - computed / of if of else 0.0)
+
     # Node indices to what they stand for. Order: features, errors, tokens, logits.
 
     def _starts(self) -> tuple[int, int, int, int]:
@@ -319,6 +401,19 @@ class ResidualGraph(ExplainedGraph):
         pairs = zip(node.tolist(), at.tolist(), read.tolist(), strict=True)
         has = [(a, r) in known if n < self.n_features else a == r for n, a, r in pairs]
         return torch.tensor(has, dtype=torch.bool, device=node.device)
+
+    def _nodes(self, sources: Checkpoint) -> Tensor:
+        """(n_sources,) the node of every component of a checkpoint; -1 where it is none."""
+        features, tokens, _, _ = self._starts()
+        active = self.record.parts.features
+        of_feature = sources.node.new_full((len(active),), -1)
+        kept = self._feature(torch.arange(features, device=of_feature.device))
+        of_feature[kept] = torch.arange(features, device=of_feature.device)
+        slot = sources.checkpoint - (0 if self.record.resid_pre else 1)
+        nodes = torch.where(sources.kind == FEATURE, of_feature[sources.node], -1)
+        first_error = features + slot * self.n_pos
+        nodes = torch.where(sources.kind == ERROR, first_error + sources.position, nodes)
+        return torch.where(sources.kind == EMBEDDING, tokens + sources.position, nodes)
 
     def _feature(self, node: Tensor) -> Tensor:
         """Feature nodes to rows of the run's active features (checkpoint 0 has no nodes)."""

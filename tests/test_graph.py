@@ -294,6 +294,68 @@ def test_bfloat16_is_contracted_in_float32(name: str, tmp_path: Path) -> None:
         assert error < 1e-5 * float(table.terms.abs().sum())
 
 
+# The strongest head loadings
+
+
+@pytest.mark.parametrize("kind", ["sae", "wcc", "pre"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2", "qwen3"])
+def test_the_strongest_head_loadings_are_those_of_all(name: str, kind: str, tmp_path: Path) -> None:
+    """Against every loading, one pair of nodes at a time; what is no node is left to the rest."""
+    graph = build(name, tmp_path, kind, torch.float64).graph
+    n_features, n_pos = graph.n_features, graph.n_pos
+    logits = len(graph.adjacency_matrix) - len(graph.logit_targets)
+    targets = [*range(0, n_features, 7)]
+    if graph.run.n_layers not in graph.record.parts.biases:
+        targets.append(logits)
+    found = graph.carriers(targets, 12)
+    assert bool(found.exact.all()) and 0 <= found.skipped < 1
+    assert bool((found.loading.abs().diff(dim=1) <= 0).all())
+    for i, target in enumerate(targets):
+        at, layer = graph.record.parts, int(found.layer[i])
+        sources = at.tokens if layer == 0 else at.at(layer)
+        nodes = graph._nodes(sources)
+        known = [
+            n for n in nodes.tolist() if n >= 0 and graph.positions[n] <= graph.positions[target]
+        ]
+        every = graph.edges(known, [target] * len(known)).parts.total
+        sizes = every.abs().flatten().sort(descending=True).values
+        real = found.source[i] >= 0
+        assert len(sizes) >= int(real.sum())
+        for node, head, key, loading in zip(
+            found.source[i][real].tolist(),
+            found.head[i][real].tolist(),
+            found.key[i][real].tolist(),
+            found.loading[i][real].tolist(),
+            strict=True,
+        ):
+            assert abs(every[known.index(node), head] - loading) <= 1e-10 * float(sizes[0])
+            assert int(graph.positions[node]) == key
+        mine = found.loading[i][real].abs()
+        assert torch.allclose(mine, sizes[: len(mine)], rtol=1e-10, atol=1e-14)  # none is missing
+        least = found.loading[i, -1].abs()
+        assert int((sizes > least * (1 + 1e-9)).sum()) <= len(mine)
+    assert n_pos > 0
+
+
+def test_a_budget_says_what_it_cut(case: Case) -> None:
+    graph, targets = case.graph, range(0, case.graph.n_features, 5)
+    whole = graph.carriers(targets, 10)
+    for budget in (1, 5, 20):
+        some = graph.carriers(targets, 10, budget)
+        assert some.skipped > whole.skipped or bool(some.exact.all())
+        size = some.loading.abs().sum(1)
+        assert bool((size <= whole.loading.abs().sum(1) * (1 + 1e-6)).all())
+        same = torch.isclose(some.loading, whole.loading, rtol=1e-5).all(1)
+        assert bool(same[some.exact].all())
+        # the share is a lower bound: of the true sum, it is at most what the listed have
+        everything = graph.carriers(targets, 4000).loading.abs().sum(1)
+        assert bool((some.share * everything <= size * (1 + 1e-5)).all())
+    with pytest.raises(ctqk.UserError, match="at least 1"):
+        graph.carriers(targets, 0)
+    with pytest.raises(ctqk.UserError, match="no target"):
+        graph.carriers([graph.n_features], 3)
+
+
 # Saving
 
 
