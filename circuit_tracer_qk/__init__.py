@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.heads_needed import head_curve
     from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.plugin import disable, enable
+    from circuit_tracer_qk.precision import tf32
     from circuit_tracer_qk.qk import QKRow, QKTable
     from circuit_tracer_qk.residual_model import ResidualModel, load_model
     from circuit_tracer_qk.server import serve
@@ -59,6 +60,7 @@ _HOMES = {
     "generate": "steering",
     "steer": "steering",
     "sweep": "steering",
+    "tf32": "precision",
 }
 
 __all__ = [
@@ -91,6 +93,7 @@ __all__ = [
     "steer",
     "swap",
     "sweep",
+    "tf32",
 ]
 
 

@@ -15,6 +15,7 @@ from circuit_tracer_qk.frozen import freeze
 from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.heads import Heads, logit_directions, read_blocks
 from circuit_tracer_qk.influence import Sweep
+from circuit_tracer_qk.precision import exactly
 from circuit_tracer_qk.qk import QK
 from circuit_tracer_qk.reconstruction import check
 from circuit_tracer_qk.record import Record
@@ -62,6 +63,7 @@ def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
         )
 
 
+@exactly
 @torch.no_grad()
 def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:
     """QK attributions of a prompt alone, without a graph: for sets with any gaps.
@@ -83,6 +85,7 @@ def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:
     return QK(parts, heads, model.dictionaries.label)
 
 
+@exactly
 def read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomposition, Heads]:
     """One frozen run of a prompt, taken apart, and the heads on it.
 
@@ -112,6 +115,7 @@ def attribute(
 ) -> TranscoderGraph | host.Graph: ...
 
 
+@exactly
 @torch.no_grad()
 def attribute(
     prompt: str | Tensor | list[int],

@@ -24,6 +24,7 @@ from circuit_tracer_qk.edges import BlockEdges, Parts, Targets, edge_parts, runs
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import write_together
 from circuit_tracer_qk.frozen import FrozenRun
+from circuit_tracer_qk.precision import exactly
 from circuit_tracer_qk.qk import QK, Place, QKRow, QKTable, Scores, TopTerms
 from circuit_tracer_qk.record import Record, beside, load_record, record_bytes
 
@@ -79,7 +80,7 @@ class EdgeParts(NamedTuple):
     parts: Parts
 
 
-class Carriers(NamedTuple):
+class StrongestLoadings(NamedTuple):
     """The largest head loadings of some targets: which heads carried what from where.
 
     Attributes:
@@ -283,6 +284,7 @@ class ResidualGraph(ExplainedGraph):
             heads=heads,
         )
 
+    @exactly
     def edges(self, sources: Sequence[int] | Tensor, targets: Sequence[int] | Tensor) -> EdgeParts:
         """What carried each of many edges, batched by block.
 
@@ -327,9 +329,10 @@ class ResidualGraph(ExplainedGraph):
                 whole[mine] = part
         return EdgeParts(layer, query, key, out)
 
-    def carriers(
+    @exactly
+    def strongest(
         self, targets: Sequence[int] | Tensor, n: int = 20, budget: int | None = None
-    ) -> Carriers:
+    ) -> StrongestLoadings:
         """The ``n`` largest head loadings of every target, over all heads and all components.
 
         Most are never computed: pairs of head and key position are searched in the order of an
@@ -359,7 +362,7 @@ class ResidualGraph(ExplainedGraph):
             )
         layer = writes - 1
         empty = layer.new_full((len(target), n), -1)
-        found = Carriers(
+        found = StrongestLoadings(
             layer,
             heads.run.residual.new_zeros(len(target), n),
             *(empty.clone() for _ in range(3)),

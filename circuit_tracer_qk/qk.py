@@ -25,6 +25,7 @@ from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomp
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.heads import Heads
 from circuit_tracer_qk.largest import largest, padded
+from circuit_tracer_qk.precision import exactly
 
 WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype
 BATCH_BYTES = 6 << 20  # of tables whose largest terms are looked for at once
@@ -181,6 +182,7 @@ class Scores(ABC):
                 "so the key must be at or before the query."
             )
 
+    @exactly
     def table(self, layer: int, head: int, query: int, key: int) -> QKTable:
         """The exact table of one head at one query and key position.
 
@@ -223,6 +225,7 @@ class Scores(ABC):
             terms=terms.to(self.heads.run.residual.dtype),
         )
 
+    @exactly
     def row(self, layer: int, head: int, query: int) -> QKRow:
         """Scores and pattern of one head's query over its keys.
 
@@ -279,6 +282,7 @@ class QK(Scores):
         self._projected: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
         self._kept_bytes = 0
 
+    @exactly
     def top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
         """The ``n`` largest terms for every visible key of a query; no tables are kept.
 
@@ -322,31 +326,13 @@ class QK(Scores):
         images = self._images(layer, block.group(head), at, side=1)
         sizes = {key: len(image) for key, image in zip(at, images, strict=True)}
         starts = dict(zip(at, accumulate(sizes.values(), initial=0), strict=False))
-        end = sum(sizes.values())  # a row of zeros, which small tables are filled up with
         k = torch.cat([*images, images[0].new_zeros(1, images[0].shape[1])])
         for query, mine in keys.items():
-            q = self._images(layer, head, [query], side=0)[0] / block.attn_scale
-            values = q.new_zeros(len(mine), n)
-            index = torch.full((2, len(mine), n), -1, device=q.device)
-            by_size = sorted(range(len(mine)), key=lambda i: sizes[mine[i]])
-            while by_size:
-                width = padded(sizes[mine[by_size[-1]]])
-                some = max(1, BATCH_BYTES // (width * len(q) * q.element_size()))
-                chunk, by_size = by_size[-some:], by_size[:-some]
-                first, size = torch.tensor(
-                    [[starts[mine[i]], sizes[mine[i]]] for i in chunk], device=q.device
-                ).T
-                column = torch.arange(width, device=q.device)
-                rows = torch.where(column < size[:, None], first[:, None] + column, end)
-                terms = (k[rows.flatten()] @ q.T).view(len(chunk), -1)
-                found, place = largest(terms, min(n, terms.shape[1]))
-                real = place // len(q) < size[:, None]
-                to, m = torch.tensor(chunk, device=q.device), found.shape[1]
-                values[to, :m] = found
-                index[0, to, :m] = torch.where(real, place % len(q), -1)
-                index[1, to, :m] = torch.where(real, place // len(q), -1)
-            positions = torch.tensor(mine)
-            scores = self._scores(layer, head, query, positions).to(values.dtype)
+            with exactly:
+                q = self._images(layer, head, [query], side=0)[0] / block.attn_scale
+                values, index = _largest_terms(q, k, mine, starts, sizes, n)
+                positions = torch.tensor(mine)
+                scores = self._scores(layer, head, query, positions).to(values.dtype)
             yield query, TopTerms(positions, scores, values, index[0], index[1])
 
     def _list(self, layer: int, position: int, side: int) -> list[Component]:
@@ -420,6 +406,40 @@ class QK(Scores):
                 image = torch.cat([image] if constants is None else [image, constants[p][None]])
                 self._projected[side, layer, head, p] = image
                 self._kept_bytes += image.nbytes
+
+
+def _largest_terms(
+    q: Tensor, k: Tensor, keys: list[int], starts: dict[int, int], sizes: dict[int, int], n: int
+) -> tuple[Tensor, Tensor]:
+    """The ``n`` largest terms of one query's images with those of each key.
+
+    Args:
+        q: (n_query, d_head) images of the query, divided by the scale.
+        k: (n_images + 1, d_head) images of all keys, and a row of zeros.
+        keys: whose tables; their images start at ``starts`` and are ``sizes`` many.
+
+    Returns:
+        (n_keys, n) values; (2, n_keys, n) rows and columns, -1 beyond a small table.
+    """
+    values = q.new_zeros(len(keys), n)
+    index = torch.full((2, len(keys), n), -1, device=q.device)
+    by_size = sorted(range(len(keys)), key=lambda i: sizes[keys[i]])
+    while by_size:  # tables made at once are filled up to the largest of them
+        width = padded(sizes[keys[by_size[-1]]])
+        some = max(1, BATCH_BYTES // (width * len(q) * q.element_size()))
+        chunk, by_size = by_size[-some:], by_size[:-some]
+        places = [[starts[keys[i]], sizes[keys[i]], i] for i in chunk]
+        first, size, to = torch.tensor(places, device=q.device).T
+        column = torch.arange(width, device=q.device)
+        rows = torch.where(column < size[:, None], first[:, None] + column, len(k) - 1)
+        terms = (k[rows.flatten()] @ q.T).view(len(chunk), -1)
+        found, place = largest(terms, min(n, terms.shape[1]))
+        row, column = place % len(q), place // len(q)
+        real, m = column < size[:, None], found.shape[1]
+        values[to, :m] = found
+        index[0, to, :m] = torch.where(real, row, -1)
+        index[1, to, :m] = torch.where(real, column, -1)
+    return values, index
 
 
 def _runs(positions: list[int]) -> list[range]:

@@ -20,6 +20,7 @@ from circuit_tracer_qk.edits import Edit, Head, HeadEdit, QKEdit
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.heads import Heads, read_blocks
 from circuit_tracer_qk.plans import Plan, resolve
+from circuit_tracer_qk.precision import exactly
 from circuit_tracer_qk.residual_model import ResidualModel
 from circuit_tracer_qk.steered import Pass, Steered
 from circuit_tracer_qk.steered_runs import (
@@ -87,6 +88,7 @@ class Session:
         decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
         self.token_strings = [decode(t) for t in self.parts.run.tokens]
 
+    @exactly
     def steer(
         self,
         edits: Edit | Iterable[Edit],
@@ -182,6 +184,7 @@ class Session:
             frozen_norms=norms == "frozen",
         )
 
+    @exactly
     def generate(
         self,
         edits: Edit | Iterable[Edit],

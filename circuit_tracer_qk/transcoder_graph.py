@@ -17,6 +17,7 @@ from circuit_tracer_qk import host
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.heads import check_patterns, refuse_attention
+from circuit_tracer_qk.precision import exactly
 from circuit_tracer_qk.splits import Listing, Splits
 from circuit_tracer_qk.transcoder_qk import TranscoderQK
 from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph, refuse_shared_rotary
@@ -69,6 +70,7 @@ class TranscoderGraph(ExplainedGraph):
         """Features of transcoders have no labels here: the page finds them by scan and index."""
         return ""
 
+    @exactly
     def split(
         self,
         sources: Sequence[int] | Tensor,
@@ -121,6 +123,7 @@ def check_model(model: Any) -> None:
     refuse_shared_rotary(model)
 
 
+@exactly
 @torch.no_grad()
 def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
     """Explain a graph that circuit-tracer made.

@@ -307,7 +307,7 @@ def test_the_strongest_head_loadings_are_those_of_all(name: str, kind: str, tmp_
     targets = [*range(0, n_features, 7)]
     if graph.run.n_layers not in graph.record.parts.biases:
         targets.append(logits)
-    found = graph.carriers(targets, 12)
+    found = graph.strongest(targets, 12)
     assert bool(found.exact.all()) and 0 <= found.skipped < 1
     assert bool((found.loading.abs().diff(dim=1) <= 0).all())
     for i, target in enumerate(targets):
@@ -339,21 +339,21 @@ def test_the_strongest_head_loadings_are_those_of_all(name: str, kind: str, tmp_
 
 def test_a_budget_says_what_it_cut(case: Case) -> None:
     graph, targets = case.graph, range(0, case.graph.n_features, 5)
-    whole = graph.carriers(targets, 10)
+    whole = graph.strongest(targets, 10)
     for budget in (1, 5, 20):
-        some = graph.carriers(targets, 10, budget)
+        some = graph.strongest(targets, 10, budget)
         assert some.skipped > whole.skipped or bool(some.exact.all())
         size = some.loading.abs().sum(1)
         assert bool((size <= whole.loading.abs().sum(1) * (1 + 1e-6)).all())
         same = torch.isclose(some.loading, whole.loading, rtol=1e-5).all(1)
         assert bool(same[some.exact].all())
         # the share is a lower bound: of the true sum, it is at most what the listed have
-        everything = graph.carriers(targets, 4000).loading.abs().sum(1)
+        everything = graph.strongest(targets, 4000).loading.abs().sum(1)
         assert bool((some.share * everything <= size * (1 + 1e-5)).all())
     with pytest.raises(ctqk.UserError, match="at least 1"):
-        graph.carriers(targets, 0)
+        graph.strongest(targets, 0)
     with pytest.raises(ctqk.UserError, match="no target"):
-        graph.carriers([graph.n_features], 3)
+        graph.strongest([graph.n_features], 3)
 
 
 # Saving

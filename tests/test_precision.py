@@ -1,0 +1,96 @@
+"""Products in float32 are products in float32, whatever torch is set to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Barrier, Thread
+
+import pytest
+import torch
+
+import circuit_tracer_qk as ctqk
+from circuit_tracer_qk import influence, qk
+from circuit_tracer_qk.precision import exactly
+
+SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+
+
+def reduced() -> bool:
+    return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+@pytest.fixture(autouse=True)
+def fast_and_loose() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    assert torch.get_float32_matmul_precision() == "high"  # as the user left it
+    torch.set_float32_matmul_precision(before)
+
+
+def test_contractions_are_exact_and_the_setting_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, bool] = {}
+
+    class Watched(influence.BlockEdges):
+        def rows(self, *args: object) -> torch.Tensor:
+            seen["edges"] = reduced()
+            return super().rows(*args)  # type: ignore[arg-type]
+
+    largest = qk.largest
+
+    def watched(rows: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen["terms"] = reduced()
+        return largest(rows, n)
+
+    monkeypatch.setattr(influence, "BlockEdges", Watched)
+    monkeypatch.setattr(qk, "largest", watched)
+    graph = ctqk.attribute(SALLY, ctqk.load_model())
+    for _ in graph.qk_tops([qk.Place(1, 2, 14, 6), qk.Place(1, 2, 14, 5)]):
+        assert reduced()  # not between the tables, where the caller is at work
+    assert seen == {"edges": False, "terms": False}
+    with ctqk.tf32():
+        ctqk.attribute(SALLY, ctqk.load_model())
+    assert seen["edges"]
+
+
+def test_after_an_error_too() -> None:
+    with pytest.raises(ctqk.UserError):
+        ctqk.attribute("", ctqk.load_model())
+
+
+def test_two_threads_at_once() -> None:
+    inside, outside = Barrier(2, timeout=10), Barrier(2, timeout=10)
+    found: list[bool] = []
+
+    def first() -> None:
+        with exactly:
+            inside.wait()
+            outside.wait()
+            found.append(reduced())
+
+    def second() -> None:
+        inside.wait()
+        with exactly:
+            pass
+        found.append(reduced())
+        outside.wait()
+
+    threads = [Thread(target=first), Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [False, False]
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch's older interface"
+)
+def test_a_setting_made_with_the_newer_interface() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the older one cannot be read from here on
+    with exactly:
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    torch.set_float32_matmul_precision("high")
