@@ -7,6 +7,7 @@ the maxima is followed by sorting ``1 / GROUP`` of the numbers, and then ``n * G
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 GROUP = 8
@@ -16,7 +17,7 @@ def largest(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The ``n`` largest of every row by absolute value, signed, largest first.
 
     Args:
-        rows: (n_rows, width); quicker where ``width`` is a multiple of ``GROUP``.
+        rows: (n_rows, width)
         n: how many, at most ``width``.
 
     Returns:
@@ -24,16 +25,17 @@ def largest(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
         equals.
     """
     n_groups = rows.shape[1] // GROUP
-    if rows.shape[1] % GROUP or n_groups < 2 * n:
+    if n_groups < 2 * n:
         at = rows.abs().topk(n, dim=1).indices
         return rows.gather(1, at), at
-    grouped = rows.view(len(rows), GROUP, n_groups)  # a group is a column: maxima are contiguous
+    even = GROUP * n_groups
+    grouped = rows[:, :even].unflatten(1, (GROUP, n_groups))  # columns: maxima are contiguous
     groups = grouped.abs().amax(1).topk(n, dim=1, sorted=False).indices
     some = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1)).flatten(1)
+    steps = n_groups * torch.arange(GROUP, device=rows.device)
+    where = (groups[:, None] + steps[:, None]).flatten(1)
+    if even < rows.shape[1]:  # the few that fill no group
+        tail = torch.arange(even, rows.shape[1], device=rows.device).expand(len(rows), -1)
+        some, where = torch.cat([some, rows[:, even:]], 1), torch.cat([where, tail], 1)
     at = some.abs().topk(n, dim=1).indices
-    return some.gather(1, at), groups.gather(1, at % n) + n_groups * (at // n)
-
-
-def padded(size: int) -> int:
-    """The next multiple of ``GROUP``."""
-    return -(-size // GROUP) * GROUP
+    return some.gather(1, at), where.gather(1, at)

@@ -13,22 +13,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
 from operator import index
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
 
 from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomposition
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.heads import Heads
-from circuit_tracer_qk.largest import largest, padded
+from circuit_tracer_qk.largest import largest
 from circuit_tracer_qk.precision import exactly
 
 WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype
-BATCH_BYTES = 6 << 20  # of tables whose largest terms are looked for at once
+BATCH_BYTES = 3 << 20  # of tables whose largest terms are looked for at once
 RUN = 16  # neighbouring positions projected at once: bounds memory, and stays in the cache
 
 Label = Callable[[int, int], str]
@@ -324,13 +324,11 @@ class QK(Scores):
         block = self.heads.block(layer)
         at = sorted({key for some in keys.values() for key in some})
         images = self._images(layer, block.group(head), at, side=1)
-        sizes = {key: len(image) for key, image in zip(at, images, strict=True)}
-        starts = dict(zip(at, accumulate(sizes.values(), initial=0), strict=False))
-        k = torch.cat([*images, images[0].new_zeros(1, images[0].shape[1])])
+        of_key = dict(zip(at, images, strict=True))
         for query, mine in keys.items():
             with exactly:
                 q = self._images(layer, head, [query], side=0)[0] / block.attn_scale
-                values, index = _largest_terms(q, k, mine, starts, sizes, n)
+                values, index = _largest_terms(q, [of_key[key] for key in mine], n)
                 positions = torch.tensor(mine)
                 scores = self._scores(layer, head, query, positions).to(values.dtype)
             yield query, TopTerms(positions, scores, values, index[0], index[1])
@@ -408,33 +406,29 @@ class QK(Scores):
                 self._kept_bytes += image.nbytes
 
 
-def _largest_terms(
-    q: Tensor, k: Tensor, keys: list[int], starts: dict[int, int], sizes: dict[int, int], n: int
-) -> tuple[Tensor, Tensor]:
+def _largest_terms(q: Tensor, keys: list[Tensor], n: int) -> tuple[Tensor, Tensor]:
     """The ``n`` largest terms of one query's images with those of each key.
 
     Args:
         q: (n_query, d_head) images of the query, divided by the scale.
-        k: (n_images + 1, d_head) images of all keys, and a row of zeros.
-        keys: whose tables; their images start at ``starts`` and are ``sizes`` many.
+        keys: (n_components, d_head) images of each key.
 
     Returns:
         (n_keys, n) values; (2, n_keys, n) rows and columns, -1 beyond a small table.
     """
     values = q.new_zeros(len(keys), n)
     index = torch.full((2, len(keys), n), -1, device=q.device)
-    by_size = sorted(range(len(keys)), key=lambda i: sizes[keys[i]])
+    sizes = [len(images) for images in keys]
+    by_size = sorted(range(len(keys)), key=sizes.__getitem__)
     while by_size:  # tables made at once are filled up to the largest of them
-        width = padded(sizes[keys[by_size[-1]]])
+        width = sizes[by_size[-1]]
         some = max(1, BATCH_BYTES // (width * len(q) * q.element_size()))
         chunk, by_size = by_size[-some:], by_size[:-some]
-        places = [[starts[keys[i]], sizes[keys[i]], i] for i in chunk]
-        first, size, to = torch.tensor(places, device=q.device).T
-        column = torch.arange(width, device=q.device)
-        rows = torch.where(column < size[:, None], first[:, None] + column, len(k) - 1)
-        terms = (k[rows.flatten()] @ q.T).view(len(chunk), -1)
+        k = pad_sequence([keys[i] for i in chunk], batch_first=True)
+        terms = (k.flatten(0, 1) @ q.T).view(len(chunk), -1)
         found, place = largest(terms, min(n, terms.shape[1]))
         row, column = place % len(q), place // len(q)
+        to, size = torch.tensor([[i, sizes[i]] for i in chunk], device=q.device).T
         real, m = column < size[:, None], found.shape[1]
         values[to, :m] = found
         index[0, to, :m] = torch.where(real, row, -1)
