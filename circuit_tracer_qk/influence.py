@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -204,13 +205,17 @@ class Sweep:
         room = KEEP_BYTES
         every = self.some()
         for checkpoint in self._progress("Influence"):
+            some = every
+            if checkpoint == self.n_layers:  # the logits read the last position, and nothing else
+                start, stop = (at - self.skipped for at in self.parts.offsets[checkpoint][-2:])
+                some = self.some(torch.arange(start, stop, device=out.device))
             chunks = []
-            for rows in self.feature_rows(checkpoint, every):
-                spread(rows, out[rows.part])
+            for rows in self.feature_rows(checkpoint, some):
+                spread(rows, out[some.nodes[rows.part]])
                 room -= rows.weights.numel() * rows.weights.element_size()
                 if room > 0:
                     chunks.append(rows)
-            if room > 0:
+            if room > 0 and some is every:
                 self._kept[checkpoint] = chunks
         return out
 
@@ -227,7 +232,7 @@ class Sweep:
         n, n_logits = len(selected), len(self.directions)
         left_out = self.n_features - n
         total = self.width - left_out + n_logits
-        adjacency = torch.zeros(total, total, dtype=torch.float32, device=selected.device)
+        adjacency = _zeros(total, selected.device)
         pulls = run.residual.new_zeros(n + n_logits, run.residual.shape[-1])
         extra = {
             kind: run.residual.new_zeros(n + n_logits, self.n_pos) for kind in (BIAS, POSITION)
@@ -264,3 +269,10 @@ class Sweep:
     def _progress(self, name: str) -> tqdm:
         checkpoints = [c for c in sorted(self.parts.biases, reverse=True) if c > 0]
         return tqdm(checkpoints, name, delay=2, disable=False if self.verbose else None)
+
+
+def _zeros(n: int, device: torch.device) -> Tensor:
+    """(n, n) float32 zeros. Most of an adjacency stays so: numpy's zeros take memory when written."""
+    if device.type != "cpu":
+        return torch.zeros(n, n, dtype=torch.float32, device=device)
+    return torch.from_numpy(np.zeros((n, n), dtype=np.float32))
