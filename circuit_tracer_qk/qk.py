@@ -13,7 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from operator import index
+from itertools import groupby
+from operator import index, itemgetter
 from typing import NamedTuple
 
 import torch
@@ -279,6 +280,8 @@ class QK(Scores):
         self.parts = parts
         self.label = label
         self.keep_bytes = keep_bytes
+        everywhere = torch.arange(heads.run.n_pos, device=heads.run.residual.device)
+        self._constants = lru_cache(maxsize=4)(lambda layer: heads.constants(layer, everywhere))
         self._projected: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
         self._kept_bytes = 0
 
@@ -291,7 +294,7 @@ class QK(Scores):
         """
         self.check(layer, head, query)
         keys = range(self.heads.block(layer).first_key(query), query + 1)
-        [(_, found)] = self._tops(layer, head, {query: list(keys)}, n)
+        [(_, found)] = self._tops({(layer, head, query): list(keys)}, n)
         return found
 
     def tops(
@@ -309,29 +312,53 @@ class QK(Scores):
         Raises:
             UserError: an index out of range, or key > query.
         """
-        by_head: dict[tuple[int, int], dict[int, list[int]]] = {}
+        by_query: dict[tuple[int, int, int], list[int]] = {}
         for layer, head, query, key in sorted(set(places)):
             self.check(layer, head, query, key)
-            by_head.setdefault((layer, head), {}).setdefault(query, []).append(key)
-        for (layer, head), keys in by_head.items():
-            for query, found in self._tops(layer, head, keys, n):
-                yield (layer, head, query), found
+            by_query.setdefault((layer, head, query), []).append(key)
+        yield from self._tops(by_query, n)
 
     def _tops(
-        self, layer: int, head: int, keys: dict[int, list[int]], n: int
-    ) -> Iterator[tuple[int, TopTerms]]:
-        """The same for one head: ``keys`` of each query."""
-        block = self.heads.block(layer)
-        at = sorted({key for some in keys.values() for key in some})
-        images = self._images(layer, block.group(head), at, side=1)
-        of_key = dict(zip(at, images, strict=True))
-        for query, mine in keys.items():
+        self, by_query: dict[tuple[int, int, int], list[int]], n: int
+    ) -> Iterator[tuple[tuple[int, int, int], TopTerms]]:
+        """The same, for the keys of each (layer, head, query), all of a head's in a row."""
+        sizes = {layer: self._sizes(layer) for layer, _, _ in by_query}
+        # keys from few components to many, so that tables made at once are alike; what the device
+        # has to know of them is told in one go
+        told: list[tuple[int, int, int]] = []
+        for (layer, _, _), keys in by_query.items():
+            of = [(i, key, sizes[layer][key]) for i, key in enumerate(keys)]
+            told += sorted(of, key=itemgetter(2))
+        here = torch.tensor(told, device=self.heads.run.residual.device).view(-1, 3).T
+        start = 0
+        for (layer, head), queries in groupby(by_query, key=itemgetter(0, 1)):
+            queries, group = list(queries), self.heads.block(layer).group(head)
+            wanted = sorted({key for at in queries for key in by_query[at]})
             with exactly:
-                q = self._images(layer, head, [query], side=0)[0] / block.attn_scale
-                values, index = _largest_terms(q, [of_key[key] for key in mine], n)
-                positions = torch.tensor(mine)
-                scores = self._scores(layer, head, query, positions).to(values.dtype)
-            yield query, TopTerms(positions, scores, values, index[0], index[1])
+                images = self._images(layer, group, wanted, side=1)
+                of_key = dict(zip(wanted, images, strict=True))
+            for at in queries:
+                stop = start + len(by_query[at])
+                with exactly:
+                    mine = [of_key[key] for _, key, _ in told[start:stop]]
+                    found = self._top(at, mine, here[:, start:stop], n)
+                yield at, found._replace(keys=torch.tensor(by_query[at]))
+                start = stop
+
+    def _top(self, at: tuple[int, int, int], keys: list[Tensor], told: Tensor, n: int) -> TopTerms:
+        """One query's terms; ``told`` (3, n_keys): each key's row of the result, itself, its size."""
+        layer, head, query = at
+        to, key, size = told
+        q = self._images(layer, head, [query], side=0)[0] / self.heads.block(layer).attn_scale
+        values, index = _largest_terms(q, keys, to, size, n)
+        scores = torch.empty_like(values[:, 0])
+        scores[to] = self._scores(layer, head, query, key).to(values.dtype)
+        return TopTerms(key, scores, values, index[0], index[1])
+
+    def _sizes(self, layer: int) -> list[int]:
+        """How many components each position has, the map's constant among them."""
+        starts, more = self.parts.at(layer).starts, int(self.heads.has_constants(layer))
+        return [stop - start + more for start, stop in zip(starts, starts[1:], strict=False)]
 
     def _list(self, layer: int, position: int, side: int) -> list[Component]:
         checkpoint = self.parts.at(layer)
@@ -390,10 +417,7 @@ class QK(Scores):
         project = (self.heads.queries, self.heads.keys)[side]
         constants = None
         if self.heads.has_constants(layer):
-            at = torch.tensor(positions, device=checkpoint.position.device)
-            constants = dict(
-                zip(positions, self.heads.constants(layer, at)[side][:, head], strict=True)
-            )
+            constants = self._constants(layer)[side][:, head]
         for run in _runs(positions):
             part = slice(checkpoint.starts[run.start], checkpoint.starts[run.stop])
             images = project(layer, checkpoint.vectors(run), checkpoint.position[part], head)
@@ -406,33 +430,35 @@ class QK(Scores):
                 self._kept_bytes += image.nbytes
 
 
-def _largest_terms(q: Tensor, keys: list[Tensor], n: int) -> tuple[Tensor, Tensor]:
+def _largest_terms(
+    q: Tensor, keys: list[Tensor], to: Tensor, size: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
     """The ``n`` largest terms of one query's images with those of each key.
 
     Args:
         q: (n_query, d_head) images of the query, divided by the scale.
-        keys: (n_components, d_head) images of each key.
+        keys: (n_components, d_head) images of each key, from few to many.
+        to: (n_keys,) rows of the result that they go to.
+        size: (n_keys,) how many images each has.
 
     Returns:
         (n_keys, n) values; (2, n_keys, n) rows and columns, -1 beyond a small table.
     """
     values = q.new_zeros(len(keys), n)
     index = torch.full((2, len(keys), n), -1, device=q.device)
-    sizes = [len(images) for images in keys]
-    by_size = sorted(range(len(keys)), key=sizes.__getitem__)
-    while by_size:  # tables made at once are filled up to the largest of them
-        width = sizes[by_size[-1]]
-        some = max(1, BATCH_BYTES // (width * len(q) * q.element_size()))
-        chunk, by_size = by_size[-some:], by_size[:-some]
-        k = pad_sequence([keys[i] for i in chunk], batch_first=True)
-        terms = (k.flatten(0, 1) @ q.T).view(len(chunk), -1)
+    stop = len(keys)
+    while stop:  # tables made at once are filled up to the largest of them
+        width = len(keys[stop - 1])
+        start = max(0, stop - max(1, BATCH_BYTES // (width * len(q) * q.element_size())))
+        k = pad_sequence(keys[start:stop], batch_first=True)
+        terms = (k.flatten(0, 1) @ q.T).view(stop - start, -1)
         found, place = largest(terms, min(n, terms.shape[1]))
         row, column = place % len(q), place // len(q)
-        to, size = torch.tensor([[i, sizes[i]] for i in chunk], device=q.device).T
-        real, m = column < size[:, None], found.shape[1]
-        values[to, :m] = found
-        index[0, to, :m] = torch.where(real, row, -1)
-        index[1, to, :m] = torch.where(real, column, -1)
+        real, at, m = column < size[start:stop, None], to[start:stop], found.shape[1]
+        values[at, :m] = found
+        index[0, at, :m] = torch.where(real, row, -1)
+        index[1, at, :m] = torch.where(real, column, -1)
+        stop = start
     return values, index
 
 

@@ -63,7 +63,7 @@ def measure(
         return Sweep(transformer, parts, heads, directions, False, 512, False).fill(selected)
 
     def tables() -> object:
-        graph.__dict__.pop("scores", None)  # nothing projected is kept from the last time
+        vars(graph).pop("scores", None)  # nothing projected is kept from the last time
         return list(graph.qk_tops(places))
 
     title = f"{name}, {n_pos} tokens"
