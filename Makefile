@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint studies
+.PHONY: demo test lint studies bench
 
 # Attribute a prompt on the bundled miniature and serve the graph; ARGS=--no-serve ends after writing.
 demo: $(READY)
@@ -13,6 +13,10 @@ demo: $(READY)
 # Steer the miniature as the paper steered its model: studies/report.html and studies/report.json.
 studies: $(READY)
 	$(BIN)/python demos/studies/run.py $(ARGS)
+
+# How fast, as one table beside this machine's ceilings; ARGS="edges tables --threads 1 --json F".
+bench: $(READY)
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest

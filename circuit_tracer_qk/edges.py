@@ -25,6 +25,7 @@ from circuit_tracer_qk.components import FEATURE, Checkpoint, Decomposition
 from circuit_tracer_qk.heads import AttentionBlock, Heads, MLPBlock
 
 TILE = 512  # sources weighted by attention at once: they stay in the processor's cache
+TILE_BYTES = 1 << 21  # of targets weighted at once, the same
 SHARED_BYTES = 1 << 28  # images of decoder vectors that are made once for all positions
 
 
@@ -165,6 +166,7 @@ class BlockEdges:
         self.sources: Checkpoint = parts.tokens if layer == 0 else parts.at(layer)
         self.vectors = self.sources.vectors()
         self.values = self._values(parts)  # (n_sources, n_kv, d_head)
+        self._scratch: Tensor | None = None
 
     def _values(self, parts: Decomposition) -> Tensor:
         block, run, features = self.heads.block(self.layer), parts.run, parts.features
@@ -203,28 +205,56 @@ class BlockEdges:
         u = targets.y if block.parallel else local
         z = self.heads.pull_output(self.layer, u, targets.positions).flatten(1)
         out = z.new_empty(len(z), len(self.vectors))
-        scratch = z.new_empty(
-            TILE, block.n_kv, block.n_heads // block.n_kv, z.shape[1] // block.n_heads
-        )
+        # heads of a group read the same values: weighing and adding up targets takes fewer and
+        # smaller products, weighing sources fewer calls, which is what a GPU waits for
+        by_target = block.n_heads > block.n_kv and out.device.type == "cpu"
         for p, first, last in runs:
             rows = slice(first, last)
             begin, end = sources.starts[block.first_key(p)], sources.starts[p + 1]
             out[rows, :begin].zero_()
             out[rows, end:].zero_()
-            attention = (
-                pattern[:, p]
-                .T[sources.position[begin:end]]
-                .view(end - begin, *scratch.shape[1:3], 1)
-            )
-            for start in range(begin, end, TILE):
-                stop = min(start + TILE, end)
-                weighted = scratch[: stop - start]
-                seen = attention[start - begin : stop - begin]
-                torch.mul(self.values[start:stop, :, None], seen, out=weighted)
-                torch.mm(z[rows], weighted.flatten(1).T, out=out[rows, start:stop])
+            weigh = self._weighted_targets if by_target else self._weighted_sources
+            weigh(p, pattern[:, p], z[rows], out[rows])
             here = sources.at(p)
             out[rows, here].addmm_(local[rows], self.vectors[here].T)
         return out
+
+    def _weighted_sources(self, p: int, attention: Tensor, z: Tensor, out: Tensor) -> None:
+        """Put what attention carries into targets at ``p``, with the sources weighted by it.
+
+        Args:
+            p: the targets' position.
+            attention: (n_heads, n_pos) from there.
+            z: (n, n_heads * d_head) of the targets.
+            out: (n, n_sources), of which the visible are written.
+        """
+        block, sources = self.heads.block(self.layer), self.sources
+        begin, end = sources.starts[block.first_key(p)], sources.starts[p + 1]
+        seen = attention.T[sources.position[begin:end]].view(end - begin, block.n_kv, -1, 1)
+        if self._scratch is None:
+            self._scratch = z.new_empty(TILE, *seen.shape[1:3], self.values.shape[2])
+        for start in range(begin, end, TILE):
+            stop = min(start + TILE, end)
+            weighted = self._scratch[: stop - start]
+            here = seen[start - begin : stop - begin]
+            torch.mul(self.values[start:stop, :, None], here, out=weighted)
+            torch.mm(z, weighted.flatten(1).T, out=out[:, start:stop])
+
+    def _weighted_targets(self, p: int, attention: Tensor, z: Tensor, out: Tensor) -> None:
+        """The same, with the targets weighted and added up over the heads of a group."""
+        block, sources = self.heads.block(self.layer), self.sources
+        n, n_kv, width = len(z), block.n_kv, self.values.shape[2]
+        group = block.n_heads // n_kv
+        z = z.view(n, n_kv, group, width).permute(1, 2, 0, 3).reshape(n_kv, group, n * width)
+        seen = attention.view(n_kv, group, -1).transpose(1, 2)
+        some = max(1, TILE_BYTES // (n * n_kv * width * z.element_size()))
+        for start in range(block.first_key(p), p + 1, some):
+            keys = range(start, min(start + some, p + 1))
+            summed = torch.bmm(seen[:, start : keys.stop], z).view(n_kv, len(keys), n, width)
+            summed = summed.permute(1, 2, 0, 3).reshape(len(keys), n, n_kv * width)
+            for at_key, key in zip(summed, keys, strict=True):
+                here = sources.at(key)
+                torch.mm(at_key, self.values[here].flatten(1).T, out=out[:, here])
 
 
 def edge_parts(

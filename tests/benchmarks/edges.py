@@ -62,8 +62,10 @@ def edge_operations(parts: Decomposition, model: HookedTransformer, layer: int) 
         + n_targets * cfg.d_model * z
         + n_values * cfg.d_model * kv
     )
+    grouped = n_kv < cfg.n_heads and parts.run.residual.device.type == "cpu"
     for p, n in enumerate(per_position):
-        products += n * sources.starts[p + 1] * z
+        products += n * sources.starts[p + 1] * (kv if grouped else z)
+        products += n * (p + 1) * z if grouped else 0  # targets weighted and added up
         products += n * (sources.starts[p + 1] - sources.starts[p]) * cfg.d_model
     return 2.0 * products
 

@@ -10,8 +10,11 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import sys
 import time
+from dataclasses import asdict
 from typing import Any
 from unittest.mock import patch
 
@@ -171,8 +174,5 @@ def whole(n_pos: int = 2048, n_layers: int = 12, nodes: int = 7500) -> list[Row]
 
 
 if __name__ == "__main__":
-    import sys
-
     torch.set_num_threads(int(sys.argv[1]))
-    size = [int(value) for value in sys.argv[2:]]
-    print(*whole(*size), sep="\n")
+    print(json.dumps([asdict(row) for row in whole(*map(int, sys.argv[2:]))]))
