@@ -25,6 +25,8 @@ from circuit_tracer_qk.frozen import FrozenRun
 from circuit_tracer_qk.qk import QK, QKRow, QKTable, Scores, TopTerms
 from circuit_tracer_qk.record import Record, beside, load_record, record_bytes
 
+SAME = 1e-10  # of the sum of the edges' sizes: what two sums of one graph may differ by
+
 
 class HeadLoadings(NamedTuple):
     """How much each head of the block carried an edge, each (n_heads,).
@@ -403,7 +405,7 @@ def load_graph(path: str | Path, device: str | torch.device = "cpu") -> Residual
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} is damaged ({error}): make the graph again.") from error
     graph = ResidualGraph(record, **arguments)
-    if _fingerprint(graph) != fingerprint:
+    if not _same(_fingerprint(graph), fingerprint):
         raise UserError(
             f"{path} and {beside(path).name} belong to different graphs: make the graph again, or "
             "put the right pair together."
@@ -415,3 +417,12 @@ def _fingerprint(graph: ResidualGraph) -> list[float | int]:
     """Enough of a graph to notice that two files do not belong together."""
     A = graph.adjacency_matrix
     return [*A.shape, float(A.double().sum()), float(A.double().abs().sum()), graph.n_pos]
+
+
+def _same(ours: list[float | int], theirs: list[float | int]) -> bool:
+    """Whether two fingerprints are of one graph: sums round otherwise on another number of cores."""
+    *_, size, _ = ours
+    tolerance = SAME * abs(size)
+    return len(ours) == len(theirs) and all(
+        x == y or abs(x - y) <= tolerance for x, y in zip(ours, theirs, strict=True)
+    )

@@ -344,6 +344,19 @@ def test_saved_files_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
         ctqk.load_graph(path)
 
 
+def test_a_graph_is_known_again_on_another_number_of_cores(tmp_path: Path):
+    """Sums over many edges round in another way there."""
+    graph = ctqk.attribute("I always loved visiting Aunt Sally. I like Aunt", ctqk.load_model())
+    graph.to_pt(tmp_path / "graph.pt")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            ctqk.load_graph(tmp_path / "graph.pt")
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_graph_that_cannot_be_written(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ctqk.UserError, match="nowhere"):
         case.graph.to_pt(tmp_path / "nowhere" / "g.pt")
