@@ -8,8 +8,6 @@ can be refused without the model is refused before it is loaded, and parsing imp
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import os
@@ -17,15 +15,16 @@ import re
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import circuit_tracer_qk
-from circuit_tracer_qk import features_command, steer_command
+from circuit_tracer_qk import features_command, prompts_command, steer_command
 from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import check_folder, check_names
+from circuit_tracer_qk.files import LISTING, check_folder, check_names
+from circuit_tracer_qk.host_cli import DTYPES
+from circuit_tracer_qk.quiet import hushed, noise
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.graph import ExplainedGraph
@@ -39,7 +38,6 @@ SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 DEMO_PORT = 8041
 MINIATURES = {"sae": "miniature-sae", "wcc": "miniature-wcc"}
 HEAD = re.compile(r"(?:L(\d+)H)?(\d+)(?::q(-?\d+))?(?::k(-?\d+))?", re.IGNORECASE)
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DONE, MISTAKE, INTERRUPTED, PIPE_CLOSED = 0, 2, 130, 141
 
 
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _parser(argv[0] if argv else "").parse_args(argv)
-        with _noise(args.verbose):
+        with noise(PROGRAM, args.verbose):
             args.run(args)
         sys.stdout.flush()
     except UserError as error:
@@ -156,6 +154,8 @@ def _add_attribute(commands: Any, host: list[argparse.ArgumentParser]) -> None:
         if "--transcoder_set" in action.option_strings:
             action.required = False
             action.help = "Transcoders or a CLT: a hub id org/name[@revision] or a local folder."
+        if "--prompt" in action.option_strings:
+            action.required = False  # --prompts may stand in its place
     add = parser.add_argument
     add(
         "-d",
@@ -171,6 +171,7 @@ def _add_attribute(commands: Any, host: list[argparse.ArgumentParser]) -> None:
         help="Write QK attributions and head loadings into the graph files (default: True).",
     )
     add("--np-model", metavar="ID", help="Neuronpedia's model id, for files to be uploaded there.")
+    prompts_command.add_arguments(parser)
     _add_serving(parser)
     _add_verbose(parser)
     parser.set_defaults(run=_attribute)
@@ -311,13 +312,15 @@ def _add_verbose(parser: argparse.ArgumentParser) -> None:
 
 
 def _attribute(args: argparse.Namespace) -> None:
+    if prompts_command.wanted(args):
+        return _attribute_prompts(args)
     files = _checked_files(args)
     if args.transcoder_set is not None:
         return _attribute_transcoders(args, files)
     dtype = DTYPES.get(args.dtype) or args.dtype
     log.info("attributing %r with %s in %s", args.prompt, args.dictionaries, dtype)
     model = _load(args.model, args.dictionaries, dtype)
-    with _hushed():
+    with hushed():
         graph = circuit_tracer_qk.attribute(
             args.prompt,
             model,
@@ -349,6 +352,23 @@ def _attribute(args: argparse.Namespace) -> None:
         _serve(args, folder, args.port, slug, graph, model)
 
 
+def _attribute_prompts(args: argparse.Namespace) -> None:
+    """A file of prompts: what failed is told at the end, after all that could be done is."""
+    _check_sets(args)
+    _check_thresholds(args)
+    prompts_command.check(args)
+    for folder in (args.graph_file_dir, args.graph_output_path):
+        if folder is not None:
+            _probe_folder(Path(folder))
+    if args.server:
+        _check_server(args)
+    failure = prompts_command.run(args, PROGRAM)
+    if args.server and (Path(args.graph_file_dir) / LISTING).is_file():
+        _serve(args, args.graph_file_dir, args.port)
+    if failure is not None:
+        raise failure
+
+
 def _attribute_transcoders(args: argparse.Namespace, files: tuple[str, str] | None) -> None:
     """circuit-tracer's own command, and its graph explained."""
     from circuit_tracer_qk.explaining import explaining
@@ -357,7 +377,7 @@ def _attribute_transcoders(args: argparse.Namespace, files: tuple[str, str] | No
 
     explain = args.qk and files is not None
     flags = flags_of("attribute", args, leave_out=("server", "port"))
-    with explaining(explain, args.np_model) as run, _hushed():
+    with explaining(explain, args.np_model) as run, hushed():
         run_command(["attribute", *flags])
     if args.graph_output_path is not None:
         print(f"graph written to {args.graph_output_path}")
@@ -424,7 +444,7 @@ def _explained(args: argparse.Namespace, path: Path) -> Any:
         raise UserError(f"{path} is no graph that circuit-tracer can read ({error}).") from error
     named = getattr(args, "dtype", "float32")
     dtype = getattr(torch, DTYPES.get(named) or named)
-    with _hushed():
+    with hushed():
         model = explaining.load_replacement_model(args.model, args.transcoder_set, dtype)
         return circuit_tracer_qk.explain_graph(stock, model)
 
@@ -434,24 +454,7 @@ def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
 
     The rules for which outputs must be named are circuit-tracer's own.
     """
-    if args.transcoder_set is None and args.dictionaries is None:
-        raise UserError(
-            "-d/--dictionaries is missing: name residual SAEs or a crosscoder, or transcoders with "
-            "-t/--transcoder_set."
-        )
-    if args.transcoder_set is not None and args.dictionaries is not None:
-        raise UserError("-t and -d make different graphs: give one of them.")
-    if args.transcoder_set is not None and args.qk:
-        backend = getattr(args, "backend", "transformerlens")
-        if backend != "transformerlens":
-            raise UserError(
-                f"--backend {backend}: heads are explained with transformerlens; leave --backend "
-                "out, or give --no-qk for circuit-tracer's own files."
-            )
-    if args.transcoder_set is not None and args.np_model is not None and not args.qk:
-        raise UserError(
-            "--np-model names files that --no-qk leaves to circuit-tracer: leave it out."
-        )
+    _check_sets(args)
     slug, folder = args.slug, args.graph_file_dir
     files = None if slug is None or folder is None else (slug, folder)
     if args.server and files is None:
@@ -473,6 +476,28 @@ def _checked_files(args: argparse.Namespace) -> tuple[str, str] | None:
     if args.server:
         _check_server(args)
     return files
+
+
+def _check_sets(args: argparse.Namespace) -> None:
+    """Refuse what says not, or twice, which graph is meant."""
+    if args.transcoder_set is None and args.dictionaries is None:
+        raise UserError(
+            "-d/--dictionaries is missing: name residual SAEs or a crosscoder, or transcoders with "
+            "-t/--transcoder_set."
+        )
+    if args.transcoder_set is not None and args.dictionaries is not None:
+        raise UserError("-t and -d make different graphs: give one of them.")
+    if args.transcoder_set is not None and args.qk:
+        backend = getattr(args, "backend", "transformerlens")
+        if backend != "transformerlens":
+            raise UserError(
+                f"--backend {backend}: heads are explained with transformerlens; leave --backend "
+                "out, or give --no-qk for circuit-tracer's own files."
+            )
+    if args.transcoder_set is not None and args.np_model is not None and not args.qk:
+        raise UserError(
+            "--np-model names files that --no-qk leaves to circuit-tracer: leave it out."
+        )
 
 
 def _qk(args: argparse.Namespace) -> None:
@@ -508,7 +533,7 @@ def _steer(args: argparse.Namespace) -> None:
     if args.json not in (None, "-"):
         _check_file(Path(args.json), "--json")
     prompt, model = _prompt_and_model(args)
-    with _hushed():
+    with hushed():
         lines = steer_command.steer(args, prompt, model)
     _show(lines)
 
@@ -530,7 +555,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     from circuit_tracer_qk.native_files import write_dictionaries
 
-    with _hushed():
+    with hushed():
         found = circuit_tracer_qk.load_dictionaries(args.source)
         written = write_dictionaries(found, args.destination)
     layers = ", ".join(map(str, found.checkpoints))
@@ -538,7 +563,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _features(args: argparse.Namespace) -> None:
-    with _hushed():
+    with hushed():
         lines = features_command.run(args, _load)
     _show(lines)
 
@@ -554,7 +579,7 @@ def _demo(args: argparse.Namespace) -> None:
         next_free_port(args.port, args.host)
         _check_page()
     model = _load(None, dictionaries)
-    with _hushed():
+    with hushed():
         graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)
 
     from circuit_tracer_qk import report
@@ -643,7 +668,7 @@ def _run(args: argparse.Namespace, layer: int) -> tuple[Scores, list[str]]:
     from circuit_tracer_qk import host
     from circuit_tracer_qk.attribution import explain
 
-    with _hushed():
+    with hushed():
         qk = explain(prompt, model)
     decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
     return qk, [decode(t) for t in qk.heads.run.tokens]
@@ -657,7 +682,7 @@ def _load(
 ) -> ResidualModel:
     import torch
 
-    with _hushed():
+    with hushed():
         return circuit_tracer_qk.load_model(
             model, dictionaries, dtype=getattr(torch, dtype), checkpoints=checkpoints
         )
@@ -667,7 +692,7 @@ def _write_files(
     graph: ExplainedGraph, slug: str, folder: str, *, qk: bool = True, **options: Any
 ) -> Path:
     """Write graph files and return the graph's own."""
-    with _hushed():
+    with hushed():
         return circuit_tracer_qk.create_graph_files(graph, slug, folder, qk=qk, **options)
 
 
@@ -781,42 +806,3 @@ def _check_file(path: Path, flag: str = "-o/--graph_output_path") -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder: give {flag} the name of a file.")
     _probe_folder(path.parent)
-
-
-# Quiet --------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _noise(verbose: bool) -> Iterator[None]:
-    """Show logs and warnings with ``--verbose``, else none; everything is put back afterwards."""
-    level, disabled = logging.root.level, logging.root.manager.disable
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    with warnings.catch_warnings():
-        if verbose:
-            logging.root.addHandler(handler)
-            logging.root.setLevel(logging.INFO)
-        else:
-            warnings.simplefilter("ignore")
-            logging.disable(logging.CRITICAL)
-        warnings.filterwarnings("always", "(?s).*FVU above 1")  # a number may be meaningless
-        show = warnings.showwarning
-
-        def one_line(message: Any, category: type[Warning], *rest: Any) -> None:
-            if category.__name__ == "ReconstructionWarning":
-                print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
-            else:
-                show(message, category, *rest)
-
-        warnings.showwarning = one_line
-        try:
-            yield
-        finally:
-            logging.root.removeHandler(handler)
-            logging.root.setLevel(level)
-            logging.disable(disabled)
-
-
-def _hushed() -> contextlib.AbstractContextManager[Any]:
-    """Keep what libraries print off stdout, where the result goes."""
-    return contextlib.redirect_stdout(io.StringIO())

@@ -6,22 +6,38 @@ names, one file of examples for every feature that it mentions.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from circuit_tracer_qk import __version__, host
 from circuit_tracer_qk.attributions import Limits, attributions
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_files import folder_name, write_features
-from circuit_tracer_qk.files import LISTING, check_folder, check_names, write_atomically
+from circuit_tracer_qk.files import check_folder, check_names, write_atomically
 from circuit_tracer_qk.graph import ExplainedGraph, ResidualGraph, load_graph
+from circuit_tracer_qk.listing import add_to_listing, read_listing
 from circuit_tracer_qk.pruned import mention_nodes, prune
 from circuit_tracer_qk.residual_links import residual_links
 from circuit_tracer_qk.tables import TOP_TERMS, Names
 from circuit_tracer_qk.transcoder_graph import TranscoderGraph
 from circuit_tracer_qk.transcoder_links import transcoder_links
 from circuit_tracer_qk.written import encode, without_collection
+
+LIMITS = Limits(tables=512, size=24 << 20, terms=TOP_TERMS)
+
+
+class Written(NamedTuple):
+    """What the files of one graph are.
+
+    Attributes:
+        page: the graph's file.
+        examples: the files of the features that it mentions.
+        listed: what the folder's list of graphs says of it.
+    """
+
+    page: Path
+    examples: list[Path]
+    listed: dict[str, Any]
 
 
 def create_graph_files(
@@ -33,9 +49,9 @@ def create_graph_files(
     *,
     scan: str | list[str] | None = None,
     qk: bool = True,
-    max_tables: int = 512,
-    max_bytes: int = 24 << 20,
-    top_terms: int = TOP_TERMS,
+    max_tables: int = LIMITS.tables,
+    max_bytes: int = LIMITS.size,
+    top_terms: int = LIMITS.terms,
     np_model: str | None = None,
 ) -> Path:
     """Write a graph for circuit-tracer's page, with head loadings and QK attributions.
@@ -66,6 +82,41 @@ def create_graph_files(
         UserError: a slug, threshold or folder that cannot be used, or a file that cannot be
             written; files that were there before are then whole.
     """
+    written = write_graph_files(
+        graph,
+        slug,
+        output_path,
+        node_threshold,
+        edge_threshold,
+        scan=scan,
+        qk=qk,
+        limits=Limits(max_tables, max_bytes, top_terms),
+        np_model=np_model,
+    )
+    add_to_listing(written.page.parent, [written.listed])
+    return written.page
+
+
+def write_graph_files(
+    graph: ExplainedGraph | str | Path,
+    slug: str,
+    output_path: str | Path,
+    node_threshold: float,
+    edge_threshold: float,
+    *,
+    scan: str | list[str] | None = None,
+    qk: bool = True,
+    limits: Limits = LIMITS,
+    np_model: str | None = None,
+) -> Written:
+    """The files of :func:`create_graph_files`, which the folder's list does not name yet.
+
+    Args:
+        limits: of the tables.
+
+    Raises:
+        UserError: as there.
+    """
     check_names(slug, np_model)
     for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0 <= value <= 1:
@@ -73,7 +124,7 @@ def create_graph_files(
     if isinstance(graph, str | Path):
         graph = load_graph(graph)
     folder = check_folder(output_path)
-    _read_listing(folder)  # a damaged one is refused before any work
+    read_listing(folder)  # a damaged one is refused before any work
     if not isinstance(graph, ResidualGraph | TranscoderGraph):
         raise UserError(
             f"{type(graph).__name__} is not explained yet: give circuit_tracer_qk.explain_graph("
@@ -92,17 +143,16 @@ def create_graph_files(
         prompt=graph.input_string,
         node_threshold=node_threshold,
     )
-    limits = Limits(max_tables, max_bytes, top_terms) if qk else None
-    path = folder / f"{slug}.json"
+    path, examples = folder / f"{slug}.json", []
     with without_collection():
-        document, names = _document(graph, metadata, edge_threshold, limits)
+        document, names = _document(graph, metadata, edge_threshold, limits if qk else None)
         data = encode(document, str(path))
     if is_residual:
-        write_features(graph, folder / scan_name, names.features.values(), scan_name)
+        features = names.features.values()
+        examples = write_features(graph, folder / scan_name, features, scan_name)
     write_atomically(path, data)
     # the local page finds the file by its name, also where Neuronpedia's slug differs
-    _update_listing(folder, document["metadata"] | {"slug": slug})
-    return path
+    return Written(path, examples, document["metadata"] | {"slug": slug})
 
 
 def _document(
@@ -138,34 +188,3 @@ def _document(
         nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
         document |= attributions(graph, links, nodes, names, limits)
     return document, names
-
-
-def _read_listing(folder: Path) -> dict[str, Any]:
-    """The folder's list of graphs, empty where there is none.
-
-    Raises:
-        UserError: a file that is no such list.
-    """
-    path = folder / LISTING
-    try:
-        listing = json.loads(path.read_bytes())
-        graphs = listing["graphs"]
-        if not isinstance(graphs, list) or not all(isinstance(g, dict) for g in graphs):
-            raise TypeError("graphs is no list of objects")
-    except FileNotFoundError:
-        return {"graphs": []}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}) and was left as it is: repair it, or remove it to "
-            "start a new list of graphs."
-        ) from error
-    return listing
-
-
-def _update_listing(folder: Path, metadata: dict[str, Any]) -> None:
-    """Put a graph into the folder's list, in place of one with its slug."""
-    listing = _read_listing(folder)
-    others = [graph for graph in listing["graphs"] if graph.get("slug") != metadata["slug"]]
-    write_atomically(folder / LISTING, encode(listing | {"graphs": [*others, metadata]}))

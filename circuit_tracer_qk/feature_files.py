@@ -29,9 +29,14 @@ def folder_name(graph: ExplainedGraph, scan: str | None = None) -> str:
 
 def write_features(
     graph: ExplainedGraph, folder: Path, features: Iterable[tuple[int, int]], scan: str
-) -> None:
-    """Write the examples of every (checkpoint, feature), or an empty form where there are none."""
+) -> list[Path]:
+    """Write the examples of every (checkpoint, feature), or an empty form where there are none.
+
+    Returns:
+        The files.
+    """
     check_folder(folder)
+    written = []
     examples = stored_examples(graph)
     for checkpoint, feature in tqdm(
         sorted(features), "Feature examples", leave=False, delay=2, disable=None
@@ -41,6 +46,8 @@ def write_features(
         data = data or encode(without_examples(feature, scan))
         if not path.is_file() or path.read_bytes() != data:
             write_atomically(path, data)
+        written.append(path)
+    return written
 
 
 def stored_examples(graph: ExplainedGraph) -> FeatureExamples | None:

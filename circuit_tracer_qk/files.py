@@ -7,13 +7,37 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from circuit_tracer_qk.errors import UserError
 
 LISTING = "graph-metadata.json"
 """The file in which circuit-tracer lists a folder's graphs."""
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp")
+_NAME = 100  # characters of a name that its temporary keeps: names have an end
+
+
+def temporary_for(path: Path) -> Path:
+    """A new name beside a file, for what will take its place."""
+    return path.with_name(f".{path.name[:_NAME]}.{secrets.token_hex(8)}.tmp")
+
+
+def remove_temporaries(folder: Path, names: Collection[str]) -> None:
+    """Remove what killed runs left behind of some files of a folder, which nobody writes now."""
+    wanted = {name[:_NAME] for name in names}
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found is None or found["name"] not in wanted:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -33,9 +57,7 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     Raises:
         UserError: a file cannot be written; names it and the reason, and nothing has changed.
     """
-    temporaries = {
-        path: path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp") for path in files
-    }
+    temporaries = {path: temporary_for(path) for path in files}
     path = next(iter(files))
     try:
         for path, temporary in temporaries.items():
@@ -57,6 +79,30 @@ def write_together(files: Mapping[Path, bytes]) -> None:
         for temporary in temporaries.values():
             with contextlib.suppress(OSError):  # only there if something failed
                 temporary.unlink()
+
+
+def put_in_place(files: Mapping[Path, Path]) -> None:
+    """Move finished files to their names: all are on the disk before the first is moved.
+
+    Args:
+        files: temporary file -> what it becomes, on the same file system.
+
+    Raises:
+        UserError: a file cannot be written; names it and the reason.
+    """
+    path = next(iter(files.values()))
+    try:
+        for source, path in files.items():
+            with open(source, "rb+") as file:
+                os.fsync(file.fileno())
+        for source, path in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{path} cannot be written ({reason}): free the disk or choose another folder."
+        ) from error
 
 
 def check_folder(path: str | Path) -> Path:

@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 
 from circuit_tracer_qk.errors import UserError
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Its short names."""
+
 
 class _Captured(BaseException):
     """Carries circuit-tracer's parser out of its ``main``, which builds it and never returns it."""

@@ -70,8 +70,8 @@ def record_bytes(record: Record, fingerprint: list[int]) -> bytes:
         fingerprint: of the graph that it belongs to.
     """
     tensors, facts = _flatten(record)
-    facts["fingerprint"] = fingerprint
-    metadata = {"format": FORMAT, "facts": json.dumps(facts)}
+    # in one entry: safetensors writes several in an order that differs from call to call
+    metadata = {"facts": json.dumps({"format": FORMAT, **facts, "fingerprint": fingerprint})}
     # clones: safetensors refuses tensors that share memory
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     return save(tensors, metadata)
@@ -95,12 +95,13 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, list[in
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): make the graph again.") from error
-    if metadata.get("format") != FORMAT:
+    facts = json.loads(metadata.get("facts", "{}"))
+    kind = metadata.get("format", facts.get("format"))  # beside the facts in older files
+    if kind != FORMAT:
         raise UserError(
-            f"{path} is of kind {metadata.get('format')!r} and this version reads {FORMAT!r}: "
+            f"{path} is of kind {kind!r} and this version reads {FORMAT!r}: "
             "make the graph again, or use the version that wrote it."
         )
-    facts = json.loads(metadata["facts"])
     return _rebuild(tensors, facts), facts["fingerprint"]
 
 

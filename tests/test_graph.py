@@ -382,23 +382,6 @@ def test_a_saved_graph_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(stock.adjacency_matrix, back.adjacency_matrix)
 
 
-def test_a_saved_graph_is_known_again_whatever_the_number_of_threads(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, graph = tmp_path / "g.pt", case.graph
-    repeats = -(-1000 // len(graph.adjacency_matrix))  # enough numbers for sums to be shared
-    larger = graph.adjacency_matrix.repeat(repeats, repeats)
-    monkeypatch.setattr(graph, "adjacency_matrix", larger)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        graph.to_pt(path)
-        torch.set_num_threads(1)
-        assert torch.equal(ctqk.load_graph(path).adjacency_matrix, larger)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_saved_files_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
     path, second = tmp_path / "g.pt", tmp_path / "g.pt.qk.safetensors"
     with pytest.raises(ctqk.UserError, match="no graph file"):
@@ -421,6 +404,19 @@ def test_saved_files_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
     second.write_bytes(record)
     with pytest.raises(ctqk.UserError, match="different graphs"):
         ctqk.load_graph(path)
+
+
+def test_a_graph_is_known_again_on_another_number_of_cores(tmp_path: Path):
+    """Sums over many edges round in another way there."""
+    graph = ctqk.attribute("I always loved visiting Aunt Sally. I like Aunt", ctqk.load_model())
+    graph.to_pt(tmp_path / "graph.pt")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            ctqk.load_graph(tmp_path / "graph.pt")
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_graph_that_cannot_be_written(case: Case, tmp_path: Path) -> None:

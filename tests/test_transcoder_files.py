@@ -186,7 +186,7 @@ def test_without_qk_and_with_a_list_of_transcoders(written: Written, tmp_path: P
     assert "qk" not in document and any(link["delivered_by"] for link in document["links"])
     assert document["metadata"]["transcoder_list"] == ["org/a", "org/b"]
     assert document["metadata"]["scan"].startswith("custom-")
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["graph-metadata.json", "plain.json"]
+    assert [p.name for p in sorted(tmp_path.glob("[!.]*"))] == ["graph-metadata.json", "plain.json"]
 
 
 def test_what_is_delivered_by_many_heads_is_cut_with_its_rest(

@@ -1,0 +1,221 @@
+"""Which prompts of a file are finished: a mark of each, written after its files.
+
+A mark says what was asked for, of which model and dictionaries, and how large every file is. Files
+are on the disk before they get their names, so that a file of the right size is a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from circuit_tracer_qk import __version__
+from circuit_tracer_qk.files import check_folder, remove_temporaries, write_atomically
+from circuit_tracer_qk.prompts_file import Request
+from circuit_tracer_qk.written import encode
+
+FOLDER = ".prompts"
+KINDS = frozenset(".safetensors .json .yaml .yml .npz .pt .pth .bin .model .txt .zip".split())
+"""The files of models and dictionaries, by suffix; features' examples are not asked."""
+
+
+class Marks:
+    """The marks of a run's prompts, in a hidden folder beside their files.
+
+    Args:
+        pages: the folder of the graph files, if they are wanted.
+        saved: the folder of the ``.pt`` files, if they are wanted.
+        work: of :func:`work_of`.
+    """
+
+    def __init__(self, pages: Path | None, saved: Path | None, work: str) -> None:
+        home = pages or saved
+        assert home is not None
+        self.pages, self.saved, self.folder, self._work = pages, saved, home / FOLDER, work
+        self._sizes: dict[Path, dict[str, int]] = {}
+
+    def _digest(self, request: Request) -> str:
+        asked = [self._work, request.prompt, request.slug, request.options]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _path(self, request: Request) -> Path:
+        return self.folder / f"{request.slug}.json"
+
+    def remove(self, request: Request) -> None:
+        """Forget a prompt, whose files are about to be written.
+
+        Raises:
+            OSError: its mark cannot be removed.
+        """
+        self._path(request).unlink(missing_ok=True)
+
+    def write(
+        self,
+        request: Request,
+        pages: Iterable[Path],
+        saved: Iterable[Path],
+        listed: dict[str, Any] | None,
+    ) -> None:
+        """Mark a prompt as finished.
+
+        Args:
+            request: the prompt.
+            pages, saved: its files in either folder.
+            listed: what the list of graphs says of it.
+
+        Raises:
+            UserError: the mark cannot be written.
+        """
+        mark = {"work": self._digest(request), "listed": listed}
+        for name, folder, files in (("pages", self.pages, pages), ("saved", self.saved, saved)):
+            if folder is not None:
+                sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
+                mark[name] = dict(sorted(sizes.items()))
+        if self.pages is not None:
+            data = (self.pages / f"{request.slug}.json").read_bytes()
+            tail = data[max(0, data.find(b'"nodes":')) :]
+            mark["tail"] = [len(tail), hashlib.sha256(tail).hexdigest()]
+        write_atomically(self._path(request), encode(mark, "the mark"))
+
+    def find(self, request: Request) -> dict[str, Any] | None:
+        """What the list of graphs says of a finished prompt; None where it is not finished.
+
+        A prompt is finished if the same was asked for and its files are whole. A graph's file in
+        which the page saved what it shows is of another size; from its nodes on it is the same.
+        """
+        try:
+            mark = json.loads(self._path(request).read_bytes())
+            if mark["work"] != self._digest(request):
+                return None
+            for folder, files in ((self.pages, mark.get("pages")), (self.saved, mark.get("saved"))):
+                if folder is None:
+                    continue
+                if not files:
+                    return None
+                for name, size in files.items():
+                    found = self._size(folder / name)
+                    page = folder == self.pages and name == f"{request.slug}.json"
+                    if found != size and not (page and _ends_with(folder / name, *mark["tail"])):
+                        return None
+            return mark["listed"] or {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _size(self, path: Path) -> int | None:
+        """A file's size; whole folders are read at once."""
+        if path.parent not in self._sizes:
+            sizes = {}
+            with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+                for entry in entries:
+                    with contextlib.suppress(OSError):
+                        if entry.is_file():
+                            sizes[entry.name] = entry.stat().st_size
+            self._sizes[path.parent] = sizes
+        return self._sizes[path.parent].get(path.name)
+
+    def prepare(self, requests: Iterable[Request]) -> str:
+        """Make the folders and remove what killed runs left of prompts that will be done now.
+
+        Returns:
+            The folder's name for itself: another machine that finds it there shares the folder.
+
+        Raises:
+            UserError: a folder cannot be made or written to.
+        """
+        names = {
+            f"{r.slug}{end}" for r in requests for end in (".json", ".pt", ".pt.qk.safetensors")
+        }
+        for folder in (self.pages, self.saved, self.folder):
+            if folder is not None:
+                remove_temporaries(check_folder(folder), names)
+        path = self.folder / "id"
+        if not path.is_file():
+            write_atomically(path, secrets.token_hex(16).encode())
+        return path.read_text(encoding="ascii")
+
+    def here(self, name: str) -> bool:
+        """Whether this is the folder that :meth:`prepare` named."""
+        with contextlib.suppress(OSError, ValueError):
+            return (self.folder / "id").read_text(encoding="ascii") == name
+        return False
+
+
+def _ends_with(path: Path, length: int, digest: str) -> bool:
+    """Whether the end of a file is what it was.
+
+    Raises:
+        OSError: it cannot be read, or is too short.
+    """
+    with open(path, "rb") as file:
+        file.seek(-length, os.SEEK_END)
+        return hashlib.sha256(file.read()).hexdigest() == digest
+
+
+def work_of(arguments: dict[str, Any], refs: Iterable[str | None], outputs: Iterable[Path]) -> str:
+    """What every prompt of a run has in common; differs where the results would.
+
+    Args:
+        arguments: the flags, by name, as far as results hang on them.
+        refs: the model and the dictionaries or transcoders. Files of local ones are told by name,
+            size and time; hub ids by their text.
+        outputs: folders in which results go, wherever they are.
+    """
+    places = [path.resolve() for path in outputs]
+    facts: list[Any] = [__version__, arguments]
+    try:
+        facts.append(version("circuit-tracer"))
+    except PackageNotFoundError:  # a tree that is only on the path
+        pass
+    for ref in refs:
+        facts.append([ref, _files_of(ref, places) if ref is not None else []])
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _files_of(ref: str, outputs: list[Path]) -> list[Any]:
+    """Name, size and time of every file that a reference may be read from, if it is local."""
+    for text in (ref, ref.partition(":")[2]):  # FORMAT:FOLDER
+        parts = Path(text).expanduser().parts
+        wild = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
+        root = Path(*parts[:wild])
+        if parts[:wild] and root.exists():
+            break
+    else:
+        return []
+    root = root.resolve()
+    found = [*_stamps(root, outputs)]
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        model = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))["model_name"]
+        if Path(model).is_dir():  # the model that is taken where none is named
+            found += _stamps(Path(model).resolve(), outputs)
+    return found
+
+
+def _stamps(root: Path, outputs: list[Path]) -> list[tuple[str, int, int]]:
+    found = []
+    for folder, below, names in os.walk(root):
+        here = Path(folder)
+        below[:] = sorted(
+            name
+            for name in below
+            if not name.startswith(".") and (here / name).resolve() not in outputs
+        )
+        if here in outputs:
+            continue
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in KINDS and not stem.isdigit():
+                with contextlib.suppress(OSError):
+                    stat = (here / name).stat()
+                    path = (here / name).relative_to(root).as_posix()
+                    found.append((path, stat.st_size, stat.st_mtime_ns))
+    return found

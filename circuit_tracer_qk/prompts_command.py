@@ -1,0 +1,279 @@
+"""``attribute --prompts``: its arguments, and the order of work over a file of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from circuit_tracer_qk import engines, many
+from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.files import check_names
+from circuit_tracer_qk.finished import work_of
+from circuit_tracer_qk.listing import add_to_listing, read_listing
+from circuit_tracer_qk.many import Outcome, Plan
+from circuit_tracer_qk.prompts_file import OPTIONS, Request, read_prompts
+
+LISTED_EVERY = 5.0  # seconds between two writings of the list of graphs
+IRRELEVANT = (
+    *("prompts", "prompt", "slug", "graph_output_path", "graph_file_dir", "force", "workers"),
+    *("engine", "server", "port", "host", "online", "verbose", "run", "command", "features_dir"),
+)
+"""Flags that no graph hangs on."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that ``attribute`` takes for many prompts."""
+    add = parser.add_argument
+    add(
+        "--prompts",
+        metavar="FILE",
+        help='Many prompts in place of -p: one JSON object a line, {"prompt": "...", "slug": "..."}, '
+        f"where slug, {', '.join(OPTIONS)} may be left out. The model is loaded once; "
+        "-o/--graph_output_path is a folder for SLUG.pt; the same command again does what is not "
+        "finished.",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="With --prompts: processes, each with a model of its own (default: 1; on Ray one a "
+        "GPU, or a machine).",
+    )
+    add(
+        "--engine",
+        choices=engines.ENGINES,
+        default="local",
+        help="With --prompts: where they are, this machine or a Ray cluster whose machines share "
+        "the folders (default: local).",
+    )
+    add("--force", action="store_true", help="With --prompts: do finished prompts again.")
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether a file of prompts was given.
+
+    Raises:
+        UserError: neither it nor a prompt, or both, or flags that are for it alone.
+    """
+    if args.prompts is not None:
+        if args.prompt is not None:
+            raise UserError("-p and --prompts are both given: give one of them.")
+        return True
+    if args.prompt is None:
+        raise UserError(
+            "the following arguments are required: -p/--prompt, or --prompts for a file of them; "
+            "see `circuit-tracer-qk attribute --help`"
+        )
+    for flag, given in (
+        ("--workers", args.workers is not None),
+        ("--engine", args.engine != "local"),
+        ("--force", args.force),
+    ):
+        if given:
+            raise UserError(
+                f"{flag} is for a file of prompts: give --prompts FILE, or leave it out."
+            )
+    return False
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before the file is read; ``~`` is taken for what it means.
+
+    Raises:
+        UserError: what, and the way out.
+    """
+    for name in ("graph_output_path", "graph_file_dir"):
+        if (value := getattr(args, name)) is not None:
+            setattr(args, name, str(Path(value).expanduser()))
+    saved, pages = args.graph_output_path, args.graph_file_dir
+    if saved is None and pages is None:
+        raise UserError(
+            "no output is named: give --graph_file_dir for graph files, or -o/--graph_output_path "
+            "for a folder of .pt files."
+        )
+    if saved is not None and (saved.endswith(".pt") or Path(saved).is_file()):
+        raise UserError(
+            f"with --prompts -o/--graph_output_path is a folder, for SLUG.pt of every line: {saved} "
+            "is a file."
+        )
+    if args.server and pages is None:
+        raise UserError("--server needs --graph_file_dir: give it too.")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers is {args.workers}: it must be at least 1.")
+    for name, least in (("max_n_logits", 1), ("max_feature_nodes", 0), ("batch_size", 1)):
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}: it must be at least {least}.")
+    if args.slug is not None or args.np_model is not None:
+        check_names("x" if args.slug is None else args.slug, args.np_model)
+    engines.check(args.engine)
+
+
+def run(args: argparse.Namespace, program: str) -> UserError | None:
+    """Do what is not finished.
+
+    Args:
+        args: the parsed arguments, checked.
+        program: its name, for what is said on stderr.
+
+    Returns:
+        What to say at the end of a run in which some lines failed.
+
+    Raises:
+        UserError: nothing can be done: the file, the model, the engine, the list of graphs.
+    """
+    path = Path(args.prompts).expanduser()
+    requests, bad = read_prompts(path, args.slug)
+    report = _Report(program, path, len(requests) + len(bad))
+    for line, problem in bad:
+        report.failed(line, problem)
+    plan = _plan(args)
+    marks = plan.marks()
+    listing = None if marks.pages is None else _Listing(marks.pages)
+    left: list[Request] = []
+    for request in requests:
+        listed = None if args.force else marks.find(request)
+        if listed is None:
+            left.append(request)
+        elif listing is not None:
+            listing.repair(listed)
+    report.finished = len(requests) - len(left)
+    try:
+        if left:
+            plan = Plan(plan.args, plan.work, plan.home, marks.prepare(left))
+            _do(plan, left, report, listing)
+    except KeyboardInterrupt:
+        report.interrupted()
+        raise
+    finally:
+        if listing is not None:
+            listing.write()
+    report.end()
+    if args.transcoder_set is not None and args.qk and marks.pages is None and report.done:
+        print(
+            "heads go into graph files: give --graph_file_dir too, or later "
+            f"`{program} augment {marks.saved}/SLUG.pt -t {args.transcoder_set} ...`"
+        )
+    sys.stdout.flush()
+    return report.failure()
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    arguments = {k: v for k, v in vars(args).items() if k not in IRRELEVANT}
+    outputs = [Path(p) for p in (args.graph_file_dir, args.graph_output_path) if p]
+    refs = (args.model, args.dictionaries, args.transcoder_set)
+    kept = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "run"})
+    return Plan(kept, work_of(arguments, refs, outputs), os.getcwd())
+
+
+def _do(plan: Plan, requests: list[Request], report: _Report, listing: _Listing | None) -> None:
+    """Share out the prompts and keep account of them."""
+    args = plan.args
+    if args.engine == "local" and (args.workers or 1) == 1:
+        results = engines.in_this_process(partial(many.set_up, plan), many.work, requests)
+    else:
+        set_up = partial(many.set_up_worker, plan, report.program)
+        results = engines.run(args.engine, set_up, many.work, requests, args.workers)
+    bar = tqdm(total=len(requests), desc="Prompts", leave=False, delay=2, disable=None)
+    with bar, closing(results):
+        for request, outcome in results:
+            bar.update()
+            if isinstance(outcome, engines.Lost):
+                outcome = Outcome("", None, outcome.reason, [])
+            for warning in outcome.warnings:
+                report.warned(request, warning)
+            if outcome.listed is not None and listing is not None:
+                listing.add(outcome.listed)
+            if outcome.problem:
+                report.failed(request.line, outcome.problem, request.slug)
+            else:
+                report.did(outcome.said)
+
+
+class _Listing:
+    """The list of graphs, written by this process alone, now and then: it names every graph."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known = {g.get("slug"): g for g in read_listing(folder)["graphs"]}
+        self._new: dict[str, dict[str, Any]] = {}
+        self._written = time.monotonic()
+
+    def repair(self, listed: dict[str, Any]) -> None:
+        """Name a finished graph if the list does not."""
+        if listed and self._known.get(listed["slug"]) != listed:
+            self._new[listed["slug"]] = listed
+
+    def add(self, listed: dict[str, Any]) -> None:
+        """Name a graph."""
+        self._new[listed["slug"]] = listed
+        if time.monotonic() - self._written > LISTED_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Name all on the disk."""
+        if self._new:
+            add_to_listing(self._folder, self._new.values())
+        self._new, self._written = {}, time.monotonic()
+
+
+class _Report:
+    """What is said of a run: a line for each prompt, and the account at the end."""
+
+    def __init__(self, program: str, path: Path, total: int) -> None:
+        self.program, self._path, self._total = program, path, total
+        self.finished = self.done = 0
+        self._failed: list[int] = []
+
+    def did(self, said: str) -> None:
+        """A prompt is done."""
+        self.done += 1
+        tqdm.write(said)
+        sys.stdout.flush()
+
+    def failed(self, line: int, problem: str, slug: str = "") -> None:
+        """A line failed."""
+        self._failed.append(line)
+        name = f" ({slug})" if slug else ""
+        self._say(f"line {line}{name} failed: {problem}")
+
+    def warned(self, request: Request, warning: str) -> None:
+        """Something about a prompt that was done."""
+        self._say(f"warning: line {request.line} ({request.slug}): {warning}")
+
+    def _say(self, text: str) -> None:
+        tqdm.write(f"{self.program}: {' '.join(text.split())}", file=sys.stderr)
+        sys.stderr.flush()
+
+    def interrupted(self) -> None:
+        """Ctrl+C."""
+        self._say(
+            f"interrupted: {self.done + self.finished} of {self._total} prompts are finished; the "
+            "same command goes on with the others"
+        )
+
+    def end(self) -> None:
+        """The account."""
+        before = f", {self.finished} were finished before" if self.finished else ""
+        failed = f", {len(self._failed)} failed" if self._failed else ""
+        print(f"{self._total} prompts: {self.done} done{before}{failed}")
+
+    def failure(self) -> UserError | None:
+        """What to end with where lines failed."""
+        if not self._failed:
+            return None
+        lines = sorted(self._failed)
+        some = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
+        return UserError(
+            f"{len(lines)} of {self._total} prompts of {self._path} failed (line{'s'[: len(lines) > 1]} "
+            f"{some}; why is said above): mend them and give the same command again, which skips "
+            "what is finished."
+        )

@@ -1,0 +1,52 @@
+"""What a command lets through of logs, warnings and what libraries print."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def noise(program: str, verbose: bool) -> Iterator[None]:
+    """Show logs and warnings with ``--verbose``, else none; everything is put back afterwards.
+
+    Args:
+        program: the name that a warning of ours begins with.
+        verbose: whether to.
+    """
+    level, disabled = logging.root.level, logging.root.manager.disable
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    with warnings.catch_warnings():
+        if verbose:
+            logging.root.addHandler(handler)
+            logging.root.setLevel(logging.INFO)
+        else:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+        warnings.filterwarnings("always", "(?s).*FVU above 1")  # a number may be meaningless
+        show = warnings.showwarning
+
+        def one_line(message: Any, category: type[Warning], *rest: Any) -> None:
+            if category.__name__ == "ReconstructionWarning":
+                print(f"{program}: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *rest)
+
+        warnings.showwarning = one_line
+        try:
+            yield
+        finally:
+            logging.root.removeHandler(handler)
+            logging.root.setLevel(level)
+            logging.disable(disabled)
+
+
+def hushed() -> contextlib.AbstractContextManager[Any]:
+    """Keep what libraries print off stdout, where the result goes."""
+    return contextlib.redirect_stdout(io.StringIO())
