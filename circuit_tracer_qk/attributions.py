@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.batches import Terms, batches
+from circuit_tracer_qk.batches import rows as table_rows
 from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.pruned import Links
-from circuit_tracer_qk.qk import Place, QKTable
-from circuit_tracer_qk.tables import Names, largest_terms, row_document, table_document
-from circuit_tracer_qk.written import encode, rounded, rounded_all
+from circuit_tracer_qk.qk import Place
+from circuit_tracer_qk.tables import Names, Table, largest_terms, written_row, written_tables
+from circuit_tracer_qk.written import rounded, rounded_all
 
 PROJECTED = 10  # entries of each of a node's lists for Neuronpedia
 
@@ -36,49 +37,66 @@ class Limits(NamedTuple):
     terms: int
 
 
+class Attributions(NamedTuple):
+    """What a graph's files say about its heads' scores.
+
+    Attributes:
+        tables: JSON of the tables to write, the most wanted first.
+        rows: JSON of the attention rows that they belong to, by (layer, head, query).
+        facts: what else the document's ``qk`` holds.
+        outsiders: the document's ``qk_only_nodes``.
+    """
+
+    tables: dict[Place, bytes]
+    rows: dict[tuple[int, int, int], bytes]
+    facts: dict[str, Any]
+    outsiders: dict[str, dict[str, Any]]
+
+
 def attributions(
     graph: ExplainedGraph,
     links: Links,
     nodes: dict[int, dict[str, Any]],
     names: Names,
     limits: Limits,
-) -> dict[str, Any]:
-    """The document's ``qk`` and ``qk_only_nodes``; ``nodes`` get their ``qk_tracing_results``.
+) -> Attributions:
+    """The tables to write; ``nodes`` get their ``qk_tracing_results``.
 
     All tables that links require are written, then others in their order while limits allow.
     """
     required = dict.fromkeys(place for places in links.required.values() for place in places)
     others = [place for place in links.others if place not in required]
     others = others[: max(limits.tables - len(required), 0)]
-    written = _Written(graph, names, limits.terms)
+    wanted = [*required, *others]
     outsiders: dict[str, dict[str, Any]] = {}
     projected = _projected(links.required)
-    drafts: dict[Place, _Draft] = {}
-    for (layer, query), tables in _by_query(graph, [*required, *others]):
-        for place, table in tables.items():
-            drafts[place] = written.draft(place, table)
+    made: dict[Place, Table] = {}
+    for (layer, query), tables in _by_query(_made(graph, wanted, names, limits.terms, made)):
         results: dict[tuple[Place, ...], dict[str, Any]] = {}
         for target in projected.pop((layer, query), ()):
             some = tuple(place for place in links.required[target] if place in tables)
             if some not in results:
                 results[some] = _projection([tables[p] for p in some], names, outsiders)
             nodes[target]["qk_tracing_results"] = results[some]
-    for place in required:
-        written.add(place, drafts[place])
-    for place in others:
-        if written.size + drafts[place].size > limits.size:
+    rows = {at: written_row(*at, row) for at, row in table_rows(graph, (p[:3] for p in wanted))}
+    written: dict[Place, bytes] = {}
+    used: dict[tuple[int, int, int], bytes] = {}
+    mentioned: set[tuple[int, int]] = set()
+    size = 0
+    for place in wanted:
+        data, features = made[place]
+        if place not in required and size + len(data) > limits.size:
             break
-        written.add(place, drafts[place])
-    return {
-        "qk": {
-            "schema_version": 1,
-            "graph_kind": graph.kind,
-            **_neuronpedia(graph),
-            "attributions": [written.tables[place] for place in sorted(written.tables)],
-            "rows": [written.rows[place] for place in sorted(written.rows)],
-        },
-        "qk_only_nodes": outsiders,
-    }
+        if place[:3] not in used:
+            used[place[:3]] = rows[place[:3]]
+            size += len(rows[place[:3]])
+        written[place] = data
+        size += len(data)
+        mentioned.update(features)
+    for feature in mentioned:
+        names.mention(*feature)
+    facts = {"schema_version": 1, "graph_kind": graph.kind, **_neuronpedia(graph)}
+    return Attributions(written, used, facts, outsiders)
 
 
 def _neuronpedia(graph: ExplainedGraph) -> dict[str, dict[str, str]]:
@@ -95,68 +113,31 @@ def _projected(required: dict[int, list[Place]]) -> dict[tuple[int, int], list[i
     return out
 
 
+def _made(
+    graph: ExplainedGraph,
+    places: Sequence[Place],
+    names: Names,
+    top_terms: int,
+    made: dict[Place, Table],
+) -> Iterator[tuple[Place, Terms]]:
+    """Tables by block and query; ``made`` gets them as they are written."""
+    with tqdm(total=len(places), desc="QK attributions", delay=2, disable=None) as progress:
+        for batch in batches(graph, places):
+            made.update(zip(batch.places, written_tables(batch, names, top_terms), strict=True))
+            yield from batch.each()
+            progress.update(len(batch.places))
+
+
 def _by_query(
-    graph: ExplainedGraph, places: Sequence[Place]
-) -> Iterator[tuple[tuple[int, int], dict[Place, QKTable]]]:
-    """Tables by block and query: those that share both are at hand together, and then let go."""
-    made = tqdm(
-        graph.scores.tables(places),
-        total=len(places),
-        desc="QK attributions",
-        delay=2,
-        disable=None,
-    )
-    for at, tables in groupby(made, key=lambda t: (t.layer, t.query_position)):
-        yield at, {Place(t.layer, t.head, t.query_position, t.key_position): t for t in tables}
-
-
-class _Draft(NamedTuple):
-    """A table that may be written, and its size."""
-
-    table: dict[str, Any]
-    size: int
-
-
-@dataclass
-class _Written:
-    """Tables and rows as they go to the file.
-
-    Attributes:
-        graph, names: what they are about.
-        top_terms: terms listed per table.
-        tables: by place.
-        rows: by (layer, head, query).
-        size: their bytes.
-    """
-
-    graph: ExplainedGraph
-    names: Names
-    top_terms: int
-    tables: dict[Place, dict[str, Any]] = field(default_factory=dict)
-    rows: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
-    size: int = 0
-
-    def draft(self, place: Place, table: QKTable) -> _Draft:
-        """A table as it is written, and the bytes that it takes."""
-        pattern = float(self.graph.run.pattern[place])
-        made = table_document(table, pattern, self.names, self.top_terms)
-        return _Draft(made, len(encode(made)))
-
-    def add(self, place: Place, draft: _Draft) -> None:
-        """Write a table and its row of scores, and note the features that it mentions."""
-        self.tables[place] = draft.table
-        self.size += draft.size
-        if place[:3] not in self.rows:
-            row = row_document(*place[:3], self.graph.qk_row(*place[:3]))
-            self.rows[place[:3]] = row
-            self.size += len(encode(row))
-        for listed in (*draft.table["query_components"], *draft.table["key_components"]):
-            if listed["kind"] == "feature":
-                self.names.mention(listed["checkpoint"], listed["feature"])
+    tables: Iterable[tuple[Place, Terms]],
+) -> Iterator[tuple[tuple[int, int], dict[Place, Terms]]]:
+    """By block and query: tables that share both are at hand together, and then let go."""
+    for at, some in groupby(tables, key=lambda table: (table[0].layer, table[0].query)):
+        yield at, dict(some)
 
 
 def _projection(
-    tables: Sequence[QKTable], names: Names, outsiders: dict[str, dict[str, Any]]
+    tables: Sequence[Terms], names: Names, outsiders: dict[str, dict[str, Any]]
 ) -> dict[str, list[list[Any]]]:
     """A node's tables summed over heads, in the form that Neuronpedia's viewer shows.
 
@@ -167,14 +148,20 @@ def _projection(
     queries = tables[0].query
     at = {c: i for i, c in enumerate(dict.fromkeys(c for table in tables for c in table.key))}
     keys = list(at)  # carried to several keys, one node may be a component of each
-    terms = tables[0].terms.cpu()
+    terms = tables[0].terms
     if len(tables) > 1:
         terms = terms.new_zeros(len(queries), len(keys))
         for table in tables:
             columns = torch.tensor([at[c] for c in table.key])
-            terms.index_add_(1, columns, table.terms.cpu())
-    row, column = largest_terms(terms, PROJECTED)
-    pairs = zip(row.tolist(), column.tolist(), rounded_all(terms[row, column]), strict=True)
+            terms.index_add_(1, columns, table.terms)
+    largest, n_largest = largest_terms(terms[None], PROJECTED)
+    largest = largest[0, : int(n_largest)]
+    pairs = zip(
+        (largest // len(keys)).tolist(),
+        (largest % len(keys)).tolist(),
+        rounded_all(terms.flatten()[largest]),
+        strict=True,
+    )
 
     def top(values: Tensor) -> list[tuple[int, float]]:
         at = values.abs().topk(min(PROJECTED, len(values))).indices

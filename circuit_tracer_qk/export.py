@@ -11,17 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from circuit_tracer_qk import __version__, host
-from circuit_tracer_qk.attributions import Limits, attributions
+from circuit_tracer_qk.attributions import Attributions, Limits, attributions
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_files import folder_name, write_features
-from circuit_tracer_qk.files import LISTING, check_folder, check_names, write_atomically
+from circuit_tracer_qk.files import (
+    LISTING,
+    check_folder,
+    check_names,
+    write_atomically,
+    write_together,
+)
 from circuit_tracer_qk.graph import ExplainedGraph, ResidualGraph, load_graph
 from circuit_tracer_qk.pruned import mention_nodes, prune
 from circuit_tracer_qk.residual_links import residual_links
+from circuit_tracer_qk.sidecars import FILE_BYTES, divide, folder_of, remove_others, sidecars_of
 from circuit_tracer_qk.tables import TOP_TERMS, Names
 from circuit_tracer_qk.transcoder_graph import TranscoderGraph
 from circuit_tracer_qk.transcoder_links import transcoder_links
-from circuit_tracer_qk.written import encode, without_collection
+from circuit_tracer_qk.written import Encoded, encode, without_collection
 
 
 def create_graph_files(
@@ -36,6 +43,7 @@ def create_graph_files(
     max_tables: int = 512,
     max_bytes: int = 24 << 20,
     top_terms: int = TOP_TERMS,
+    max_file_bytes: int = FILE_BYTES,
     np_model: str | None = None,
 ) -> Path:
     """Write a graph for circuit-tracer's page, with head loadings and QK attributions.
@@ -57,10 +65,13 @@ def create_graph_files(
         qk: write QK attributions.
         max_tables, max_bytes: limits of the further tables.
         top_terms: how many terms of a table to list, by absolute value.
+        max_file_bytes: how long ``<slug>.json`` may become by its tables: those that do not fit,
+            the last of the order above, go to one file for each head in ``<slug>.qk``, where
+            the page finds them.
         np_model: write the scan and slug that Neuronpedia accepts, for this model id of its.
 
     Returns:
-        The path of ``<slug>.json``.
+        The path of ``<slug>.json``. Sidecars of an earlier graph of this slug are removed.
 
     Raises:
         UserError: a slug, threshold or folder that cannot be used, or a file that cannot be
@@ -95,11 +106,11 @@ def create_graph_files(
     limits = Limits(max_tables, max_bytes, top_terms) if qk else None
     path = folder / f"{slug}.json"
     with without_collection():
-        document, names = _document(graph, metadata, edge_threshold, limits)
-        data = encode(document, str(path))
+        document, names, found = _document(graph, metadata, edge_threshold, limits)
+        data, beside = _encoded(document, found, path, max_file_bytes)
     if is_residual:
         write_features(graph, folder / scan_name, names.features.values(), scan_name)
-    write_atomically(path, data)
+    _write(path, data, beside)
     # the local page finds the file by its name, also where Neuronpedia's slug differs
     _update_listing(folder, document["metadata"] | {"slug": slug})
     return path
@@ -110,8 +121,8 @@ def _document(
     metadata: host.Metadata,
     edge_threshold: float,
     limits: Limits | None,
-) -> tuple[dict[str, Any], Names]:
-    """The graph's file, and the features that it mentions; without limits no QK attributions."""
+) -> tuple[dict[str, Any], Names, Attributions | None]:
+    """The graph's file, the features mentioned, and with limits the QK attributions."""
     node_threshold = metadata.node_threshold
     assert node_threshold is not None
     kept = prune(graph, node_threshold, edge_threshold)
@@ -134,10 +145,47 @@ def _document(
         "edge_threshold": edge_threshold,
     }
     document["links"] = links.documents
-    if limits is not None:
-        nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
-        document |= attributions(graph, links, nodes, names, limits)
-    return document, names
+    if limits is None:
+        return document, names, None
+    nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
+    return document, names, attributions(graph, links, nodes, names, limits)
+
+
+def _encoded(
+    document: dict[str, Any], found: Attributions | None, path: Path, max_file_bytes: int
+) -> tuple[bytes, dict[str, bytes]]:
+    """The graph's file, and the sidecars of the tables that it has no room for.
+
+    Raises:
+        UserError: a number that JSON cannot hold.
+    """
+    # one after the other, so that what the tables may take is known
+    parts = {key: Encoded(encode(value, str(path))) for key, value in document.items()}
+    if found is None:
+        return encode(parts), {}
+    outsiders = Encoded(encode(found.outsiders, str(path)))
+    empty = {"attributions": [], "rows": []}
+    frame = encode({**parts, "qk": {**found.facts, **empty}, "qk_only_nodes": outsiders})
+    divided = divide(found, path.stem, max_file_bytes - len(frame))
+    return encode({**parts, "qk": divided.qk, "qk_only_nodes": outsiders}), divided.files
+
+
+def _write(path: Path, data: bytes, beside: dict[str, bytes]) -> None:
+    """Put a graph's file and its sidecars in place of the old ones, all or none.
+
+    Raises:
+        UserError: a file cannot be written; the old ones are then whole.
+    """
+    folder, slug = path.parent, path.stem
+    before = sidecars_of(folder, slug)
+    done = False
+    try:
+        if beside:
+            check_folder(folder / folder_of(slug))
+        write_together({folder / name: part for name, part in beside.items()} | {path: data})
+        done = True
+    finally:  # those that the graph's file does not name
+        remove_others(folder, slug, beside if done else before)
 
 
 def _read_listing(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from circuit_tracer_qk.graph import EdgeParts, ResidualGraph
 from circuit_tracer_qk.pruned import Kept, Links
 from circuit_tracer_qk.qk import Place
-from circuit_tracer_qk.written import rest, rounded
+from circuit_tracer_qk.written import rest, rounded_all
 
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
@@ -34,27 +34,27 @@ def _documents(kept: Kept, found: EdgeParts) -> list[dict[str, Any]]:
     n_listed = n_listed.clamp(HEADS_EXPLAINED, HEADS_LISTED).minimum((size > 0).sum(1))
     order = order[:, :HEADS_LISTED]
     of_head = total, found.parts.direct.cpu(), found.parts.pattern.cpu()
-    by_head = [order, *(part.gather(1, order) for part in of_head)]
+    by_head = (rounded_all(part.gather(1, order)) for part in of_head)
     columns = zip(
         kept.sources.tolist(),
         kept.targets.tolist(),
-        kept.weights.tolist(),
+        rounded_all(kept.weights),
         found.layer.tolist(),
-        found.parts.residual.tolist(),
-        found.parts.mlp.tolist(),
+        rounded_all(found.parts.residual),
+        rounded_all(found.parts.mlp),
         n_listed.tolist(),
-        zip(*(part.tolist() for part in by_head), strict=True),
+        order.tolist(),
+        *by_head,
         strict=True,
     )
+    ids = {i: node.node_id for i, node in kept.nodes.items()}
     links = []
-    for source, target, weight, layer, residual, mlp, n, carried in columns:
-        weight, residual, mlp = rounded(weight), rounded(residual), rounded(mlp)
-        listed = list(zip(*carried, strict=True))[:n]
-        loadings = [[h, rounded(t), rounded(d), rounded(p)] for h, t, d, p in listed]
+    for source, target, weight, layer, residual, mlp, n, *carried in columns:
+        loadings = list(zip(*carried, strict=True))[:n]
         links.append(
             {
-                "source": kept.nodes[source].node_id,
-                "target": kept.nodes[target].node_id,
+                "source": ids[source],
+                "target": ids[target],
                 "weight": weight,
                 "layer": None if layer < 0 else layer,
                 "residual": residual,
