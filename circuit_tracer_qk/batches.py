@@ -15,8 +15,10 @@ from torch import Tensor
 
 from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.graph import ExplainedGraph, ResidualGraph
-from circuit_tracer_qk.heads import Heads
 from circuit_tracer_qk.qk import QK, WIDE_TERMS, Place, QKRow, QKTable
+
+RowPlace = tuple[int, int, int]
+"""(layer, head, query) of an attention row."""
 
 BATCH_TERMS = 1 << 18  # padded terms contracted at once: they stay in the processor's cache
 
@@ -43,6 +45,7 @@ class Batch(NamedTuple):
         pattern: (n,) the attention that each key got.
         query, key: the components of either side of each; lists may be shared.
         terms: (n, n_query, n_key), zero beyond a table's own components.
+        rows: the attention rows of heads and queries that no earlier batch had.
     """
 
     places: list[Place]
@@ -52,13 +55,16 @@ class Batch(NamedTuple):
     query: list[Sequence[Component]]
     key: list[Sequence[Component]]
     terms: Tensor
+    rows: dict[RowPlace, QKRow]
 
     @classmethod
-    def of(cls, table: QKTable, pattern: float) -> Batch:
-        """One table alone."""
+    def of(cls, table: QKTable, row: QKRow) -> Batch:
+        """One table alone, and its row."""
         place = Place(table.layer, table.head, table.query_position, table.key_position)
+        pattern = float(row.pattern[place.key])
         numbers = (torch.tensor([x]).double() for x in (table.score, table.score_capped, pattern))
-        return cls([place], *numbers, [table.query], [table.key], table.terms.cpu()[None])
+        terms = table.terms.cpu()[None]
+        return cls([place], *numbers, [table.query], [table.key], terms, {place[:3]: row})
 
     def each(self) -> Iterator[tuple[Place, Terms]]:
         """The tables one by one."""
@@ -71,32 +77,14 @@ def batches(graph: ExplainedGraph, places: Iterable[Place]) -> Iterator[Batch]:
     """The tables of many places, by layer and query; those of transcoders one at a time."""
     if isinstance(graph, ResidualGraph):
         yield from _Residual(graph.scores).batches(places)
-    else:
-        for table in graph.scores.tables(places):
-            place = table.layer, table.head, table.query_position, table.key_position
-            yield Batch.of(table, float(graph.run.pattern[place]))
-
-
-@torch.no_grad()
-def rows(
-    graph: ExplainedGraph, wanted: Iterable[tuple[int, int, int]]
-) -> Iterator[tuple[tuple[int, int, int], QKRow]]:
-    """Attention rows of many (layer, head, query), by these: as :meth:`Scores.row`, together."""
-    heads = graph.scores.heads
-    pattern = heads.run.pattern
-    for layer, of_block in groupby(sorted(set(wanted)), key=lambda at: at[0]):
-        block = heads.block(layer)
-        q, k = _whole(heads, layer)
-        for head, some in groupby(of_block, key=lambda at: at[1]):
-            queries = [query for *_, query in some]
-            raw = q[queries, head] @ k[:, block.group(head)].T / block.attn_scale
-            capped = block.cap(raw)
-            for i, query in enumerate(queries):
-                seen = slice(0, query + 1)
-                scores = capped[i, seen].to(pattern.dtype, copy=True)
-                scores[: block.first_key(query)] = -torch.inf
-                row = QKRow(scores, pattern[layer, head, query, seen], raw[i, seen].to(scores))
-                yield (layer, head, query), row
+        return
+    rows: dict[RowPlace, QKRow] = {}
+    for table in graph.scores.tables(places):
+        at = table.layer, table.head, table.query_position
+        known = at in rows
+        row = rows.setdefault(at, rows[at] if known else graph.qk_row(*at))
+        batch = Batch.of(table, row)
+        yield batch._replace(rows={}) if known else batch
 
 
 class _Images(NamedTuple):
@@ -131,7 +119,9 @@ class _Residual:
     def __init__(self, qk: QK) -> None:
         self.qk = qk
         self.heads = qk.heads
-        self.wide = _wide(qk.heads)
+        residual = qk.heads.run.residual
+        # in float64, where the device has it, terms that cancel stay accurate
+        self.wide = residual.dtype if residual.device.type == "mps" else torch.float64
 
     @torch.no_grad()
     def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
@@ -144,7 +134,8 @@ class _Residual:
         at_query = [(p.head, p.query) for p in places]
         at_key = [(block.group(p.head), p.key) for p in places]
         queries, keys = self._images(layer, at_query, at_key)
-        whole_q, whole_k = _whole(self.heads, layer)
+        whole_q, whole_k = self.heads.whole(layer, self.wide)
+        rows = self._rows(layer, {(p.head, p.query) for p in places}, whole_q, whole_k)
         named = [
             {p: self.qk.components(layer, p, side) for p in {place[2 + side] for place in places}}
             for side in (0, 1)
@@ -172,7 +163,31 @@ class _Residual:
                 query=[named[0][p.query] for p in some],
                 key=[named[1][p.key] for p in some],
                 terms=((q / block.attn_scale) @ k.transpose(1, 2)).to(dtype).cpu(),
+                rows={p[:3]: rows.pop(p[:3]) for p in some if p[:3] in rows},
             )
+
+    def _rows(
+        self, layer: int, wanted: set[tuple[int, int]], q: Tensor, k: Tensor
+    ) -> dict[RowPlace, QKRow]:
+        """Attention rows by (layer, head, query): as :meth:`Scores.row`, all of a head together.
+
+        Args:
+            wanted: (head, query) of each.
+            q, k: of the whole residual stream.
+        """
+        block, pattern = self.heads.block(layer), self.heads.run.pattern[layer].cpu()
+        rows = {}
+        for head, some in groupby(sorted(wanted), key=lambda at: at[0]):
+            queries = [query for _, query in some]
+            raw = q[queries, head] @ k[:, block.group(head)].T / block.attn_scale
+            capped, raw = (scores.to(pattern.dtype).cpu() for scores in (block.cap(raw), raw))
+            capped = capped.clone()
+            for i, query in enumerate(queries):
+                capped[i, : block.first_key(query)] = -torch.inf
+                seen = slice(0, query + 1)
+                row = QKRow(capped[i, seen], pattern[head, query, seen], raw[i, seen])
+                rows[layer, head, query] = row
+        return rows
 
     def _end(
         self,
@@ -229,13 +244,3 @@ class _Residual:
             nothing = normed.new_zeros(1, pieces[0].shape[1])
             sides.append(_Images(torch.cat([*pieces, nothing]), start, count))
         return sides[0], sides[1]
-
-
-def _wide(heads: Heads) -> torch.dtype:
-    """float64 where the device has it, in which terms that cancel stay accurate."""
-    residual = heads.run.residual
-    return residual.dtype if residual.device.type == "mps" else torch.float64
-
-
-def _whole(heads: Heads, layer: int) -> tuple[Tensor, Tensor]:
-    return heads.whole(layer, _wide(heads))

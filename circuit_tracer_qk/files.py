@@ -8,12 +8,16 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from circuit_tracer_qk.errors import UserError
 
 LISTING = "graph-metadata.json"
 """The file in which circuit-tracer lists a folder's graphs."""
+
+WAITING = 8
+"""How many files' ways to the disk are waited for at once."""
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -43,8 +47,11 @@ def write_together(files: Mapping[Path, bytes]) -> None:
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
             with open(temporary, "xb") as file:
                 file.write(files[path])
-                file.flush()
-                os.fsync(file.fileno())
+        # many are waited for at once: the disk takes in several together
+        with ThreadPoolExecutor(min(len(files), WAITING)) as pool:
+            waits = [(path, pool.submit(_to_disk, at)) for path, at in temporaries.items()]
+            for path, wait in waits:
+                wait.result()
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except OSError as error:
@@ -57,6 +64,12 @@ def write_together(files: Mapping[Path, bytes]) -> None:
         for temporary in temporaries.values():
             with contextlib.suppress(OSError):  # only there if something failed
                 temporary.unlink()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def check_folder(path: str | Path) -> Path:

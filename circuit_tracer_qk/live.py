@@ -14,7 +14,7 @@ from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.steer_requests import SteerRequest
-from circuit_tracer_qk.tables import Names, written_row, written_tables
+from circuit_tracer_qk.tables import Names, written_rows, written_tables
 from circuit_tracer_qk.written import Encoded, encode
 
 if TYPE_CHECKING:
@@ -83,9 +83,10 @@ class LiveGraphs:
         document = None
         if not table.masked:
             names = Names(graph.input_tokens.tolist())
-            [written] = written_tables(Batch.of(table, float(row.pattern[key])), names)
+            [written] = written_tables(Batch.of(table, row), names)
             document = Encoded(written.data)
-        return encode({"table": document, "row": Encoded(written_row(layer, head, query, row))})
+        [written_row] = written_rows({(layer, head, query): row}).values()
+        return encode({"table": document, "row": Encoded(written_row)})
 
     def steer(self, slug: str, request: SteerRequest) -> bytes:
         """The graph's prompt with an edit, its clean run and matched controls.

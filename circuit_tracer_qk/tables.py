@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from circuit_tracer_qk.batches import Batch
+from circuit_tracer_qk.batches import Batch, RowPlace
 from circuit_tracer_qk.components import KINDS, Component
 from circuit_tracer_qk.dictionaries import feature_index
 from circuit_tracer_qk.qk import QKRow
@@ -176,16 +178,22 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
     return out
 
 
-def written_row(layer: int, head: int, query: int, row: QKRow) -> bytes:
-    """One head's attention from one query, ``row`` of the schema; masked scores are None."""
-    masked = torch.isinf(row.scores)
-    scores = rounded_all(row.scores.masked_fill(masked, 0))
-    for at in masked.nonzero().flatten().tolist():
-        scores[at] = None
-    pattern = rounded_all(row.pattern)
-    return encode(
-        {"layer": layer, "head": head, "query": query, "scores": scores, "pattern": pattern}
+def written_rows(rows: Mapping[RowPlace, QKRow]) -> dict[RowPlace, bytes]:
+    """Attention rows, ``row`` of the schema; masked scores are None."""
+    if not rows:
+        return {}
+    scores, pattern = (
+        iter(rounded_all(torch.cat(parts)))
+        for parts in ([row.scores for row in rows.values()], [row.pattern for row in rows.values()])
     )
+    out = {}
+    for (layer, head, query), row in rows.items():
+        n = len(row.scores)
+        seen = [score if math.isfinite(score) else None for score in islice(scores, n)]
+        document = {"layer": layer, "head": head, "query": query}
+        document |= {"scores": seen, "pattern": list(islice(pattern, n))}
+        out[layer, head, query] = encode(document)
+    return out
 
 
 def largest_terms(terms: Tensor, n: int, of_sign: int = 0) -> tuple[Tensor, Tensor]:
