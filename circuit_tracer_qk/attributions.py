@@ -185,7 +185,9 @@ class _Traced:
             pairs = zip(rows[i][:n], columns[i][:n], values[i][:n], strict=True)
             of_query, of_key = self._ids(summed.query), self._ids(summed.key)
             result = {
-                "pair_wise_contributors": [[of_query(q), of_key(k), value] for q, k, value in pairs],
+                "pair_wise_contributors": [
+                    [of_query(q), of_key(k), value] for q, k, value in pairs
+                ],
                 "top_q_marginal_contributors": [[of_query(q), value] for q, value in tops[0][i]],
                 "top_k_marginal_contributors": [[of_key(k), value] for k, value in tops[1][i]],
             }

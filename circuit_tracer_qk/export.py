@@ -144,7 +144,7 @@ def _document(
         "node_threshold": node_threshold,
         "edge_threshold": edge_threshold,
     }
-    document["links"] = links.documents
+    document["links"] = links.data
     if limits is None:
         return document, names, None
     nodes = dict(zip(kept.nodes, document["nodes"], strict=True))

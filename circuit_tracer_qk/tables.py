@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ from circuit_tracer_qk.components import KINDS, Component
 from circuit_tracer_qk.dictionaries import feature_index
 from circuit_tracer_qk.qk import QKRow
 from circuit_tracer_qk.written import (
-    encode,
     not_finite,
+    numbers,
     rest,
     rounded,
     rounded_all,
@@ -134,29 +134,34 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
         used = torch.zeros_like(marginals, dtype=torch.bool)
         real = torch.arange(largest.shape[1]) < n_largest[:, None]
         used.scatter_(1, torch.where(real, index[side], index[side][:, :1]), True)
-        sides.append(_listed(components, marginals, used & (n_largest > 0)[:, None], position[side]))
+        sides.append(
+            _listed(components, marginals, used & (n_largest > 0)[:, None], position[side])
+        )
+    ends = [side.rank.gather(1, at) for side, at in zip(sides, index, strict=True)]
+    listed = torch.stack([*ends, values], 2)
     first = [side.order[:, :MARGINALS_LISTED] for side in sides]
     grid = terms.gather(1, first[0][:, :, None].expand(-1, -1, width))
     grid = grid.gather(2, first[1][:, None].expand(-1, grid.shape[1], -1))
     heads = torch.stack([batch.score, batch.score_capped, batch.pattern], 1)
     kinds = [_kinds(side, terms.shape[1 + at]) for at, side in enumerate((batch.query, batch.key))]
     blocks = kinds[0].transpose(1, 2) @ wide @ kinds[1]
-    for numbers in (heads, blocks):
-        if not bool(numbers.isfinite().all()):
+    for some in (heads, blocks):
+        if not bool(some.isfinite().all()):
             raise not_finite()
-    ends = [side.rank.gather(1, at) for side, at in zip(sides, index, strict=True)]
-    n = n_largest.tolist()
     columns = zip(
         batch.places,
         rounded_all(heads),
         *(zip(*side.columns(), strict=True) for side in sides),
-        zip(*(end.tolist() for end in ends), rounded_all(values), strict=True),
-        rounded_all(grid),
+        n_largest.tolist(),
+        rounded_all(values),
+        listed.flatten(1).tolist(),
+        grid,
         rounded_all(blocks),
         strict=True,
     )
     out = []
-    for i, (place, (score, capped, pattern), query, key, found, cells, totals) in enumerate(columns):
+    for i, (place, own, query, key, n, values, terms, cells, totals) in enumerate(columns):
+        score, capped, pattern = own
         texts, features = [], []
         for name, components, (order, marginals) in (
             ("query", batch.query[i], query),
@@ -164,35 +169,48 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
         ):
             texts.append(_side(name, components, order, marginals, names, score, features))
         n_query, n_key = (min(len(side[0]), MARGINALS_LISTED) for side in (query, key))
-        listed = [list(term) for term in zip(*(column[: n[i]] for column in found), strict=True)]
+        cells = cells[:n_query, :n_key].flatten().tolist()
         kinds_here = _present(batch.query[i], batch.key[i])
         text = (
             f'{{"layer":{place.layer},"head":{place.head},"query":{place.query},'
             f'"key":{place.key},"score":{score!r},"score_capped":{capped!r},'
-            f'"pattern":{pattern!r},{texts[0]},{texts[1]},"terms":{to_text(listed)},'
-            f'"rest":{rest(score, [value for *_, value in listed])!r},'
-            f'"grid":{to_text([row[:n_key] for row in cells[:n_query]])},'
+            f'"pattern":{pattern!r},{texts[0]},{texts[1]},'
+            f'"terms":[{_terms(n) % tuple(terms[: 3 * n])}],'
+            f'"rest":{rest(score, values[:n])!r},'
+            f'"grid":[{_grid(n_query, n_key) % tuple(cells)}],'
             f'"blocks":{to_text({f"{a}|{b}": totals[KIND[a]][KIND[b]] for a, b in kinds_here})}}}'
         )
         out.append(Table(to_bytes(text), features))
     return out
 
 
+@lru_cache(maxsize=1024)
+def _terms(n: int) -> str:
+    return ",".join(["[%d,%d,%.7g]"] * n)
+
+
+@lru_cache(maxsize=MARGINALS_LISTED**2)
+def _grid(n_query: int, n_key: int) -> str:
+    return ",".join([f"[{','.join(['%.7g'] * n_key)}]"] * n_query)
+
+
 def written_rows(rows: Mapping[RowPlace, QKRow]) -> dict[RowPlace, bytes]:
-    """Attention rows, ``row`` of the schema; masked scores are None."""
-    if not rows:
-        return {}
-    scores, pattern = (
-        iter(rounded_all(torch.cat(parts)))
-        for parts in ([row.scores for row in rows.values()], [row.pattern for row in rows.values()])
-    )
+    """Attention rows, ``row`` of the schema; masked scores are null.
+
+    Raises:
+        UserError: a row holds NaN or infinite numbers.
+    """
     out = {}
     for (layer, head, query), row in rows.items():
-        n = len(row.scores)
-        seen = [score if math.isfinite(score) else None for score in islice(scores, n)]
-        document = {"layer": layer, "head": head, "query": query}
-        document |= {"scores": seen, "pattern": list(islice(pattern, n))}
-        out[layer, head, query] = encode(document)
+        first = int(torch.isinf(row.scores).sum())  # a window's keys are the last ones
+        scores, pattern = row.scores[first:].tolist(), row.pattern.tolist()
+        if not math.isfinite(sum(scores) + sum(pattern)):
+            raise not_finite()
+        text = (
+            f'{{"layer":{layer},"head":{head},"query":{query},'
+            f'"scores":[{"null," * first}{numbers(scores)}],"pattern":[{numbers(pattern)}]}}'
+        )
+        out[layer, head, query] = to_bytes(text)
     return out
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from circuit_tracer_qk.errors import UserError
@@ -34,6 +35,16 @@ def rounded_all(values: Tensor) -> list[Any]:
     if not exact.all():
         close[~exact] = [rounded(value) for value in x[~exact].tolist()]
     return close.tolist()
+
+
+def numbers(values: Sequence[float]) -> str:
+    """Finite numbers in JSON with commas between them, as :func:`rounded` has them."""
+    return _numbers(len(values)) % tuple(values)
+
+
+@lru_cache(maxsize=1024)
+def _numbers(n: int) -> str:
+    return ",".join(["%.7g"] * n)
 
 
 def rest(whole: float, listed: Iterable[float]) -> float:

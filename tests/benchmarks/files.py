@@ -282,9 +282,7 @@ def measure_opening(name: str, folder: Path, repeats: int) -> list[Row]:
     ]
 
 
-def measure(
-    names: list[str] | None = None, repeats: int = 5, opening: bool = True
-) -> list[Row]:
+def measure(names: list[str] | None = None, repeats: int = 5, opening: bool = True) -> list[Row]:
     """All rows of some shapes, all of them if none is named."""
     rows = []
     for name in names or SHAPES:
