@@ -74,7 +74,7 @@ GEMMA |= {"d_mlp": 9216, "act_fn": "gelu_pytorch_tanh", "gated_mlp": True, "rota
 GEMMA |= {"normalization_type": "RMS", "positional_embedding_type": "rotary"}
 SHAPES = {
     "gpt2-small": Shape(GPT2, 64, 50, 2048, 3000, 0.8, 0.83),
-    "gpt2-small, spread": Shape(GPT2, 128, 12, 2048, 3000, 0.9, 0.83),
+    "gpt2-small, spread": Shape(GPT2, 128, 12, 2048, 3000, 0.9, 0.75),
     "gemma-2-2b": Shape(GEMMA, 48, 30, 1024, 2500, 0.8, 0.83, 1.2),
 }
 
