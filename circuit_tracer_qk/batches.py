@@ -61,8 +61,8 @@ class Batch(NamedTuple):
     def of(cls, table: QKTable, row: QKRow) -> Batch:
         """One table alone, and its row."""
         place = Place(table.layer, table.head, table.query_position, table.key_position)
-        pattern = float(row.pattern[place.key])
-        numbers = (torch.tensor([x]).double() for x in (table.score, table.score_capped, pattern))
+        numbers = (table.score, table.score_capped, float(row.pattern[place.key]))
+        numbers = (torch.tensor([x], dtype=torch.float64) for x in numbers)
         terms = table.terms.cpu()[None]
         return cls([place], *numbers, [table.query], [table.key], terms, {place[:3]: row})
 
