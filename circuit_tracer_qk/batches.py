@@ -133,8 +133,7 @@ class _Residual:
         block = self.heads.block(layer)
         at_query = [(p.head, p.query) for p in places]
         at_key = [(block.group(p.head), p.key) for p in places]
-        queries, keys = self._images(layer, at_query, at_key)
-        whole_q, whole_k = self.heads.whole(layer, self.wide)
+        queries, keys, whole_q, whole_k = self._images(layer, at_query, at_key)
         rows = self._rows(layer, {(p.head, p.query) for p in places}, whole_q, whole_k)
         named = [
             {p: self.qk.components(layer, p, side) for p in {place[2 + side] for place in places}}
@@ -212,35 +211,43 @@ class _Residual:
 
     def _images(
         self, layer: int, at_query: list[tuple[int, int]], at_key: list[tuple[int, int]]
-    ) -> tuple[_Images, _Images]:
-        """Projected components of (head, position) and of (key-value head, position)."""
-        checkpoint = self.qk.parts.at(layer)
-        position = checkpoint.position
+    ) -> tuple[_Images, _Images, Tensor, Tensor]:
+        """Projected components of (head, position) and of (key-value head, position).
+
+        Returns:
+            Of queries and of keys; and q and k of the whole residual stream, (n_pos, n_heads,
+            d_head) and (n_pos, n_kv, d_head), of the queries and of the key-value heads named.
+        """
+        checkpoint, stream = self.qk.parts.at(layer), self.heads.run.residual[layer]
+        everywhere = torch.arange(len(stream), device=stream.device)
         positions = sorted({p for _, p in (*at_query, *at_key)})
         parts = [checkpoint.at(p) for p in positions]
-        vectors = torch.cat([checkpoint.vectors(part) for part in parts])
-        here = torch.cat([position[part] for part in parts])
+        vectors = torch.cat([checkpoint.vectors(part) for part in parts] + [stream])
+        here = torch.cat([checkpoint.position[part] for part in parts] + [everywhere])
         normed = self.heads.normed(layer, vectors.to(self.wide), here)
         n_rows = [part.stop - part.start for part in parts]
-        rows = dict(zip(positions, torch.arange(len(here)).split(n_rows), strict=True))
-        added: list[dict[int, Tensor]] = [{}, {}]  # by position: (n_heads, d_head) constants
-        if self.heads.has_constants(layer):
-            at = torch.tensor(positions, device=here.device)
-            constants = self.heads.constants(layer, at, self.wide)
-            added = [dict(zip(positions, of_side, strict=True)) for of_side in constants]
-        sides = []
+        *own_rows, whole_rows = torch.arange(len(here)).split([*n_rows, len(stream)])
+        rows = dict(zip(positions, own_rows, strict=True))
+        has_constants = self.heads.has_constants(layer)
+        constants = self.heads.constants(layer, everywhere, self.wide)
+        sides, wholes = [], []
         for side, wanted in enumerate((at_query, at_key)):
+            whole = constants[side].clone()
             pieces, start, count, n = [], {}, {}, 0
             for head, some in groupby(sorted(set(wanted)), key=lambda at: at[0]):
                 some = [p for _, p in some]
-                of_head = torch.cat([rows[p] for p in some]).to(here.device)
+                read = some if side == 0 else list(range(len(stream)))
+                of_head = torch.cat([*(rows[p] for p in some), whole_rows[read]]).to(here.device)
                 image = self.heads.projected(layer, normed[of_head], here[of_head], head, side)
-                for p, own in zip(some, image.split([len(rows[p]) for p in some]), strict=True):
-                    pieces.append(own)
-                    if p in added[side]:
-                        pieces.append(added[side][p][head][None])
-                    start[head, p], count[head, p] = n, len(own) + (p in added[side])
+                *own, last = image.split([*(len(rows[p]) for p in some), len(read)])
+                whole[read, head] += last
+                for p, images in zip(some, own, strict=True):
+                    pieces.append(images)
+                    if has_constants:
+                        pieces.append(constants[side][p, head][None])
+                    start[head, p], count[head, p] = n, len(images) + has_constants
                     n += count[head, p]
             nothing = normed.new_zeros(1, pieces[0].shape[1])
             sides.append(_Images(torch.cat([*pieces, nothing]), start, count))
-        return sides[0], sides[1]
+            wholes.append(whole)
+        return sides[0], sides[1], wholes[0], wholes[1]
