@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.batches import BATCH_TERMS, RowPlace, Terms, batches
 from circuit_tracer_qk.components import Component
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.pruned import Links
-from circuit_tracer_qk.qk import Place, QKTable
-from circuit_tracer_qk.tables import Names, largest_terms, row_document, table_document
-from circuit_tracer_qk.written import encode, rounded, rounded_all
+from circuit_tracer_qk.qk import Place
+from circuit_tracer_qk.tables import Names, Table, largest_terms, written_rows, written_tables
+from circuit_tracer_qk.written import rounded, rounded_all
 
 PROJECTED = 10  # entries of each of a node's lists for Neuronpedia
 
@@ -36,49 +37,68 @@ class Limits(NamedTuple):
     terms: int
 
 
+class Attributions(NamedTuple):
+    """What a graph's files say about its heads' scores.
+
+    Attributes:
+        tables: JSON of the tables to write, the most wanted first.
+        rows: JSON of the attention rows that they belong to, by (layer, head, query).
+        facts: what else the document's ``qk`` holds.
+        outsiders: the document's ``qk_only_nodes``.
+    """
+
+    tables: dict[Place, bytes]
+    rows: dict[RowPlace, bytes]
+    facts: dict[str, Any]
+    outsiders: dict[str, dict[str, Any]]
+
+
 def attributions(
     graph: ExplainedGraph,
     links: Links,
     nodes: dict[int, dict[str, Any]],
     names: Names,
     limits: Limits,
-) -> dict[str, Any]:
-    """The document's ``qk`` and ``qk_only_nodes``; ``nodes`` get their ``qk_tracing_results``.
+) -> Attributions:
+    """The tables to write; ``nodes`` get their ``qk_tracing_results``.
 
     All tables that links require are written, then others in their order while limits allow.
     """
     required = dict.fromkeys(place for places in links.required.values() for place in places)
     others = [place for place in links.others if place not in required]
     others = others[: max(limits.tables - len(required), 0)]
-    written = _Written(graph, names, limits.terms)
-    outsiders: dict[str, dict[str, Any]] = {}
+    wanted = [*required, *others]
+    made = _Made()
+    traced = _Traced(names)
+    by_query = groupby(
+        _each(graph, wanted, names, limits.terms, made), key=lambda t: (t[0].layer, t[0].query)
+    )
     projected = _projected(links.required)
-    drafts: dict[Place, _Draft] = {}
-    for (layer, query), tables in _by_query(graph, [*required, *others]):
-        for place, table in tables.items():
-            drafts[place] = written.draft(place, table)
-        results: dict[tuple[Place, ...], dict[str, Any]] = {}
-        for target in projected.pop((layer, query), ()):
-            some = tuple(place for place in links.required[target] if place in tables)
-            if some not in results:
-                results[some] = _projection([tables[p] for p in some], names, outsiders)
-            nodes[target]["qk_tracing_results"] = results[some]
-    for place in required:
-        written.add(place, drafts[place])
-    for place in others:
-        if written.size + drafts[place].size > limits.size:
+    for at, some in by_query:  # those that share both are at hand together, and then let go
+        tables = dict(some)
+        for target in projected.pop(at, ()):
+            traced.add(target, {p: tables[p] for p in links.required[target] if p in tables})
+    traced.finish()
+    for target, results in traced.results.items():
+        nodes[target]["qk_tracing_results"] = results
+    written: dict[Place, bytes] = {}
+    used: dict[RowPlace, bytes] = {}
+    mentioned: set[tuple[int, int]] = set()
+    size = 0
+    for place in wanted:
+        data, features = made.tables[place]
+        if place not in required and size + len(data) > limits.size:
             break
-        written.add(place, drafts[place])
-    return {
-        "qk": {
-            "schema_version": 1,
-            "graph_kind": graph.kind,
-            **_neuronpedia(graph),
-            "attributions": [written.tables[place] for place in sorted(written.tables)],
-            "rows": [written.rows[place] for place in sorted(written.rows)],
-        },
-        "qk_only_nodes": outsiders,
-    }
+        if place[:3] not in used:
+            used[place[:3]] = made.rows[place[:3]]
+            size += len(made.rows[place[:3]])
+        written[place] = data
+        size += len(data)
+        mentioned.update(features)
+    for feature in mentioned:
+        names.mention(*feature)
+    facts = {"schema_version": 1, "graph_kind": graph.kind, **_neuronpedia(graph)}
+    return Attributions(written, used, facts, traced.outsiders)
 
 
 def _neuronpedia(graph: ExplainedGraph) -> dict[str, dict[str, str]]:
@@ -95,108 +115,136 @@ def _projected(required: dict[int, list[Place]]) -> dict[tuple[int, int], list[i
     return out
 
 
-def _by_query(
-    graph: ExplainedGraph, places: Sequence[Place]
-) -> Iterator[tuple[tuple[int, int], dict[Place, QKTable]]]:
-    """Tables by block and query: those that share both are at hand together, and then let go."""
-    made = tqdm(
-        graph.scores.tables(places),
-        total=len(places),
-        desc="QK attributions",
-        delay=2,
-        disable=None,
-    )
-    for at, tables in groupby(made, key=lambda t: (t.layer, t.query_position)):
-        yield at, {Place(t.layer, t.head, t.query_position, t.key_position): t for t in tables}
-
-
-class _Draft(NamedTuple):
-    """A table that may be written, and its size."""
-
-    table: dict[str, Any]
-    size: int
-
-
 @dataclass
-class _Written:
-    """Tables and rows as they go to the file.
+class _Made:
+    """Tables and rows in JSON, by their places."""
+
+    tables: dict[Place, Table] = field(default_factory=dict)
+    rows: dict[RowPlace, bytes] = field(default_factory=dict)
+
+
+def _each(
+    graph: ExplainedGraph, places: Sequence[Place], names: Names, top_terms: int, made: _Made
+) -> Iterator[tuple[Place, Terms]]:
+    """Tables one by one, by block and query; ``made`` gets them as they are written."""
+    with tqdm(total=len(places), desc="QK attributions", delay=2, disable=None) as progress:
+        for batch in batches(graph, places):
+            tables = written_tables(batch, names, top_terms)
+            made.tables.update(zip(batch.places, tables, strict=True))
+            made.rows.update(written_rows(batch.rows))
+            yield from batch.each()
+            progress.update(len(batch.places))
+
+
+class _Traced:
+    """Nodes' tables summed over heads, in the form that Neuronpedia's viewer shows.
 
     Attributes:
-        graph, names: what they are about.
-        top_terms: terms listed per table.
-        tables: by place.
-        rows: by (layer, head, query).
-        size: their bytes.
+        results: by target node.
+        outsiders: the components in them that are no nodes of the graph.
     """
 
-    graph: ExplainedGraph
-    names: Names
-    top_terms: int
-    tables: dict[Place, dict[str, Any]] = field(default_factory=dict)
-    rows: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
-    size: int = 0
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self.results: dict[int, dict[str, list[list[Any]]]] = {}
+        self.outsiders: dict[str, dict[str, Any]] = {}
+        self._waiting: dict[tuple[Place, ...], tuple[_Sum, list[int]]] = {}
+        self._size = 0
 
-    def draft(self, place: Place, table: QKTable) -> _Draft:
-        """A table as it is written, and the bytes that it takes."""
-        pattern = float(self.graph.run.pattern[place])
-        made = table_document(table, pattern, self.names, self.top_terms)
-        return _Draft(made, len(encode(made)))
+    def add(self, target: int, tables: dict[Place, Terms]) -> None:
+        """A target's tables, of one layer and query, so that their query components agree."""
+        some = tuple(tables)
+        if some in self._waiting:
+            self._waiting[some][1].append(target)
+            return
+        size = sum(table.terms.numel() for table in tables.values())
+        if self._waiting and self._size + size > BATCH_TERMS:
+            self.finish()
+        self._waiting[some] = _Sum.of(list(tables.values())), [target]
+        self._size += size
 
-    def add(self, place: Place, draft: _Draft) -> None:
-        """Write a table and its row of scores, and note the features that it mentions."""
-        self.tables[place] = draft.table
-        self.size += draft.size
-        if place[:3] not in self.rows:
-            row = row_document(*place[:3], self.graph.qk_row(*place[:3]))
-            self.rows[place[:3]] = row
-            self.size += len(encode(row))
-        for listed in (*draft.table["query_components"], *draft.table["key_components"]):
-            if listed["kind"] == "feature":
-                self.names.mention(listed["checkpoint"], listed["feature"])
+    def finish(self) -> None:
+        """Make what is waiting."""
+        if not self._waiting:
+            return
+        sums = [summed for summed, _ in self._waiting.values()]
+        shape = [max(s.terms.shape[side] for s in sums) for side in (0, 1)]
+        terms = sums[0].terms.new_zeros(len(sums), *shape)
+        for i, summed in enumerate(sums):
+            terms[i, : len(summed.query), : len(summed.key)] = summed.terms
+        largest, n_largest = largest_terms(terms, PROJECTED)
+        values = rounded_all(terms.flatten(1).gather(1, largest))
+        rows, columns = (largest // shape[1]).tolist(), (largest % shape[1]).tolist()
+        tops = [
+            _top(terms.sum(2 - side, dtype=torch.float64), [len(s[side]) for s in sums])
+            for side in (0, 1)
+        ]
+        for i, (n, (summed, targets)) in enumerate(
+            zip(n_largest.tolist(), self._waiting.values(), strict=True)
+        ):
+            pairs = zip(rows[i][:n], columns[i][:n], values[i][:n], strict=True)
+            of_query, of_key = self._ids(summed.query), self._ids(summed.key)
+            result = {
+                "pair_wise_contributors": [
+                    [of_query(q), of_key(k), value] for q, k, value in pairs
+                ],
+                "top_q_marginal_contributors": [[of_query(q), value] for q, value in tops[0][i]],
+                "top_k_marginal_contributors": [[of_key(k), value] for k, value in tops[1][i]],
+            }
+            self.results |= dict.fromkeys(targets, result)
+        self._waiting, self._size = {}, 0
+
+    def _ids(self, components: Sequence[Component]) -> Callable[[int], str]:
+        """The id of a component by its index; those that are no nodes are noted."""
+
+        def known(i: int) -> str:
+            c = components[i]
+            node_id = self.names.node_id(c)
+            if node_id not in self.outsiders and not self.names.is_node(c):
+                self.outsiders[node_id] = _outsider(c, self.names)
+            return node_id
+
+        return known
 
 
-def _projection(
-    tables: Sequence[QKTable], names: Names, outsiders: dict[str, dict[str, Any]]
-) -> dict[str, list[list[Any]]]:
-    """A node's tables summed over heads, in the form that Neuronpedia's viewer shows.
+class _Sum(NamedTuple):
+    """The sum of some tables of one query.
+
+    Attributes:
+        query, key: the components of either side.
+        terms: (len(query), len(key)).
+    """
+
+    query: Sequence[Component]
+    key: Sequence[Component]
+    terms: Tensor
+
+    @classmethod
+    def of(cls, tables: Sequence[Terms]) -> _Sum:
+        sides = {id(table.key): table.key for table in tables}  # heads share a key's list
+        at: dict[Component, int] = {}  # carried to several keys, one node may be in several lists
+        for side in sides.values():
+            for c in side:
+                at.setdefault(c, len(at))
+        columns = {i: torch.tensor([at[c] for c in side]) for i, side in sides.items()}
+        terms = tables[0].terms.new_zeros(len(tables[0].query), len(at))
+        for table in tables:
+            terms.index_add_(1, columns[id(table.key)], table.terms)
+        return cls(tables[0].query, list(at), terms)
+
+
+def _top(marginals: Tensor, lengths: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """The largest marginals of each table, with their components' indices.
 
     Args:
-        tables: of one layer and query, so that their query components agree.
-        outsiders: gets the components that are no nodes of the graph.
+        marginals: (n_tables, n_components).
+        lengths: how many components each table has.
     """
-    queries = tables[0].query
-    at = {c: i for i, c in enumerate(dict.fromkeys(c for table in tables for c in table.key))}
-    keys = list(at)  # carried to several keys, one node may be a component of each
-    terms = tables[0].terms.cpu()
-    if len(tables) > 1:
-        terms = terms.new_zeros(len(queries), len(keys))
-        for table in tables:
-            columns = torch.tensor([at[c] for c in table.key])
-            terms.index_add_(1, columns, table.terms.cpu())
-    row, column = largest_terms(terms, PROJECTED)
-    pairs = zip(row.tolist(), column.tolist(), rounded_all(terms[row, column]), strict=True)
-
-    def top(values: Tensor) -> list[tuple[int, float]]:
-        at = values.abs().topk(min(PROJECTED, len(values))).indices
-        return list(zip(at.tolist(), rounded_all(values[at]), strict=True))
-
-    def known(c: Component) -> str:
-        node_id = names.node_id(c)
-        if not names.is_node(c) and node_id not in outsiders:
-            outsiders[node_id] = _outsider(c, names)
-        return node_id
-
-    return {
-        "pair_wise_contributors": [
-            [known(queries[i]), known(keys[j]), value] for i, j, value in pairs
-        ],
-        "top_q_marginal_contributors": [
-            [known(queries[i]), value] for i, value in top(terms.sum(1, dtype=torch.float64))
-        ],
-        "top_k_marginal_contributors": [
-            [known(keys[i]), value] for i, value in top(terms.sum(0, dtype=torch.float64))
-        ],
-    }
+    there = torch.arange(marginals.shape[1]) < torch.tensor(lengths)[:, None]
+    most = min(PROJECTED, marginals.shape[1])
+    index = marginals.abs().masked_fill(~there, -1).topk(most).indices
+    columns = zip(index.tolist(), rounded_all(marginals.gather(1, index)), lengths, strict=True)
+    return [list(zip(at[:n], values[:n], strict=True)) for at, values, n in columns]
 
 
 def _outsider(c: Component, names: Names) -> dict[str, Any]:

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from circuit_tracer_qk import __version__, host
-from circuit_tracer_qk.attributions import Limits, attributions
+from circuit_tracer_qk.attributions import Attributions, Limits, attributions
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_files import folder_name, write_features
-from circuit_tracer_qk.files import check_folder, check_names, write_atomically
+from circuit_tracer_qk.files import check_folder, check_names, write_together
 from circuit_tracer_qk.graph import ExplainedGraph, ResidualGraph, load_graph
 from circuit_tracer_qk.listing import add_to_listing, read_listing
 from circuit_tracer_qk.pruned import mention_nodes, prune
 from circuit_tracer_qk.residual_links import residual_links
+from circuit_tracer_qk.sidecars import FILE_BYTES, divide, folder_of, remove_others, sidecars_of
 from circuit_tracer_qk.tables import TOP_TERMS, Names
 from circuit_tracer_qk.transcoder_graph import TranscoderGraph
 from circuit_tracer_qk.transcoder_links import transcoder_links
-from circuit_tracer_qk.written import encode, without_collection
+from circuit_tracer_qk.written import Encoded, encode, without_collection
 
 LIMITS = Limits(tables=512, size=24 << 20, terms=TOP_TERMS)
 
@@ -31,11 +32,13 @@ class Written(NamedTuple):
 
     Attributes:
         page: the graph's file.
+        sidecars: what lies beside it of QK attributions.
         examples: the files of the features that it mentions.
         listed: what the folder's list of graphs says of it.
     """
 
     page: Path
+    sidecars: list[Path]
     examples: list[Path]
     listed: dict[str, Any]
 
@@ -52,6 +55,7 @@ def create_graph_files(
     max_tables: int = LIMITS.tables,
     max_bytes: int = LIMITS.size,
     top_terms: int = LIMITS.terms,
+    max_file_bytes: int = FILE_BYTES,
     np_model: str | None = None,
 ) -> Path:
     """Write a graph for circuit-tracer's page, with head loadings and QK attributions.
@@ -73,10 +77,13 @@ def create_graph_files(
         qk: write QK attributions.
         max_tables, max_bytes: limits of the further tables.
         top_terms: how many terms of a table to list, by absolute value.
+        max_file_bytes: how long ``<slug>.json`` may become by its tables: those that do not fit,
+            the last of the order above, go to one file for each head in ``<slug>.qk``, where
+            the page finds them.
         np_model: write the scan and slug that Neuronpedia accepts, for this model id of its.
 
     Returns:
-        The path of ``<slug>.json``.
+        The path of ``<slug>.json``. Sidecars of an earlier graph of this slug are removed.
 
     Raises:
         UserError: a slug, threshold or folder that cannot be used, or a file that cannot be
@@ -91,6 +98,7 @@ def create_graph_files(
         scan=scan,
         qk=qk,
         limits=Limits(max_tables, max_bytes, top_terms),
+        max_file_bytes=max_file_bytes,
         np_model=np_model,
     )
     add_to_listing(written.page.parent, [written.listed])
@@ -107,12 +115,14 @@ def write_graph_files(
     scan: str | list[str] | None = None,
     qk: bool = True,
     limits: Limits = LIMITS,
+    max_file_bytes: int = FILE_BYTES,
     np_model: str | None = None,
 ) -> Written:
     """The files of :func:`create_graph_files`, which the folder's list does not name yet.
 
     Args:
         limits: of the tables.
+        max_file_bytes: as there.
 
     Raises:
         UserError: as there.
@@ -145,14 +155,15 @@ def write_graph_files(
     )
     path, examples = folder / f"{slug}.json", []
     with without_collection():
-        document, names = _document(graph, metadata, edge_threshold, limits if qk else None)
-        data = encode(document, str(path))
+        document, names, found = _document(graph, metadata, edge_threshold, limits if qk else None)
+        data, beside = _encoded(document, found, path, max_file_bytes)
     if is_residual:
         features = names.features.values()
         examples = write_features(graph, folder / scan_name, features, scan_name)
-    write_atomically(path, data)
+    _write(path, data, beside)
     # the local page finds the file by its name, also where Neuronpedia's slug differs
-    return Written(path, examples, document["metadata"] | {"slug": slug})
+    sidecars = [folder / name for name in beside]
+    return Written(path, sidecars, examples, document["metadata"] | {"slug": slug})
 
 
 def _document(
@@ -160,8 +171,8 @@ def _document(
     metadata: host.Metadata,
     edge_threshold: float,
     limits: Limits | None,
-) -> tuple[dict[str, Any], Names]:
-    """The graph's file, and the features that it mentions; without limits no QK attributions."""
+) -> tuple[dict[str, Any], Names, Attributions | None]:
+    """The graph's file, the features mentioned, and with limits the QK attributions."""
     node_threshold = metadata.node_threshold
     assert node_threshold is not None
     kept = prune(graph, node_threshold, edge_threshold)
@@ -183,8 +194,45 @@ def _document(
         "node_threshold": node_threshold,
         "edge_threshold": edge_threshold,
     }
-    document["links"] = links.documents
-    if limits is not None:
-        nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
-        document |= attributions(graph, links, nodes, names, limits)
-    return document, names
+    document["links"] = links.data
+    if limits is None:
+        return document, names, None
+    nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
+    return document, names, attributions(graph, links, nodes, names, limits)
+
+
+def _encoded(
+    document: dict[str, Any], found: Attributions | None, path: Path, max_file_bytes: int
+) -> tuple[bytes, dict[str, bytes]]:
+    """The graph's file, and the sidecars of the tables that it has no room for.
+
+    Raises:
+        UserError: a number that JSON cannot hold.
+    """
+    # one after the other, so that what the tables may take is known
+    parts = {key: Encoded(encode(value, str(path))) for key, value in document.items()}
+    if found is None:
+        return encode(parts), {}
+    outsiders = Encoded(encode(found.outsiders, str(path)))
+    empty = {"attributions": [], "rows": []}
+    frame = encode({**parts, "qk": {**found.facts, **empty}, "qk_only_nodes": outsiders})
+    divided = divide(found, path.stem, max_file_bytes - len(frame))
+    return encode({**parts, "qk": divided.qk, "qk_only_nodes": outsiders}), divided.files
+
+
+def _write(path: Path, data: bytes, beside: dict[str, bytes]) -> None:
+    """Put a graph's file and its sidecars in place of the old ones, all or none.
+
+    Raises:
+        UserError: a file cannot be written; the old ones are then whole.
+    """
+    folder, slug = path.parent, path.stem
+    before = sidecars_of(folder, slug)
+    done = False
+    try:
+        if beside:
+            check_folder(folder / folder_of(slug))
+        write_together({folder / name: part for name, part in beside.items()} | {path: data})
+        done = True
+    finally:  # those that the graph's file does not name
+        remove_others(folder, slug, beside if done else before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,9 +12,12 @@ from tqdm import tqdm
 
 from circuit_tracer_qk import host
 from circuit_tracer_qk.dictionaries import FeatureExamples, feature_index
-from circuit_tracer_qk.files import check_folder, write_atomically
+from circuit_tracer_qk.files import check_folder, write_together
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.written import encode
+
+TOGETHER_BYTES = 64 << 20
+"""How many bytes of examples are at hand before they are written."""
 
 
 def folder_name(graph: ExplainedGraph, scan: str | None = None) -> str:
@@ -34,19 +38,32 @@ def write_features(
 
     Returns:
         The files.
+
+    Raises:
+        UserError: a file that cannot be written; every other is whole.
     """
     check_folder(folder)
     written = []
     examples = stored_examples(graph)
+    there = {entry.name for entry in os.scandir(folder)}
+    changed: dict[Path, bytes] = {}
+    size = 0
     for checkpoint, feature in tqdm(
         sorted(features), "Feature examples", leave=False, delay=2, disable=None
     ):
         data = None if examples is None else examples.read(checkpoint, feature)
-        path = folder / f"{feature_index(checkpoint, feature)}.json"
+        name = f"{feature_index(checkpoint, feature)}.json"
+        path = folder / name
         data = data or encode(without_examples(feature, scan))
-        if not path.is_file() or path.read_bytes() != data:
-            write_atomically(path, data)
+        if name not in there or not path.is_file() or path.read_bytes() != data:
+            changed[path] = data
+            size += len(data)
         written.append(path)
+        if size > TOGETHER_BYTES:
+            write_together(changed)
+            changed, size = {}, 0
+    if changed:
+        write_together(changed)
     return written
 
 

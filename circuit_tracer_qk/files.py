@@ -9,12 +9,16 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from circuit_tracer_qk.errors import UserError
 
 LISTING = "graph-metadata.json"
 """The file in which circuit-tracer lists a folder's graphs."""
+
+WAITING = 8
+"""How many files' ways to the disk are waited for at once."""
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp")
 _NAME = 100  # characters of a name that its temporary keeps: names have an end
@@ -65,8 +69,11 @@ def write_together(files: Mapping[Path, bytes]) -> None:
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
             with open(temporary, "xb") as file:
                 file.write(files[path])
-                file.flush()
-                os.fsync(file.fileno())
+        # many are waited for at once: the disk takes in several together
+        with ThreadPoolExecutor(min(len(files), WAITING)) as pool:
+            waits = [(path, pool.submit(_to_disk, at)) for path, at in temporaries.items()]
+            for path, wait in waits:
+                wait.result()
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except OSError as error:
@@ -93,8 +100,7 @@ def put_in_place(files: Mapping[Path, Path]) -> None:
     path = next(iter(files.values()))
     try:
         for source, path in files.items():
-            with open(source, "rb+") as file:
-                os.fsync(file.fileno())
+            _to_disk(source)
         for source, path in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, path)
@@ -103,6 +109,12 @@ def put_in_place(files: Mapping[Path, Path]) -> None:
         raise UserError(
             f"{path} cannot be written ({reason}): free the disk or choose another folder."
         ) from error
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def check_folder(path: str | Path) -> Path:

@@ -448,6 +448,23 @@ class Heads:
         n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions].to(u.dtype))
         return self._finish(layer, _project(n, b.W_K, group), positions, group, side=1)
 
+    def normed(self, layer: int, u: Tensor, positions: Tensor) -> Tensor:
+        """(n, d_model): component vectors as every head of a block reads them, after ln1."""
+        scale = self.run.scale("ln1", layer)[positions].to(u.dtype)
+        return self.block(layer).ln1.linear(u, scale)
+
+    def projected(
+        self, layer: int, normed: Tensor, positions: Tensor, head: int, side: int
+    ) -> Tensor:
+        """(n, d_head): what one head makes of vectors that :meth:`normed` gave, which heads share.
+
+        Args:
+            head: the query head (side 0) or the key-value head (side 1).
+        """
+        b = self.block(layer)
+        image = _project(normed, (b.W_Q, b.W_K)[side], head)
+        return self._finish(layer, image, positions, head, side)
+
     def constants(
         self, layer: int, positions: Tensor, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:

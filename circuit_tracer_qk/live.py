@@ -8,13 +8,14 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk import host
+from circuit_tracer_qk.batches import Batch
 from circuit_tracer_qk.dictionaries import indexed_feature
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.steer_requests import SteerRequest
-from circuit_tracer_qk.tables import Names, row_document, table_document
-from circuit_tracer_qk.written import encode
+from circuit_tracer_qk.tables import Names, written_rows, written_tables
+from circuit_tracer_qk.written import Encoded, encode
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.edits import Edit
@@ -82,8 +83,10 @@ class LiveGraphs:
         document = None
         if not table.masked:
             names = Names(graph.input_tokens.tolist())
-            document = table_document(table, float(row.pattern[key]), names)
-        return encode({"table": document, "row": row_document(layer, head, query, row)})
+            [written] = written_tables(Batch.of(table, row), names)
+            document = Encoded(written.data)
+        [written_row] = written_rows({(layer, head, query): row}).values()
+        return encode({"table": document, "row": Encoded(written_row)})
 
     def steer(self, slug: str, request: SteerRequest) -> bytes:
         """The graph's prompt with an edit, its clean run and matched controls.

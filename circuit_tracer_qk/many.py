@@ -156,7 +156,8 @@ class ResidualMaker(Maker):
                 qk=args.qk,
                 np_model=args.np_model,
             )
-            made = made._replace(pages=[written.page, *written.examples], listed=written.listed)
+            pages = [written.page, *written.sidecars, *written.examples]
+            made = made._replace(pages=pages, listed=written.listed)
         return made
 
 
@@ -171,6 +172,7 @@ class TranscoderMaker(Maker):
         from circuit_tracer_qk.explaining import explaining
         from circuit_tracer_qk.host_cli import flags_of
         from circuit_tracer_qk.host_entries import run_command
+        from circuit_tracer_qk.sidecars import remove_others
 
         pages, saved = self.marks.pages, self.marks.saved
         # written aside: the command lists its graph, and does not write its .pt in one step, in
@@ -200,6 +202,9 @@ class TranscoderMaker(Maker):
                 made = made._replace(pages=list(inside.values()), listed=listed)
                 moved |= inside
             put_in_place(moved)
+            if pages is not None:
+                kept = [file.relative_to(pages).as_posix() for file in made.pages]
+                remove_others(pages, request.slug, kept)
         except SystemExit as error:
             raise CannotLoad(
                 "circuit-tracer's own command refuses these flags: try them with -p and one prompt."

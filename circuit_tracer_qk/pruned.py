@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from circuit_tracer_qk import host
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.qk import Place
 from circuit_tracer_qk.tables import Names
-from circuit_tracer_qk.written import rounded
+from circuit_tracer_qk.written import Encoded, rounded
 
 
 class Kept(NamedTuple):
@@ -107,11 +107,11 @@ class Links(NamedTuple):
     """Links as they are written, and which tables they want.
 
     Attributes:
-        documents: in the order of the links kept.
+        data: a list in JSON, in the order of the links kept.
         required: by target node, the places of its strongest cross-position links' largest heads.
         others: every place that a cross-position link's head carried over, largest part first.
     """
 
-    documents: list[dict[str, Any]]
+    data: Encoded
     required: dict[int, list[Place]]
     others: list[Place]

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 
 from circuit_tracer_qk.graph import EdgeParts, ResidualGraph
 from circuit_tracer_qk.pruned import Kept, Links
 from circuit_tracer_qk.qk import Place
-from circuit_tracer_qk.written import rest, rounded
+from circuit_tracer_qk.written import Encoded, not_finite, rest, rounded_all, to_bytes, to_text
 
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
+
+_LINK = (
+    '{"source":%s,"target":%s,"weight":%.7g,"layer":%s,"residual":%.7g,"mlp":%.7g,'
+    '"head_loadings":[HEADS],"head_loadings_rest":%.12g}'
+)
+_HEAD = "[%d,%.7g,%.7g,%.7g]"  # head, total, direct, pattern
 
 
 def residual_links(graph: ResidualGraph, kept: Kept) -> Links:
     """The links with what carried them, and the tables that they want."""
     found = graph.edges(kept.sources, kept.targets)
-    return Links(_documents(kept, found), *_places(kept, found))
+    return Links(_written(kept, found), *_places(kept, found))
 
 
-def _documents(kept: Kept, found: EdgeParts) -> list[dict[str, Any]]:
+def _written(kept: Kept, found: EdgeParts) -> Encoded:
     """Links with what carried them.
 
     Identity: weight = residual + mlp + the listed heads' totals + head_loadings_rest, as written.
+
+    Raises:
+        UserError: a link holds NaN or infinite numbers.
     """
     total = found.parts.total.double().cpu()
     size, order = total.abs().sort(dim=1, descending=True, stable=True)
@@ -34,36 +42,30 @@ def _documents(kept: Kept, found: EdgeParts) -> list[dict[str, Any]]:
     n_listed = n_listed.clamp(HEADS_EXPLAINED, HEADS_LISTED).minimum((size > 0).sum(1))
     order = order[:, :HEADS_LISTED]
     of_head = total, found.parts.direct.cpu(), found.parts.pattern.cpu()
-    by_head = [order, *(part.gather(1, order) for part in of_head)]
+    by_head = torch.stack([order.double(), *(part.gather(1, order) for part in of_head)], 2)
+    alone = torch.stack([kept.weights, found.parts.residual.cpu(), found.parts.mlp.cpu()], 1)
+    if not bool(by_head.isfinite().all() and alone.isfinite().all()):
+        raise not_finite()
     columns = zip(
         kept.sources.tolist(),
         kept.targets.tolist(),
-        kept.weights.tolist(),
         found.layer.tolist(),
-        found.parts.residual.tolist(),
-        found.parts.mlp.tolist(),
+        rounded_all(alone),
+        rounded_all(by_head[:, :, 1]),
+        by_head.flatten(1).tolist(),
         n_listed.tolist(),
-        zip(*(part.tolist() for part in by_head), strict=True),
         strict=True,
     )
+    ids = {i: to_text(node.node_id) for i, node in kept.nodes.items()}
+    most = by_head.shape[1]
+    texts = [_LINK.replace("HEADS", ",".join([_HEAD] * n)) for n in range(most + 1)]
     links = []
-    for source, target, weight, layer, residual, mlp, n, carried in columns:
-        weight, residual, mlp = rounded(weight), rounded(residual), rounded(mlp)
-        listed = list(zip(*carried, strict=True))[:n]
-        loadings = [[h, rounded(t), rounded(d), rounded(p)] for h, t, d, p in listed]
-        links.append(
-            {
-                "source": kept.nodes[source].node_id,
-                "target": kept.nodes[target].node_id,
-                "weight": weight,
-                "layer": None if layer < 0 else layer,
-                "residual": residual,
-                "mlp": mlp,
-                "head_loadings": loadings,
-                "head_loadings_rest": rest(weight, [residual, mlp, *(t for _, t, *_ in loadings)]),
-            }
-        )
-    return links
+    for source, target, layer, (weight, *own), totals, heads, n in columns:
+        missing = rest(weight, (*own, *totals[:n]))
+        at = "null" if layer < 0 else layer
+        numbers = weight, at, *own, *heads[: 4 * n], missing
+        links.append(texts[n] % (ids[source], ids[target], *numbers))
+    return Encoded(to_bytes(f"[{','.join(links)}]"))
 
 
 def _places(kept: Kept, found: EdgeParts) -> tuple[dict[int, list[Place]], list[Place]]:

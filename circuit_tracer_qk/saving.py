@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import threading
 from http import HTTPStatus
 from typing import Any
@@ -13,7 +14,7 @@ from circuit_tracer_qk.answers import Refusal, not_found
 from circuit_tracer_qk.contents import Folder
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import check_names, write_atomically
-from circuit_tracer_qk.written import encode
+from circuit_tracer_qk.written import encode, to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +93,37 @@ def _with_parameters(data: bytes, parameters: dict[str, Any]) -> bytes:
     try:
         document = _parsed(data)
         if isinstance(document, dict):
-            return encode(document | {"qParams": parameters})
+            place = _place(data.decode(), "qParams")
+            if place is None:
+                return encode(document | {"qParams": parameters})
+            text = data.decode()  # every other byte stays
+            return to_bytes(text[: place.start] + encode(parameters).decode() + text[place.stop :])
     except ValueError:  # a UserError is one: a number too large to be written again
         pass
     raise Refusal(
         HTTPStatus.UNPROCESSABLE_ENTITY, "the graph's file is damaged and was left as it is."
     )
+
+
+def _place(text: str, key: str) -> slice | None:
+    """Where the value of an object's key stands in its JSON; None where that is not certain."""
+    if text.count(f'"{key}"') != 1:
+        return None
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,:]*")
+
+    def skip(at: int) -> int:
+        found = space.match(text, at)
+        return at if found is None else found.end()
+
+    at = skip(text.index("{") + 1)
+    while text[at] == '"':
+        name, at = decoder.raw_decode(text, at)
+        start = skip(at)
+        _, at = decoder.raw_decode(text, start)
+        if name == key:
+            return slice(start, at)
+        at = skip(at)
+    return None
 
 
 def _parsed(data: bytes) -> Any:

@@ -6,18 +6,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from circuit_tracer_qk.components import Component
+from circuit_tracer_qk.batches import Batch, RowPlace
+from circuit_tracer_qk.components import KINDS, Component
 from circuit_tracer_qk.dictionaries import feature_index
-from circuit_tracer_qk.qk import QKRow, QKTable
-from circuit_tracer_qk.written import rest, rounded, rounded_all
+from circuit_tracer_qk.qk import QKRow
+from circuit_tracer_qk.written import (
+    not_finite,
+    numbers,
+    rest,
+    rounded,
+    rounded_all,
+    to_bytes,
+    to_text,
+)
 
+KIND = {kind: i for i, kind in enumerate(KINDS)}
 MARGINALS_LISTED = 20  # a table's largest marginals on either side, all of whose terms are written
 TOP_TERMS = 50
 
@@ -35,6 +47,7 @@ class Names:
     tokens: Sequence[int]
     nodes: Collection[str] | None = None
     features: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _written: dict[Component, tuple[str, str]] = field(default_factory=dict)
 
     def mention(self, checkpoint: int, feature: int) -> int | None:
         """The Cantor index of a feature, which is noted."""
@@ -62,132 +75,261 @@ class Names:
             return c.kind in ("feature", "embedding") or (c.kind, c.label) == ("error", "error")
         return self.node_id(c) in self.nodes
 
+    def written(self, c: Component) -> tuple[str, str]:
+        """A component in JSON, ``component`` of the schema, before and after its marginal."""
+        if c not in self._written:
+            entry: dict[str, object] = {
+                "kind": c.kind,
+                "checkpoint": c.checkpoint,
+                "feature": c.feature,
+                "position": c.position,
+                "activation": None if c.activation is None else rounded(c.activation),
+                "label": c.label,
+            }
+            after = ""
+            if self.is_node(c):
+                after += f',"node_id":{to_text(self.node_id(c))}'
+            index = None if c.feature is None else feature_index(c.checkpoint, c.feature)
+            if index is not None:
+                after += f',"id":{index}'
+            self._written[c] = f'{to_text(entry)[:-1]},"marginal":', after + "}"
+        return self._written[c]
 
-def table_document(
-    table: QKTable, pattern: float, names: Names, top_terms: int = TOP_TERMS
-) -> dict[str, Any]:
-    """A table's largest terms and marginals.
+
+class Table(NamedTuple):
+    """A table as it is written.
+
+    Attributes:
+        data: JSON, ``table`` of the schema.
+        features: (checkpoint, feature) of the features that it mentions.
+    """
+
+    data: bytes
+    features: list[tuple[int, int]]
+
+
+def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> list[Table]:
+    """The largest terms and marginals of many tables.
 
     Identities, as written: score = the listed terms + rest = the listed marginals of either side
     + that side's rest. ``grid`` holds every term between the first components of either list.
 
     Args:
-        table: of a key that is not masked.
-        pattern: the attention that the key got.
-        names: gets the features mentioned.
+        batch: of keys that are not masked.
+        names: says which components are nodes.
         top_terms: how many terms to list, by absolute value.
+
+    Raises:
+        UserError: a table holds NaN or infinite numbers.
     """
-    terms = table.terms.cpu()
-    score = rounded(table.score)
-    rows, columns = largest_terms(terms, top_terms, -(-top_terms // 5))
-    values = rounded_all(terms[rows, columns])
-    rows, columns = rows.tolist(), columns.tolist()
-    marginals = [terms.sum(dim, dtype=torch.float64) for dim in (1, 0)]
-    row_order, column_order = (
-        _listed(side, of_side, used, position)
-        for side, of_side, used, position in zip(
-            (table.query, table.key),
-            marginals,
-            (rows, columns),
-            (table.query_position, table.key_position),
-            strict=True,
+    terms, wide = batch.terms, batch.terms.double()
+    largest, n_largest = largest_terms(terms, top_terms, -(-top_terms // 5))
+    width = terms.shape[2]
+    index = largest // width, largest % width
+    values = terms.flatten(1).gather(1, largest)
+    position = [p.query for p in batch.places], [p.key for p in batch.places]
+    sides = []
+    for side, components in enumerate((batch.query, batch.key)):
+        marginals = wide.sum(2 - side)
+        used = torch.zeros_like(marginals, dtype=torch.bool)
+        real = torch.arange(largest.shape[1]) < n_largest[:, None]
+        used.scatter_(1, torch.where(real, index[side], index[side][:, :1]), True)
+        sides.append(
+            _listed(components, marginals, used & (n_largest > 0)[:, None], position[side])
         )
+    ends = [side.rank.gather(1, at) for side, at in zip(sides, index, strict=True)]
+    listed = torch.stack([*ends, values], 2)
+    first = [side.order[:, :MARGINALS_LISTED] for side in sides]
+    grid = terms.gather(1, first[0][:, :, None].expand(-1, -1, width))
+    grid = grid.gather(2, first[1][:, None].expand(-1, grid.shape[1], -1))
+    heads = torch.stack([batch.score, batch.score_capped, batch.pattern], 1)
+    kinds = [_kinds(side, terms.shape[1 + at]) for at, side in enumerate((batch.query, batch.key))]
+    blocks = kinds[0].transpose(1, 2) @ wide @ kinds[1]
+    for some in (heads, blocks):
+        if not bool(some.isfinite().all()):
+            raise not_finite()
+    columns = zip(
+        batch.places,
+        rounded_all(heads),
+        *(zip(*side.columns(), strict=True) for side in sides),
+        n_largest.tolist(),
+        rounded_all(values),
+        listed.flatten(1).tolist(),
+        grid,
+        rounded_all(blocks),
+        strict=True,
     )
-    at_row = {i: at for at, i in enumerate(row_order)}
-    at_column = {i: at for at, i in enumerate(column_order)}
-    grid = terms[row_order[:MARGINALS_LISTED]][:, column_order[:MARGINALS_LISTED]]
-    return {
-        "layer": table.layer,
-        "head": table.head,
-        "query": table.query_position,
-        "key": table.key_position,
-        "score": score,
-        "score_capped": rounded(table.score_capped),
-        "pattern": rounded(pattern),
-        **_side("query", table.query, marginals[0], row_order, names, score),
-        **_side("key", table.key, marginals[1], column_order, names, score),
-        "terms": [
-            [at_row[i], at_column[j], value]
-            for i, j, value in zip(rows, columns, values, strict=True)
-        ],
-        "rest": rest(score, values),
-        "grid": rounded_all(grid),
-        "blocks": {f"{a}|{b}": rounded(value) for (a, b), value in table.blocks.items()},
-    }
+    out = []
+    for i, (place, own, query, key, n, values, terms, cells, totals) in enumerate(columns):
+        score, capped, pattern = own
+        texts, features = [], []
+        for name, components, (order, marginals) in (
+            ("query", batch.query[i], query),
+            ("key", batch.key[i], key),
+        ):
+            texts.append(_side(name, components, order, marginals, names, score, features))
+        n_query, n_key = (min(len(side[0]), MARGINALS_LISTED) for side in (query, key))
+        cells = cells[:n_query, :n_key].flatten().tolist()
+        kinds_here = _present(batch.query[i], batch.key[i])
+        text = (
+            f'{{"layer":{place.layer},"head":{place.head},"query":{place.query},'
+            f'"key":{place.key},"score":{score!r},"score_capped":{capped!r},'
+            f'"pattern":{pattern!r},{texts[0]},{texts[1]},'
+            f'"terms":[{_terms(n) % tuple(terms[: 3 * n])}],'
+            f'"rest":{rest(score, values[:n])!r},'
+            f'"grid":[{_grid(n_query, n_key) % tuple(cells)}],'
+            f'"blocks":{to_text({f"{a}|{b}": totals[KIND[a]][KIND[b]] for a, b in kinds_here})}}}'
+        )
+        out.append(Table(to_bytes(text), features))
+    return out
 
 
-def row_document(layer: int, head: int, query: int, row: QKRow) -> dict[str, Any]:
-    """One head's attention from one query; masked scores are None."""
-    scores = [rounded(s) if math.isfinite(s) else None for s in row.scores.tolist()]
-    pattern = [rounded(p) for p in row.pattern.tolist()]
-    return {"layer": layer, "head": head, "query": query, "scores": scores, "pattern": pattern}
+@lru_cache(maxsize=1024)
+def _terms(n: int) -> str:
+    return ",".join(["[%d,%d,%.7g]"] * n)
+
+
+@lru_cache(maxsize=MARGINALS_LISTED**2)
+def _grid(n_query: int, n_key: int) -> str:
+    return ",".join([f"[{','.join(['%.7g'] * n_key)}]"] * n_query)
+
+
+def written_rows(rows: Mapping[RowPlace, QKRow]) -> dict[RowPlace, bytes]:
+    """Attention rows, ``row`` of the schema; masked scores are null.
+
+    Raises:
+        UserError: a row holds NaN or infinite numbers.
+    """
+    out = {}
+    for (layer, head, query), row in rows.items():
+        first = int(torch.isinf(row.scores).sum())  # a window's keys are the last ones
+        scores, pattern = row.scores[first:].tolist(), row.pattern.tolist()
+        if not math.isfinite(sum(scores) + sum(pattern)):
+            raise not_finite()
+        text = (
+            f'{{"layer":{layer},"head":{head},"query":{query},'
+            f'"scores":[{"null," * first}{numbers(scores)}],"pattern":[{numbers(pattern)}]}}'
+        )
+        out[layer, head, query] = to_bytes(text)
+    return out
 
 
 def largest_terms(terms: Tensor, n: int, of_sign: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the ``n`` largest terms by absolute value, largest first; none is 0.
+    """The ``n`` largest terms of each table by absolute value, largest first; none is 0.
 
     They lie in the rows with the largest extremes, so that most of a large table is only skimmed.
 
     Args:
-        terms: (n_rows, n_columns)
+        terms: (n_tables, n_rows, n_columns)
         n: how many.
         of_sign: as many of either sign are there too.
+
+    Returns:
+        (n_tables, most) indices into each flattened table, and (n_tables,) how many of them count.
     """
-    low, high = terms.amin(1), terms.amax(1)
-    wanted = (torch.maximum(high, -low), n), (high, of_sign), (-low, of_sign)
-    rows = torch.cat([e.topk(min(k, len(e))).indices for e, k in wanted]).unique()
-    values = terms[rows].flatten()
-    few = min(of_sign, len(values))
-    either = torch.cat([(sign * values).topk(few).indices for sign in (1, -1)])
-    right = torch.cat([values[either[:few]] > 0, values[either[few:]] < 0])
-    chosen = torch.cat([values.abs().topk(min(n, len(values))).indices, either[right]]).unique()
-    chosen = chosen[values[chosen] != 0]
-    chosen = chosen[values[chosen].abs().argsort(descending=True, stable=True)]
-    return rows[chosen // terms.shape[1]], chosen % terms.shape[1]
+    n_tables, n_rows, width = terms.shape
+    if n_rows > 2 * (n + 2 * of_sign):
+        low, high = terms.amin(2), terms.amax(2)
+        wanted = (torch.maximum(high, -low), n), (high, of_sign), (-low, of_sign)
+        some = torch.cat([e.topk(min(k, n_rows)).indices for e, k in wanted], 1).sort().values
+        values = terms.gather(1, some[:, :, None].expand(-1, -1, width))
+        again = some[:, 1:] == some[:, :-1]
+        values[:, 1:][again] = 0
+        at, few = largest_terms(values, n, of_sign)
+        return some.gather(1, at // width) * width + at % width, few
+    flat = terms.flatten(1)
+    chosen = [flat.abs().topk(min(n, flat.shape[1])).indices]
+    for sign in (1, -1):
+        at = (sign * flat).topk(min(of_sign, flat.shape[1])).indices
+        # others of this sign are not there: the largest of all, which is there already
+        chosen.append(torch.where(sign * flat.gather(1, at) > 0, at, chosen[0][:, :1]))
+    index = torch.cat(chosen, 1).sort().values
+    size = flat.gather(1, index).abs()
+    size[:, 1:][index[:, 1:] == index[:, :-1]] = 0
+    order = size.argsort(dim=1, descending=True, stable=True)
+    return index.gather(1, order), (size > 0).sum(1)
+
+
+class _Listed(NamedTuple):
+    """Which components of one side are listed.
+
+    Attributes:
+        marginals: (n_tables, n_components).
+        order: (n_tables, most) the components to list, by |marginal|.
+        n_listed: (n_tables,) how many of these count.
+        rank: (n_tables, n_components) where each is in the list.
+    """
+
+    marginals: Tensor
+    order: Tensor
+    n_listed: Tensor
+    rank: Tensor
+
+    def columns(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Of each table: the components listed, and their marginals as written."""
+        n = self.n_listed.tolist()
+        marginals = rounded_all(self.marginals.gather(1, self.order))
+        return (
+            [some[:k] for some, k in zip(self.order.tolist(), n, strict=True)],
+            [some[:k] for some, k in zip(marginals, n, strict=True)],
+        )
 
 
 def _listed(
-    components: list[Component], marginals: Tensor, used: list[int], position: int
-) -> list[int]:
+    components: list[Sequence[Component]], marginals: Tensor, used: Tensor, position: list[int]
+) -> _Listed:
     """The components to list, by |marginal|: those used, the largest, and all but features.
 
     In transcoder graphs errors and tokens are nodes at every earlier position too; of those that
     were carried to this one, too, only the used and the largest are listed.
     """
-    most = min(MARGINALS_LISTED, len(components))
-    others = [i for i, c in enumerate(components) if c.kind != "feature" and c.position == position]
-    chosen = {*used, *others, *marginals.abs().topk(most).indices.tolist()}
-    values = marginals.tolist()
-    return sorted(chosen, key=lambda i: (-abs(values[i]), i))
+    size, chosen = marginals.abs(), used.clone()
+    n = torch.tensor([len(some) for some in components])
+    there = torch.arange(size.shape[1]) < n[:, None]
+    most = min(MARGINALS_LISTED, size.shape[1])
+    chosen.scatter_(1, size.masked_fill(~there, -1).topk(most).indices, True)
+    for i, (some, p) in enumerate(zip(components, position, strict=True)):
+        own = [j for j, c in enumerate(some) if c.kind != "feature" and c.position == p]
+        chosen[i, own] = True
+    chosen &= there
+    order = size.masked_fill(~chosen, -1).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(size.shape[1]).expand_as(order))
+    n_listed = chosen.sum(1)
+    return _Listed(marginals, order[:, : int(n_listed.max())], n_listed, rank)
+
+
+def _kinds(components: list[Sequence[Component]], width: int) -> Tensor:
+    """(n_tables, width, n_kinds) one at each component's kind, zero beyond them."""
+    codes = [[KIND[c.kind] for c in some] for some in components]
+    padded = [some + [len(KINDS)] * (width - len(some)) for some in codes]
+    return one_hot(torch.tensor(padded), len(KINDS) + 1)[:, :, : len(KINDS)].double()
+
+
+def _present(*sides: Sequence[Component]) -> list[tuple[str, str]]:
+    """Pairs of kinds that a table's block totals have: as :attr:`QKTable.blocks`."""
+    present = {c.kind for side in sides for c in side}
+    if not present & {"embedding", "position"}:
+        present |= {"feature", "bias", "error"}
+    kinds = [kind for kind in KINDS if kind in present]
+    return [(a, b) for a in kinds for b in kinds]
 
 
 def _side(
     name: str,
-    components: list[Component],
-    marginals: Tensor,
+    components: Sequence[Component],
     order: list[int],
+    marginals: list[float],
     names: Names,
     score: float,
-) -> dict[str, Any]:
+    features: list[tuple[int, int]],
+) -> str:
     """One side's listed components, and the sum of the marginals left out."""
-    listed = [_component(components[i], float(marginals[i]), names) for i in order]
-    missing = rest(score, [entry["marginal"] for entry in listed])
-    return {f"{name}_components": listed, f"{name}_rest": missing}
-
-
-def _component(c: Component, marginal: float, names: Names) -> dict[str, Any]:
-    out: dict[str, Any] = {
-        "kind": c.kind,
-        "checkpoint": c.checkpoint,
-        "feature": c.feature,
-        "position": c.position,
-        "activation": None if c.activation is None else rounded(c.activation),
-        "label": c.label,
-        "marginal": rounded(marginal),
-    }
-    if names.is_node(c):
-        out["node_id"] = names.node_id(c)
-    index = None if c.feature is None else feature_index(c.checkpoint, c.feature)
-    if index is not None:
-        out["id"] = index
-    return out
+    entries = []
+    for i, marginal in zip(order, marginals, strict=True):
+        c = components[i]
+        before, after = names.written(c)
+        entries.append(f"{before}{marginal!r}{after}")
+        if c.feature is not None:
+            features.append((c.checkpoint, c.feature))
+    missing = rest(score, marginals)
+    return f'"{name}_components":[{",".join(entries)}],"{name}_rest":{missing!r}'

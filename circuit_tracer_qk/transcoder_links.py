@@ -12,7 +12,7 @@ from circuit_tracer_qk.pruned import Kept, Links
 from circuit_tracer_qk.qk import Place
 from circuit_tracer_qk.splits import Listing, Pairs, Splits
 from circuit_tracer_qk.transcoder_graph import TranscoderGraph
-from circuit_tracer_qk.written import rest, rounded_all
+from circuit_tracer_qk.written import Encoded, encode, rest, rounded_all
 
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
 DELIVERED = 8  # heads listed as having delivered an edge, or more while the file stays small:
@@ -25,7 +25,8 @@ def transcoder_links(graph: TranscoderGraph, kept: Kept, progress: bool = True) 
     """The links with what carried them past every block, and the tables that they want."""
     found = _on_cpu(graph.split(kept.sources, kept.targets, Listing(), progress=progress))
     pairs = _in_order(found)
-    return Links(_documents(kept, found, pairs), *_places(graph, kept, found, pairs))
+    data = Encoded(encode(_documents(kept, found, pairs)))
+    return Links(data, *_places(graph, kept, found, pairs))
 
 
 def _on_cpu(found: Splits) -> Splits:

@@ -8,6 +8,13 @@ window.initQkData = function({data}){
   var rows = new Map((qk?.rows || []).map(d => [rowKey(d), d]))
   var asked = new Map()
 
+  // Tables that the file has no room for lie beside it, those of one head in one file.
+  var beside = new Map(Object.entries(qk?.sidecars || {}).flatMap(([name, {file, tables}]) => tables
+    .map(([query, key]) => utilQk.parsePlace(`${name}:q${query}:k${key}`))
+    .filter(d => d)
+    .map(place => [placeKey(place), {place, file}])))
+  var opened = new Map()
+
   // A graph of circuit-tracer's own has links without heads.
   var hasHeads = links.some(d => isResidual(d) || isTranscoder(d))
   var isTranscoderGraph = qk?.graph_kind == 'transcoder' || links.some(d => isTranscoder(d))
@@ -92,16 +99,40 @@ window.initQkData = function({data}){
       .sort((a, b) => b.isCross - a.isCross)
   }
 
-  // One of: {table, row}, {row, masked}, {problem: 'absent' | 'gone' | 'refused', message}
+  // One of: {table, row}, {row, masked}, {problem: 'absent' | 'gone' | 'refused', message},
+  // {problem: 'missing' | 'damaged', file}
   async function load(place){
     var key = placeKey(place)
+    var file = tables.has(key) ? undefined : beside.get(key)?.file
+    var problem = file && await openBeside(file)
     var row = rows.get(rowKey(place))
     if (tables.has(key)) return {table: tables.get(key), row}
     if (row && row.scores[place.key] === null) return {row, masked: true}
     if (!asked.has(key)) asked.set(key, ask(place))
     var answer = await asked.get(key)
     if (answer.problem == 'gone') asked.delete(key) // it may come back
+    if (file && answer.problem == 'absent') return {problem: problem || 'damaged', file, row}
     return answer.problem ? {...answer, row} : answer
+  }
+
+  // Reads a head's file once; what is wrong with it, if anything, until it is there
+  async function openBeside(file){
+    if (!opened.has(file)) opened.set(file, readBeside(file))
+    var problem = await opened.get(file)
+    if (problem) opened.delete(file)
+    return problem
+  }
+
+  async function readBeside(file){
+    try {
+      var res = await qkPage.fetch('./graph_data/' + file.split('/').map(encodeURIComponent).join('/'))
+      if (!res.ok) return 'missing'
+      var found = await res.json()
+      found.rows.forEach(d => rows.set(rowKey(d), d))
+      found.attributions.forEach(d => tables.set(placeKey(d), d))
+    } catch (error) {
+      return error instanceof TypeError && !res ? 'gone' : 'damaged'
+    }
   }
 
   async function ask(place){
@@ -147,7 +178,7 @@ window.initQkData = function({data}){
 
   return {
     hasHeads,
-    hasQk: tables.size > 0,
+    hasQk: tables.size + beside.size > 0,
     isResidual,
     isTranscoder,
     isTranscoderGraph,
@@ -161,7 +192,7 @@ window.initQkData = function({data}){
     isKnown,
     nodeOf,
     isLive: () => qkPage.config.then(d => d.live.includes(metadata.slug)),
-    places: () => Array.from(tables.values()),
+    places: () => Array.from(tables.values()).concat(Array.from(beside.values(), d => d.place)),
   }
 }
 

@@ -187,6 +187,10 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     if (answer.masked) return [`Masked: key ${state.place.key} lies outside this head’s attention window, so its score never enters the softmax.`]
     if (answer.problem == 'gone') return ['The server does not answer. Start it again, then choose the head once more:', 'circuit-tracer-qk start-server --graph_file_dir DIR']
     if (answer.problem == 'refused') return [answer.message]
+    if (answer.problem == 'missing' || answer.problem == 'damaged') return [
+      `This table was written beside the graph file, to ${answer.file}, and that file ${answer.problem == 'missing' ? 'is not there' : 'cannot be read'}. ` +
+      `Keep the folder ${answer.file.split('/')[0]} beside the graph file; reload the page if the graph was written anew.`,
+    ]
     if (answer.problem == 'absent') return [
       qk.data.hasQk ? 'This table was not written to the graph file, and this server has no model in memory. With one it answers for any head and position:' :
         'This graph was written without QK attributions. The command that makes them:',

@@ -23,9 +23,10 @@ from circuit_tracer.graph import prune_graph
 from random_dictionaries import PRE, write_sae, write_wcc
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import export, files
+from circuit_tracer_qk import export, files, host
 from circuit_tracer_qk.dictionaries import feature_index
 from circuit_tracer_qk.graph import Edge, HeadLoadings
+from circuit_tracer_qk.heads import Heads
 
 SCHEMA = json.loads((Path(export.__file__).parent / "graph.schema.json").read_bytes())
 BOB = (
@@ -451,6 +452,95 @@ def test_refuses_a_damaged_list(small: ctqk.ResidualGraph, tmp_path: Path, damag
     assert [path.name for path in tmp_path.iterdir()] == ["graph-metadata.json"]
 
 
+# Sidecars
+
+
+def sidecar_schema() -> dict[str, Any]:
+    return {**SCHEMA["$defs"]["sidecar"], "$defs": SCHEMA["$defs"]}
+
+
+def sidecars(written: Written) -> dict[str, dict[str, Any]]:
+    """The sidecars that a graph's file names, by head."""
+    named = written.document["qk"].get("sidecars", {})
+    return {
+        head: strict((written.path.parent / entry["file"]).read_bytes())
+        for head, entry in named.items()
+    }
+
+
+def in_all(written: Written, name: str) -> list[dict[str, Any]]:
+    """Tables or rows of a graph's file and its sidecars."""
+    beside = (entry for sidecar in sidecars(written).values() for entry in sidecar[name])
+    return [*written.document["qk"][name], *beside]
+
+
+def place(entry: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(entry[name] for name in ("layer", "head", "query", "key") if name in entry)
+
+
+def test_what_does_not_fit_lies_beside(small: ctqk.ResidualGraph, tmp_path: Path):
+    whole = write(small, tmp_path / "whole")
+    assert "sidecars" not in whole.document["qk"]
+    assert [p.name for p in (tmp_path / "whole").iterdir() if p.suffix == ".qk"] == []
+    size = whole.path.stat().st_size
+    tables_size = len(json.dumps(whole.document["qk"], separators=(",", ":")))
+    for room in (size - 1, size - tables_size // 2, 0):
+        parts = write(small, tmp_path / str(room), max_file_bytes=room)
+        assert parts.path.stat().st_size <= max(room, size - tables_size + 20_000)
+        jsonschema.Draft202012Validator(SCHEMA).validate(parts.document)
+        graph_models.Model.model_validate(parts.document)
+        found = in_all(parts, "attributions")
+        assert sorted(map(place, found)) == sorted(map(place, whole.document["qk"]["attributions"]))
+        assert {place(t): t for t in found} == {place(t): t for t in tables(whole)}
+        rows = {place(row): row for row in whole.document["qk"]["rows"]}
+        assert {place(row): row for row in in_all(parts, "rows")} == rows
+        for head, sidecar in sidecars(parts).items():
+            jsonschema.Draft202012Validator(sidecar_schema()).validate(sidecar)
+            entry = parts.document["qk"]["sidecars"][head]
+            assert head == f"L{sidecar['layer']}H{sidecar['head']}"
+            assert entry["tables"] == [[t["query"], t["key"]] for t in sidecar["attributions"]]
+            own = {place(t)[:3] for t in sidecar["attributions"]}
+            assert {place(row) for row in sidecar["rows"]} == own
+        kept = {key: value for key, value in parts.document.items() if key != "qk"}
+        assert kept == {key: value for key, value in whole.document.items() if key != "qk"}
+        names = {path.name for path in parts.features.iterdir()}
+        assert names == {path.name for path in whole.features.iterdir()}
+    assert parts.document["qk"]["attributions"] == [] and sidecars(parts)
+
+
+def test_the_most_wanted_tables_stay_in_the_file(small: ctqk.ResidualGraph, tmp_path: Path):
+    whole = write(small, tmp_path / "whole", max_tables=10_000)
+    required = {place(t) for t in tables(write(small, tmp_path / "few", max_tables=0))}
+    room = whole.path.stat().st_size * 9 // 10
+    parts = write(small, tmp_path / "parts", max_tables=10_000, max_file_bytes=room)
+    assert sidecars(parts)
+    assert required <= {place(t) for t in tables(parts)}
+
+
+def beside(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.glob("*.qk/*")}
+
+
+def named(written: Written) -> set[str]:
+    return {entry["file"] for entry in written.document["qk"].get("sidecars", {}).values()}
+
+
+def test_another_graph_leaves_no_stale_sidecars(small: ctqk.ResidualGraph, tmp_path: Path):
+    first = write(small, tmp_path, max_file_bytes=0)
+    assert beside(tmp_path) == named(first)
+    other = ctqk.create_graph_files(small, "a.graph", tmp_path, max_file_bytes=0)
+    others = {entry["file"] for entry in strict(other.read_bytes())["qk"]["sidecars"].values()}
+    second = write(small, tmp_path, max_file_bytes=0, top_terms=3)
+    assert named(second) and not named(second) & named(first)
+    assert beside(tmp_path) == named(second) | others
+    (tmp_path / "a.graph-1.qk" / "notes.txt").write_text("mine")
+    write(small, tmp_path)
+    assert beside(tmp_path) == {"a.graph-1.qk/notes.txt"} | others
+    (tmp_path / "a.graph-1.qk" / "notes.txt").unlink()
+    write(small, tmp_path)
+    assert not (tmp_path / "a.graph-1.qk").exists()
+
+
 def everything(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -470,6 +560,7 @@ def killed(*_: Any) -> None:
     [(full, ctqk.UserError), (killed, KeyboardInterrupt)],
     ids=["full", "killed"],
 )
+@pytest.mark.parametrize("room", [10**9, 0], ids=["one file", "sidecars"])
 def test_a_write_that_fails_changes_nothing(
     small: ctqk.ResidualGraph,
     tmp_path: Path,
@@ -477,15 +568,59 @@ def test_a_write_that_fails_changes_nothing(
     call: str,
     fails: Any,
     error: type[BaseException],
+    room: int,
 ):
-    ctqk.create_graph_files(small, "a", tmp_path)
+    ctqk.create_graph_files(small, "a", tmp_path, max_file_bytes=room)
     before = everything(tmp_path)
     monkeypatch.setattr(files.os, call, fails)
     with pytest.raises(error) as caught:
-        ctqk.create_graph_files(small, "a", tmp_path, node_threshold=0.5)
+        ctqk.create_graph_files(small, "a", tmp_path, node_threshold=0.5, max_file_bytes=room)
     if error is ctqk.UserError:
-        assert "a.json" in str(caught.value) and "No space left" in str(caught.value)
+        assert "No space left" in str(caught.value)
+        assert ("a.json" if room else "a.qk") in str(caught.value)
     assert everything(tmp_path) == before
+
+
+def test_sidecars_in_place_without_their_graph_change_nothing(
+    small: ctqk.ResidualGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ctqk.create_graph_files(small, "a", tmp_path, max_file_bytes=0)
+    before = everything(tmp_path)
+    replace_file = files.os.replace
+
+    def fails_at_the_graph(source: Path, target: Path) -> None:
+        full() if target.name == "a.json" else replace_file(source, target)
+
+    monkeypatch.setattr(files.os, "replace", fails_at_the_graph)
+    with pytest.raises(ctqk.UserError, match=r"a\.json"):
+        ctqk.create_graph_files(small, "a", tmp_path, node_threshold=0.5, max_file_bytes=0)
+    assert everything(tmp_path) == before
+    ctqk.create_graph_files(small, "b", tmp_path / "new")  # one without sidecars before
+    before = everything(tmp_path)
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(ctqk.UserError):
+        ctqk.create_graph_files(small, "b", tmp_path / "new", max_file_bytes=0, top_terms=3)
+    assert everything(tmp_path) == before and not (tmp_path / "new" / "b.qk").exists()
+
+
+def test_the_hosts_pruning_is_its_own_bit_for_bit(small: ctqk.ResidualGraph):
+    assert host._prune_graph() is not host.prune_graph  # the quicker threshold is in use
+    for node_threshold in (0.0, 0.3, 0.8, 1.0):
+        for edge_threshold in (0.0, 0.5, 0.98, 1.0):
+            ours = host.prune(small, node_threshold, edge_threshold)
+            theirs = prune_graph(small, node_threshold, edge_threshold)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_not_finite_is_refused(small: ctqk.ResidualGraph, tmp_path: Path):
+    graph = copy.copy(small)
+    vars(graph).pop("scores", None)
+    run = replace(small.record.parts.run, residual=small.record.parts.run.residual * math.nan)
+    parts = replace(small.record.parts, run=run)
+    graph.record = replace(small.record, parts=parts, heads=Heads(small.record.heads.blocks, run))
+    with pytest.raises(ctqk.UserError, match="NaN or infinite"):
+        ctqk.create_graph_files(graph, "a", tmp_path)
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_labels_of_any_kind(small: ctqk.ResidualGraph, tmp_path: Path):

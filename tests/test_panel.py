@@ -568,6 +568,76 @@ def test_the_server_is_gone(watch: Watch, graph, tmp_path):
     expect(page.locator(".qk-why > .qk-state code")).to_contain_text("start-server")
 
 
+def beside_only(graph: ctqk.ResidualGraph, folder: Path) -> tuple[server.Server, Served, str]:
+    """A graph all of whose tables lie beside its file, served, and the place of one."""
+    ctqk.create_graph_files(graph, "sally", folder)
+    whole = json.loads((folder / "sally.json").read_bytes())
+    ctqk.create_graph_files(graph, "sally", folder, max_file_bytes=0)
+    running, served = serve(folder, "sally")
+    assert not served.document["qk"]["attributions"]
+    document = served.document | {"qk": served.document["qk"] | {"whole": whole["qk"]}}
+    served = served._replace(document=document)
+    link = strongest(whole)
+    place = {node["node_id"]: node["ctx_idx"] for node in whole["nodes"]}
+    at = f"q{place[link['target']]}:k{place[link['source']]}"
+    return running, served, f"L{link['layer']}H{link['head_loadings'][0][0]}:{at}"
+
+
+def test_a_table_that_lies_beside_the_file(watch: Watch, graph, tmp_path):
+    running, served, place = beside_only(graph, tmp_path)
+    page, link = watch.page, strongest(served.document)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    try:
+        page.goto(served.address(clickedId=link["target"]))
+        whole = served.document | {"qk": served.document["qk"]["whole"]}
+        table = table_of(served._replace(document=whole), place)
+        expect(page.locator(".qk-why")).to_contain_text(f"score {table['score']:+.3f}")
+        assert selection(page) == place
+        check_sums(page, link, table)
+        layer, head = table["layer"], table["head"]
+        [file] = [url for url in asked if ".qk/" in url]  # one head's, once
+        assert f"/graph_data/sally.qk/L{layer}H{head}-" in file
+        beside = served.document["qk"]["sidecars"]
+        name, two = next((n, d["tables"]) for n, d in beside.items() if len(d["tables"]) > 1)
+        for query, key in two[:2]:
+            other = f"{name}:q{query}:k{key}"
+            page.locator(".qk-place").fill(other)
+            page.locator(".qk-place").press("Enter")
+            score = table_of(served._replace(document=whole), other)["score"]
+            expect(page.locator(".qk-why")).to_contain_text(f"score {score:+.3f}")
+        assert len([url for url in asked if f".qk/{name}-" in url]) == 1
+        page.locator(".qk-place").fill("L0H7:q9:k4")  # written nowhere
+        page.locator(".qk-place").press("Enter")
+        expect(page.locator(".qk-why > .qk-state")).to_contain_text("was not written")
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_file_beside_that_is_not_there(watch: Watch, graph, tmp_path, how: str):
+    running, served, place = beside_only(graph, tmp_path)
+    name = place.split(":")[0]
+    path = tmp_path / served.document["qk"]["sidecars"][name]["file"]
+    data = path.read_bytes()
+    path.unlink() if how == "missing" else path.write_bytes(data[:1000])
+    page = watch.page
+    if how == "missing":
+        watch.expected.append("404")  # the browser notes it
+    try:
+        page.goto(served.address(clickedId=strongest(served.document)["target"]))
+        state = page.locator(".qk-why > .qk-state")
+        expect(state).to_contain_text(f"sally.qk/{path.name}")
+        expect(state).to_contain_text({"missing": "is not there", "damaged": "cannot be read"}[how])
+        expect(part(page, "head").first).to_be_visible()
+        expect(part(page, "query-term")).to_have_count(0)
+        path.write_bytes(data)  # and it is asked for again
+        part(page, "head").first.click()
+        expect(part(page, "query-term").first).to_be_visible()
+    finally:
+        running.stop()
+
+
 def test_features_without_examples(watch: Watch, alone: Served):
     link = strongest(alone.document)
     for path in (alone.folder / "miniature-sae").iterdir():

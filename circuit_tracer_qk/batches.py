@@ -1,0 +1,256 @@
+"""Many QK tables at once: each block's components are projected once, all products in a batch.
+
+A file of a large graph holds hundreds of tables. One by one each costs a projection of its
+components and dozens of small operations; side by side they cost their arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.components import Component
+from circuit_tracer_qk.graph import ExplainedGraph, ResidualGraph
+from circuit_tracer_qk.qk import QK, WIDE_TERMS, Place, QKRow, QKTable
+
+RowPlace = tuple[int, int, int]
+"""(layer, head, query) of an attention row."""
+
+BATCH_TERMS = 1 << 18  # padded terms contracted at once: they stay in the processor's cache
+
+
+class Terms(NamedTuple):
+    """One table's components and terms.
+
+    Attributes:
+        query, key: the components of either side.
+        terms: (len(query), len(key)).
+    """
+
+    query: Sequence[Component]
+    key: Sequence[Component]
+    terms: Tensor
+
+
+class Batch(NamedTuple):
+    """Tables side by side.
+
+    Attributes:
+        places: where they stand.
+        score, score_capped: (n,) before and after the soft-cap.
+        pattern: (n,) the attention that each key got.
+        query, key: the components of either side of each; lists may be shared.
+        terms: (n, n_query, n_key), zero beyond a table's own components.
+        rows: the attention rows of heads and queries that no earlier batch had.
+    """
+
+    places: list[Place]
+    score: Tensor
+    score_capped: Tensor
+    pattern: Tensor
+    query: list[Sequence[Component]]
+    key: list[Sequence[Component]]
+    terms: Tensor
+    rows: dict[RowPlace, QKRow]
+
+    @classmethod
+    def of(cls, table: QKTable, row: QKRow) -> Batch:
+        """One table alone, and its row."""
+        place = Place(table.layer, table.head, table.query_position, table.key_position)
+        score, capped, pattern = torch.tensor(
+            [[table.score], [table.score_capped], [float(row.pattern[place.key])]],
+            dtype=torch.float64,
+        )
+        terms = table.terms.cpu()[None]
+        sides = [table.query], [table.key]
+        return cls([place], score, capped, pattern, *sides, terms, {place[:3]: row})
+
+    def each(self) -> Iterator[tuple[Place, Terms]]:
+        """The tables one by one."""
+        sides = zip(self.places, self.query, self.key, self.terms, strict=True)
+        for place, query, key, terms in sides:
+            yield place, Terms(query, key, terms[: len(query), : len(key)])
+
+
+def batches(graph: ExplainedGraph, places: Iterable[Place]) -> Iterator[Batch]:
+    """The tables of many places, by layer and query; those of transcoders one at a time."""
+    if isinstance(graph, ResidualGraph):
+        yield from _Residual(graph.scores).batches(places)
+        return
+    rows: dict[RowPlace, QKRow] = {}
+    for table in graph.scores.tables(places):
+        at = table.layer, table.head, table.query_position
+        known = at in rows
+        row = rows.setdefault(at, rows[at] if known else graph.qk_row(*at))
+        batch = Batch.of(table, row)
+        yield batch._replace(rows={}) if known else batch
+
+
+class _Images(NamedTuple):
+    """Projected components of one side of one block.
+
+    Attributes:
+        images: (n + 1, d_head), the last one zero.
+        start, count: by (head, position), where its images lie and how many they are.
+    """
+
+    images: Tensor
+    start: dict[tuple[int, int], int]
+    count: dict[tuple[int, int], int]
+
+    def gather(self, at: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+        """(len(at), most components, d_head), zero beyond those that a position has."""
+        device = self.images.device
+        start = torch.tensor([self.start[key] for key in at], device=device)
+        count = torch.tensor([self.count[key] for key in at], device=device)
+        row = torch.arange(int(count.max()), device=device)
+        index = torch.where(row < count[:, None], start[:, None] + row, len(self.images) - 1)
+        return self.images[index].to(dtype)
+
+
+class _Residual:
+    """Batches of tables of a residual graph.
+
+    Args:
+        qk: its scores; :meth:`QK.table` gives the same tables one by one.
+    """
+
+    def __init__(self, qk: QK) -> None:
+        self.qk = qk
+        self.heads = qk.heads
+        residual = qk.heads.run.residual
+        # in float64, where the device has it, terms that cancel stay accurate
+        self.wide = residual.dtype if residual.device.type == "mps" else torch.float64
+
+    @torch.no_grad()
+    def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
+        """Tables of many places, by layer and query."""
+        for layer, some in groupby(sorted(set(places)), key=lambda p: p.layer):
+            yield from self._of_block(layer, sorted(some, key=lambda p: (p.query, p.key, p.head)))
+
+    def _of_block(self, layer: int, places: list[Place]) -> Iterator[Batch]:
+        block = self.heads.block(layer)
+        at_query = [(p.head, p.query) for p in places]
+        at_key = [(block.group(p.head), p.key) for p in places]
+        queries, keys, whole_q, whole_k = self._images(layer, at_query, at_key)
+        rows = self._rows(layer, {(p.head, p.query) for p in places}, whole_q, whole_k)
+        named = [
+            {p: self.qk.components(layer, p, side) for p in {place[2 + side] for place in places}}
+            for side in (0, 1)
+        ]
+        pattern = self.heads.run.pattern[layer]
+        dtype, device = pattern.dtype, pattern.device
+        start = 0
+        while start < len(places):
+            end = self._end(start, at_query, at_key, queries, keys)
+            here = slice(start, end)
+            start = end
+            some, q_at, k_at = places[here], at_query[here], at_key[here]
+            sizes = [queries.count[q] * keys.count[k] for q, k in zip(q_at, k_at, strict=True)]
+            # so many terms do not cancel to nothing
+            of = dtype if max(sizes) > WIDE_TERMS else queries.images.dtype
+            q, k = queries.gather(q_at, of), keys.gather(k_at, of)
+            head, query, key = torch.tensor([p[1:] for p in some], device=device).T
+            group = torch.tensor([g for g, _ in k_at], device=device)
+            score = (whole_q[query, head] * whole_k[key, group]).sum(1) / block.attn_scale
+            yield Batch(
+                places=some,
+                score=score.cpu(),
+                score_capped=block.cap(score).cpu(),
+                pattern=pattern[head, query, key].cpu(),
+                query=[named[0][p.query] for p in some],
+                key=[named[1][p.key] for p in some],
+                terms=((q / block.attn_scale) @ k.transpose(1, 2)).to(dtype).cpu(),
+                rows={p[:3]: rows.pop(p[:3]) for p in some if p[:3] in rows},
+            )
+
+    def _rows(
+        self, layer: int, wanted: set[tuple[int, int]], q: Tensor, k: Tensor
+    ) -> dict[RowPlace, QKRow]:
+        """Attention rows by (layer, head, query): as :meth:`Scores.row`, all of a head together.
+
+        Args:
+            wanted: (head, query) of each.
+            q, k: of the whole residual stream.
+        """
+        block, pattern = self.heads.block(layer), self.heads.run.pattern[layer].cpu()
+        rows = {}
+        for head, some in groupby(sorted(wanted), key=lambda at: at[0]):
+            queries = [query for _, query in some]
+            raw = q[queries, head] @ k[:, block.group(head)].T / block.attn_scale
+            capped, raw = (scores.to(pattern.dtype).cpu() for scores in (block.cap(raw), raw))
+            capped = capped.clone()
+            for i, query in enumerate(queries):
+                capped[i, : block.first_key(query)] = -torch.inf
+                seen = slice(0, query + 1)
+                row = QKRow(capped[i, seen], pattern[head, query, seen], raw[i, seen])
+                rows[layer, head, query] = row
+        return rows
+
+    def _end(
+        self,
+        start: int,
+        at_query: list[tuple[int, int]],
+        at_key: list[tuple[int, int]],
+        queries: _Images,
+        keys: _Images,
+    ) -> int:
+        """Where a batch ends: before it is large, or holds both wide and narrow tables."""
+        n_query = n_key = 0
+        is_large = None
+        for i in range(start, len(at_query)):
+            here = queries.count[at_query[i]], keys.count[at_key[i]]
+            n_query, n_key = max(n_query, here[0]), max(n_key, here[1])
+            large = here[0] * here[1] > WIDE_TERMS
+            is_large = large if is_large is None else is_large
+            full = (i + 1 - start) * n_query * n_key > BATCH_TERMS
+            if i > start and (full or large != is_large):
+                return i
+        return len(at_query)
+
+    def _images(
+        self, layer: int, at_query: list[tuple[int, int]], at_key: list[tuple[int, int]]
+    ) -> tuple[_Images, _Images, Tensor, Tensor]:
+        """Projected components of (head, position) and of (key-value head, position).
+
+        Returns:
+            Of queries and of keys; and q and k of the whole residual stream, (n_pos, n_heads,
+            d_head) and (n_pos, n_kv, d_head), of the queries and of the key-value heads named.
+        """
+        checkpoint, stream = self.qk.parts.at(layer), self.heads.run.residual[layer]
+        everywhere = torch.arange(len(stream), device=stream.device)
+        positions = sorted({p for _, p in (*at_query, *at_key)})
+        parts = [checkpoint.at(p) for p in positions]
+        vectors = torch.cat([*(checkpoint.vectors(range(p, p + 1)) for p in positions), stream])
+        here = torch.cat([checkpoint.position[part] for part in parts] + [everywhere])
+        normed = self.heads.normed(layer, vectors.to(self.wide), here)
+        n_rows = [part.stop - part.start for part in parts]
+        *own_rows, whole_rows = torch.arange(len(here)).split([*n_rows, len(stream)])
+        rows = dict(zip(positions, own_rows, strict=True))
+        has_constants = self.heads.has_constants(layer)
+        constants = self.heads.constants(layer, everywhere, self.wide)
+        sides, wholes = [], []
+        for side, wanted in enumerate((at_query, at_key)):
+            whole = constants[side].clone()
+            pieces, start, count, n = [], {}, {}, 0
+            for head, some in groupby(sorted(set(wanted)), key=lambda at: at[0]):
+                some = [p for _, p in some]
+                read = some if side == 0 else list(range(len(stream)))
+                of_head = torch.cat([*(rows[p] for p in some), whole_rows[read]]).to(here.device)
+                image = self.heads.projected(layer, normed[of_head], here[of_head], head, side)
+                *own, last = image.split([*(len(rows[p]) for p in some), len(read)])
+                whole[read, head] += last
+                for p, images in zip(some, own, strict=True):
+                    pieces.append(images)
+                    if has_constants:
+                        pieces.append(constants[side][p, head][None])
+                    start[head, p], count[head, p] = n, len(images) + has_constants
+                    n += count[head, p]
+            nothing = normed.new_zeros(1, pieces[0].shape[1])
+            sides.append(_Images(torch.cat([*pieces, nothing]), start, count))
+            wholes.append(whole)
+        return sides[0], sides[1], wholes[0], wholes[1]

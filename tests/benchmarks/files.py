@@ -1,0 +1,332 @@
+"""How long a large graph's files take to write and to open, and how large they are.
+
+    python tests/benchmarks/files.py [--threads N] [--repeats R] [--shapes NAME ...] [--json FILE]
+
+A residual graph of a random model at a real model's shape, its dictionaries made for the prompt so
+that features, not errors, carry the stream; heads copy strongly, so that a third of its some 20,000
+links run between positions, as they do in trained models.
+
+- Writing: the whole of ``create_graph_files``, fsync included, into a folder where the features'
+  examples lie already (and once into an empty one), with its stages.
+- Opening: from the navigation to the graph and the panel, with a node in the address also to that
+  node's edges, heads and table, in the system's Chromium; what of it is the page's own.
+
+Nothing here is a test; times vary with the machine and with what else runs on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the package of this checkout
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' browser
+
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+import circuit_tracer_qk as ctqk
+from circuit_tracer_qk import export, server
+from circuit_tracer_qk.dictionaries import Dictionary, DictionarySet
+from circuit_tracer_qk.frozen import freeze
+
+SLUG = "large"
+VOCAB = 1000
+TARGET_WRITE, TARGET_OPEN, TARGET_BYTES = 2.0, 3.0, 40_000_000
+
+
+class Shape(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        model: of TransformerLens' configuration.
+        tokens, active, width: of the prompt, of the features of a position, of a dictionary.
+        kept: feature nodes, circuit-tracer's ``max_feature_nodes``.
+        node_threshold, edge_threshold: of the pruning, so that some 20,000 links are left.
+        growth: how much more strongly than the last each block's attention writes.
+    """
+
+    model: dict[str, Any]
+    tokens: int
+    active: int
+    width: int
+    kept: int
+    node_threshold: float
+    edge_threshold: float
+    growth: float = 1.5
+
+
+GPT2 = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072}
+GPT2 |= {"act_fn": "gelu_new", "normalization_type": "LN", "positional_embedding_type": "standard"}
+GEMMA = {"n_layers": 26, "d_model": 2304, "n_heads": 8, "n_key_value_heads": 4, "d_head": 256}
+GEMMA |= {"d_mlp": 9216, "act_fn": "gelu_pytorch_tanh", "gated_mlp": True, "rotary_dim": 256}
+GEMMA |= {"normalization_type": "RMS", "positional_embedding_type": "rotary"}
+SHAPES = {
+    "gpt2-small": Shape(GPT2, 64, 50, 2048, 3000, 0.8, 0.83),
+    "gpt2-small, spread": Shape(GPT2, 128, 12, 2048, 3000, 0.9, 0.75),
+    "gemma-2-2b": Shape(GEMMA, 48, 30, 1024, 2500, 0.8, 0.83, 1.2),
+}
+
+
+@dataclass
+class Row:
+    """One line of the printed table: the values of all repeats."""
+
+    name: str
+    values: list[float]
+    unit: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        middle, low, high = (f(self.values) for f in (median, min, max))
+        if self.unit != "s":
+            return f"{self.name:58} {middle:9,.1f} {self.unit:6} {self.note}"
+        return f"{self.name:58} {middle:9.3f} {self.unit:6} ({low:.3f} - {high:.3f})  {self.note}"
+
+
+def random_model(shape: Shape) -> HookedTransformer:
+    """A random model whose heads look at few positions and write strongly."""
+    cfg = HookedTransformerConfig(
+        n_ctx=shape.tokens, d_vocab=VOCAB, seed=0, device="cpu", **shape.model
+    )
+    model = HookedTransformer(cfg).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".b_" in name or name.endswith(".b"):
+                parameter.normal_(0, 0.02)
+            elif name.endswith(".w"):
+                parameter.normal_(1, 0.1)
+            elif ".W_Q" in name or ".W_K" in name:
+                parameter.mul_(4)
+            elif ".W_O" in name:
+                parameter.mul_(8 * shape.growth ** int(name.split(".")[1]))
+    return model.requires_grad_(False)
+
+
+def fitted_dictionaries(
+    model: HookedTransformer, tokens: torch.Tensor, shape: Shape
+) -> DictionarySet:
+    """Random features of given number that reconstruct 95% of this prompt's stream."""
+    run = freeze(model, tokens)
+    d_model, generator = run.residual.shape[2], torch.Generator().manual_seed(1)
+    found = {}
+    for c in range(1, run.n_layers + 1):
+        x = run.residual[c]
+        chosen = [torch.randperm(shape.width, generator=generator) for _ in tokens]
+        at = torch.stack(chosen)[:, : shape.active]
+        acts = torch.zeros(shape.tokens, shape.width)
+        acts.scatter_(1, at, 0.5 + 5 * torch.rand(at.shape, generator=generator))
+        acts[0] = 0
+        decoder = torch.randn(shape.width, d_model, generator=generator) / d_model**0.5
+        decoder *= 0.1 * x.norm(dim=1).mean() / shape.active**0.5
+        decoder += torch.linalg.pinv(acts[1:]) @ (0.95 * x[1:] - acts[1:] @ decoder)
+        found[c] = Dictionary(
+            checkpoint=c,
+            W_enc=decoder,
+            b_enc=torch.zeros(shape.width),
+            b_dec=torch.randn(d_model, generator=generator) * 1e-3,
+            decoders={c: decoder},
+            own=lambda _, acts=acts: acts,
+        )
+    named = DictionarySet("residual_sae_set", "hook_resid_post", "random/saes", None, found)
+    labels = [f"feature {i}: a label of some words" for i in range(shape.width)]
+    vars(named)["_labels"] = {str(c - 1): labels for c in found}
+    return named
+
+
+def made_graph(shape: Shape) -> ctqk.ResidualGraph:
+    """The graph that is written."""
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCAB, (shape.tokens,))
+    model = random_model(shape)
+    dictionaries = fitted_dictionaries(model, tokens, shape)
+    loaded = ctqk.load_model(model, dictionaries=dictionaries)
+    return ctqk.attribute(tokens, loaded, max_feature_nodes=shape.kept)
+
+
+# Writing
+
+
+STAGES = {
+    "prune": "circuit-tracer's pruning, nodes",
+    "residual_links": "links with head loadings",
+    "attributions": "tables",
+    "_encoded": "JSON",
+    "write_features": "features' examples",
+    "_write": "to the disk",
+}
+
+
+@contextmanager
+def stages() -> Iterator[dict[str, list[float]]]:
+    """Seconds of each stage of ``create_graph_files``, one entry a call."""
+    seconds: dict[str, list[float]] = {name: [] for name in STAGES}
+    before = {name: getattr(export, name) for name in STAGES}
+
+    def watched(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return before[name](*args, **options)
+            finally:
+                seconds[name].append(time.perf_counter() - start)
+
+        return call
+
+    for name in STAGES:
+        setattr(export, name, watched(name))
+    try:
+        yield seconds
+    finally:
+        for name, function in before.items():
+            setattr(export, name, function)
+
+
+def measure_writing(name: str, graph: ctqk.ResidualGraph, shape: Shape, repeats: int, folder: Path):
+    """Rows of one shape; the files are left in the folder."""
+
+    def write() -> float:
+        start = time.perf_counter()
+        ctqk.create_graph_files(graph, SLUG, folder, shape.node_threshold, shape.edge_threshold)
+        return time.perf_counter() - start
+
+    first = write()
+    for scan in folder.iterdir():  # the examples again, with everything else warm
+        if scan.is_dir():
+            shutil.rmtree(scan)
+    cold = write()
+    with stages() as seconds:
+        whole = [write() for _ in range(repeats)]
+    path = folder / f"{SLUG}.json"
+    document = json.loads(path.read_bytes())
+    qk = document["qk"]
+    beside = [folder / side["file"] for side in qk.get("sidecars", {}).values()]
+    n_beside = sum(len(side["tables"]) for side in qk.get("sidecars", {}).values())
+    features = len(list((folder / "random--saes").iterdir()))
+    counted = f"{len(document['links']):,} links, {len(document['nodes']):,} nodes"
+    tables = f"{len(qk['attributions']):,} tables in the file, {n_beside:,} in {len(beside)} others"
+    limit = f"target: under {TARGET_WRITE:g} s"
+    rows = [Row(f"write, {name}", whole, "s", f"{counted}; {limit}")]
+    rows += [Row(f"  {STAGES[stage]}", times, "s") for stage, times in seconds.items()]
+    rows += [
+        Row(f"write, {name}: into an empty folder", [cold], "s", f"{features:,} features' files"),
+        Row(f"write, {name}: the first of the process", [first], "s", "into an empty folder too"),
+        Row(
+            f"size, {name}",
+            [path.stat().st_size / 1e6],
+            "MB",
+            f"{tables}; target: at most {TARGET_BYTES / 1e6:g} MB",
+        ),
+    ]
+    if beside:
+        rows.append(Row("  sidecars", [sum(p.stat().st_size for p in beside) / 1e6], "MB"))
+    return rows
+
+
+# Opening
+
+
+def measure_opening(name: str, folder: Path, repeats: int) -> list[Row]:
+    """Rows of the page opened anew, each time in a context without a cache."""
+    from browsing import launched
+
+    document = json.loads((folder / f"{SLUG}.json").read_bytes())
+    traced = [node for node in document["nodes"] if "qk_tracing_results" in node]
+    clicked = traced[len(traced) // 2]["node_id"]
+    running = server.serve(folder, port=server.next_free_port(18_600))
+    address = f"{running.url}/index.html?slug={SLUG}"
+    seconds: dict[str, list[float]] = {key: [] for key in ("graph", "node", "file", "page")}
+    try:
+        with launched() as browser:
+            for turn in range(repeats + 1):
+                for what, url in (("graph", address), ("node", f"{address}&clickedId={clicked}")):
+                    context = browser.new_context(viewport={"width": 1920, "height": 1080})
+                    page = context.new_page()
+                    start = time.perf_counter()
+                    page.goto(url)
+                    page.locator(".link-graph .node").first.wait_for()
+                    last = ".qk-edges .qk-state" if what == "graph" else '[data-qk="query-term"]'
+                    page.locator(f".qk-panel {last}").first.wait_for()
+                    page.evaluate("new Promise(d => requestAnimationFrame(() => setTimeout(d)))")
+                    took = time.perf_counter() - start
+                    sent = page.evaluate(
+                        """name => { var d = performance.getEntriesByType('resource')
+                        .find(d => d.name.endsWith(name)); return (d.responseEnd - d.startTime)/1000 }""",
+                        f"{SLUG}.json",
+                    )
+                    context.close()
+                    if turn:
+                        seconds[what].append(took)
+                        if what == "graph":
+                            seconds["file"].append(sent)
+                            seconds["page"].append(took - sent)
+    finally:
+        running.stop()
+    limit = f"target: under {TARGET_OPEN:g} s"
+    return [
+        Row(f"open, {name}", seconds["graph"], "s", f"graph and panel; {limit}"),
+        Row("  the file on its way, compressed", seconds["file"], "s"),
+        Row("  all else", seconds["page"], "s", "page, parsing, circuit-tracer's drawing, panel"),
+        Row(f"open, {name}: at a node", seconds["node"], "s", "to its edges, heads and table"),
+    ]
+
+
+def measure(names: list[str] | None = None, repeats: int = 5, opening: bool = True) -> list[Row]:
+    """All rows of some shapes, all of them if none is named."""
+    rows = []
+    for name in names or SHAPES:
+        rows += measure_shape(name, repeats, opening)
+    return rows
+
+
+def measure_shape(name: str, repeats: int = 5, opening: bool = True) -> list[Row]:
+    """All rows of one shape."""
+    shape = SHAPES[name]
+    graph = made_graph(shape)
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = measure_writing(name, graph, shape, repeats, Path(temporary))
+        del graph
+        return rows + (measure_opening(name, Path(temporary), repeats) if opening else [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--no-opening", dest="opening", action="store_false")
+    parser.add_argument("--json", type=Path, help="write the numbers there too")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    machine = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "repeats": arguments.repeats,
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print("median (least - most) of the repeats")
+    rows: list[Row] = []
+    for name in arguments.shapes:
+        measured = measure_shape(name, arguments.repeats, arguments.opening)
+        print(*measured, sep="\n", flush=True)
+        rows += measured
+    if arguments.json:
+        results = [row.__dict__ | {"median": median(row.values)} for row in rows]
+        arguments.json.write_text(json.dumps({**machine, "rows": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
