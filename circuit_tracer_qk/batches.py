@@ -66,8 +66,9 @@ class Batch(NamedTuple):
             dtype=torch.float64,
         )
         terms = table.terms.cpu()[None]
-        sides = [table.query], [table.key]
-        return cls([place], score, capped, pattern, *sides, terms, {place[:3]: row})
+        query: list[Sequence[Component]] = [table.query]
+        key: list[Sequence[Component]] = [table.key]
+        return cls([place], score, capped, pattern, query, key, terms, {place[:3]: row})
 
     def each(self) -> Iterator[tuple[Place, Terms]]:
         """The tables one by one."""

@@ -53,7 +53,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     write_together({Path(path): data})
 
 
-def write_together(files: Mapping[Path, bytes]) -> None:
+def write_together(files: Mapping[Path, bytes | memoryview]) -> None:
     """Replace files that belong together: all are on the disk before the first takes its place.
 
     The bytes go to temporary files beside their targets, to the disk, and then into their places.

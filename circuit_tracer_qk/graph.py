@@ -232,7 +232,7 @@ class ResidualGraph(ExplainedGraph):
         stock = io.BytesIO()
         host.save_stock(self, stock)
         record = record_bytes(self.record, _fingerprint(self))
-        write_together({beside(path): record, Path(path): stock.getvalue()})
+        write_together({beside(path): record, Path(path): stock.getbuffer()})
 
     @property
     def bias_edges(self) -> Tensor:
