@@ -62,9 +62,10 @@ class Batch(NamedTuple):
         """One table alone, and its row."""
         place = Place(table.layer, table.head, table.query_position, table.key_position)
         numbers = (table.score, table.score_capped, float(row.pattern[place.key]))
-        numbers = (torch.tensor([x], dtype=torch.float64) for x in numbers)
+        score, capped, pattern = torch.tensor(numbers, dtype=torch.float64)[:, None]
         terms = table.terms.cpu()[None]
-        return cls([place], *numbers, [table.query], [table.key], terms, {place[:3]: row})
+        rows = {place[:3]: row}
+        return cls([place], score, capped, pattern, [table.query], [table.key], terms, rows)
 
     def each(self) -> Iterator[tuple[Place, Terms]]:
         """The tables one by one."""

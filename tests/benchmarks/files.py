@@ -11,7 +11,8 @@ links run between positions, as they do in trained models.
 - Opening: from the navigation to the graph and the panel, with a node in the address also to that
   node's edges, heads and table, in the system's Chromium; what of it is the page's own.
 
-Nothing here is a test; times vary with the machine and with what else runs on it.
+Nothing here is a test; times vary with the machine and with what else runs on it. Ask for no more
+threads than there are idle cores: two threads on two busy cores were three times as slow as one.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Shape(NamedTuple):
         kept: feature nodes, circuit-tracer's ``max_feature_nodes``.
         node_threshold, edge_threshold: of the pruning, so that some 20,000 links are left.
         growth: how much more strongly than the last each block's attention writes.
+        tables: how many to write, if links require fewer; with more than fit, some go beside.
     """
 
     model: dict[str, Any]
@@ -65,6 +67,7 @@ class Shape(NamedTuple):
     node_threshold: float
     edge_threshold: float
     growth: float = 1.5
+    tables: int = 512
 
 
 GPT2 = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072}
@@ -75,8 +78,10 @@ GEMMA |= {"normalization_type": "RMS", "positional_embedding_type": "rotary"}
 SHAPES = {
     "gpt2-small": Shape(GPT2, 64, 50, 2048, 3000, 0.8, 0.83),
     "gpt2-small, spread": Shape(GPT2, 128, 12, 2048, 3000, 0.9, 0.75),
-    "gemma-2-2b": Shape(GEMMA, 48, 30, 1024, 2500, 0.8, 0.83, 1.2),
+    "gpt2-small, 5,000 tables": Shape(GPT2, 128, 12, 2048, 3000, 0.9, 0.75, tables=5000),
+    "gemma-2-2b": Shape(GEMMA, 48, 30, 1024, 2500, 0.9, 0.92, 1.2),
 }
+USUAL = [name for name in SHAPES if not name.startswith("gemma")]  # it takes 10 GB and minutes
 
 
 @dataclass
@@ -193,12 +198,20 @@ def stages() -> Iterator[dict[str, list[float]]]:
             setattr(export, name, function)
 
 
-def measure_writing(name: str, graph: ctqk.ResidualGraph, shape: Shape, repeats: int, folder: Path):
+def measure_writing(
+    name: str, graph: ctqk.ResidualGraph, shape: Shape, repeats: int, folder: Path
+) -> list[Row]:
     """Rows of one shape; the files are left in the folder."""
 
+    processor: list[float] = []
+
     def write() -> float:
-        start = time.perf_counter()
-        ctqk.create_graph_files(graph, SLUG, folder, shape.node_threshold, shape.edge_threshold)
+        start, begun = time.perf_counter(), time.process_time()
+        thresholds = shape.node_threshold, shape.edge_threshold
+        ctqk.create_graph_files(
+            graph, SLUG, folder, *thresholds, max_tables=shape.tables, max_bytes=1 << 30
+        )
+        processor.append(time.process_time() - begun)
         return time.perf_counter() - start
 
     first = write()
@@ -219,6 +232,7 @@ def measure_writing(name: str, graph: ctqk.ResidualGraph, shape: Shape, repeats:
     limit = f"target: under {TARGET_WRITE:g} s"
     rows = [Row(f"write, {name}", whole, "s", f"{counted}; {limit}")]
     rows += [Row(f"  {STAGES[stage]}", times, "s") for stage, times in seconds.items()]
+    rows.append(Row("  the processor's time, of all threads", processor[-repeats:], "s"))
     rows += [
         Row(f"write, {name}: into an empty folder", [cold], "s", f"{features:,} features' files"),
         Row(f"write, {name}: the first of the process", [first], "s", "into an empty folder too"),
@@ -282,10 +296,19 @@ def measure_opening(name: str, folder: Path, repeats: int) -> list[Row]:
     ]
 
 
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
 def measure(names: list[str] | None = None, repeats: int = 5, opening: bool = True) -> list[Row]:
-    """All rows of some shapes, all of them if none is named."""
+    """All rows of some shapes, the usual ones if none is named."""
     rows = []
-    for name in names or SHAPES:
+    for name in names or USUAL:
         rows += measure_shape(name, repeats, opening)
     return rows
 
@@ -304,19 +327,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=USUAL)
     parser.add_argument("--no-opening", dest="opening", action="store_false")
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    machine = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "repeats": arguments.repeats,
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    on = machine() | {"repeats": arguments.repeats}
+    print(", ".join(f"{name} {value}" for name, value in on.items()))
     print("median (least - most) of the repeats")
     rows: list[Row] = []
     for name in arguments.shapes:
@@ -325,7 +343,7 @@ def main() -> None:
         rows += measured
     if arguments.json:
         results = [row.__dict__ | {"median": median(row.values)} for row in rows]
-        arguments.json.write_text(json.dumps({**machine, "rows": results}, indent=1))
+        arguments.json.write_text(json.dumps({**on, "rows": results}, indent=1))
 
 
 if __name__ == "__main__":
