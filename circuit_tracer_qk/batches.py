@@ -61,14 +61,11 @@ class Batch(NamedTuple):
     def of(cls, table: QKTable, row: QKRow) -> Batch:
         """One table alone, and its row."""
         place = Place(table.layer, table.head, table.query_position, table.key_position)
-        score, capped, pattern = torch.tensor(
-            [[table.score], [table.score_capped], [float(row.pattern[place.key])]],
-            dtype=torch.float64,
-        )
+        numbers = (table.score, table.score_capped, float(row.pattern[place.key]))
+        score, capped, pattern = torch.tensor(numbers, dtype=torch.float64)[:, None]
         terms = table.terms.cpu()[None]
-        query: list[Sequence[Component]] = [table.query]
-        key: list[Sequence[Component]] = [table.key]
-        return cls([place], score, capped, pattern, query, key, terms, {place[:3]: row})
+        rows = {place[:3]: row}
+        return cls([place], score, capped, pattern, [table.query], [table.key], terms, rows)
 
     def each(self) -> Iterator[tuple[Place, Terms]]:
         """The tables one by one."""

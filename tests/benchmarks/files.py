@@ -1,7 +1,5 @@
 """How long a large graph's files take to write and to open, and how large they are.
 
-    python tests/benchmarks/files.py [--threads N] [--repeats R] [--shapes NAME ...] [--json FILE]
-
 A residual graph of a random model at a real model's shape, its dictionaries made for the prompt so
 that features, not errors, carry the stream; heads copy strongly, so that a third of its some 20,000
 links run between positions, as they do in trained models.
@@ -10,30 +8,24 @@ links run between positions, as they do in trained models.
   examples lie already (and once into an empty one), with its stages.
 - Opening: from the navigation to the graph and the panel, with a node in the address also to that
   node's edges, heads and table, in the system's Chromium; what of it is the page's own.
-
-Nothing here is a test; times vary with the machine and with what else runs on it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the package of this checkout
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' browser
 
 import torch
+from measuring import Row
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_tracer_qk as ctqk
@@ -55,6 +47,7 @@ class Shape(NamedTuple):
         kept: feature nodes, circuit-tracer's ``max_feature_nodes``.
         node_threshold, edge_threshold: of the pruning, so that some 20,000 links are left.
         growth: how much more strongly than the last each block's attention writes.
+        tables: how many to write, if links require fewer; with more than fit, some go beside.
     """
 
     model: dict[str, Any]
@@ -65,6 +58,7 @@ class Shape(NamedTuple):
     node_threshold: float
     edge_threshold: float
     growth: float = 1.5
+    tables: int = 512
 
 
 GPT2 = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072}
@@ -75,24 +69,14 @@ GEMMA |= {"normalization_type": "RMS", "positional_embedding_type": "rotary"}
 SHAPES = {
     "gpt2-small": Shape(GPT2, 64, 50, 2048, 3000, 0.8, 0.83),
     "gpt2-small, spread": Shape(GPT2, 128, 12, 2048, 3000, 0.9, 0.75),
-    "gemma-2-2b": Shape(GEMMA, 48, 30, 1024, 2500, 0.8, 0.83, 1.2),
+    "gpt2-small, 5,000 tables": Shape(GPT2, 128, 12, 2048, 3000, 0.9, 0.75, tables=5000),
+    "gemma-2-2b": Shape(GEMMA, 48, 30, 1024, 2500, 0.9, 0.92, 1.2),
 }
+USUAL = [name for name in SHAPES if not name.startswith("gemma")]  # it takes 10 GB and minutes
 
 
-@dataclass
-class Row:
-    """One line of the printed table: the values of all repeats."""
-
-    name: str
-    values: list[float]
-    unit: str
-    note: str = ""
-
-    def __str__(self) -> str:
-        middle, low, high = (f(self.values) for f in (median, min, max))
-        if self.unit != "s":
-            return f"{self.name:58} {middle:9,.1f} {self.unit:6} {self.note}"
-        return f"{self.name:58} {middle:9.3f} {self.unit:6} ({low:.3f} - {high:.3f})  {self.note}"
+def _row(name: str, values: list[float], unit: str, note: str = "") -> Row:
+    return Row(name, values, unit, note=note)
 
 
 def random_model(shape: Shape) -> HookedTransformer:
@@ -193,12 +177,20 @@ def stages() -> Iterator[dict[str, list[float]]]:
             setattr(export, name, function)
 
 
-def measure_writing(name: str, graph: ctqk.ResidualGraph, shape: Shape, repeats: int, folder: Path):
+def measure_writing(
+    name: str, graph: ctqk.ResidualGraph, shape: Shape, repeats: int, folder: Path
+) -> list[Row]:
     """Rows of one shape; the files are left in the folder."""
 
+    processor: list[float] = []
+
     def write() -> float:
-        start = time.perf_counter()
-        ctqk.create_graph_files(graph, SLUG, folder, shape.node_threshold, shape.edge_threshold)
+        start, begun = time.perf_counter(), time.process_time()
+        thresholds = shape.node_threshold, shape.edge_threshold
+        ctqk.create_graph_files(
+            graph, SLUG, folder, *thresholds, max_tables=shape.tables, max_bytes=1 << 30
+        )
+        processor.append(time.process_time() - begun)
         return time.perf_counter() - start
 
     first = write()
@@ -219,18 +211,19 @@ def measure_writing(name: str, graph: ctqk.ResidualGraph, shape: Shape, repeats:
     limit = f"target: under {TARGET_WRITE:g} s"
     rows = [Row(f"write, {name}", whole, "s", f"{counted}; {limit}")]
     rows += [Row(f"  {STAGES[stage]}", times, "s") for stage, times in seconds.items()]
+    rows.append(_row("  the processor's time, of all threads", processor[-repeats:], "s"))
     rows += [
-        Row(f"write, {name}: into an empty folder", [cold], "s", f"{features:,} features' files"),
-        Row(f"write, {name}: the first of the process", [first], "s", "into an empty folder too"),
-        Row(
+        _row(f"write, {name}: into an empty folder", [cold], "s", f"{features:,} features' files"),
+        _row(f"write, {name}: the first of the process", [first], "s", "into an empty folder too"),
+        _row(
             f"size, {name}",
-            [path.stat().st_size / 1e6],
+            [float(path.stat().st_size)],
             "MB",
             f"{tables}; target: at most {TARGET_BYTES / 1e6:g} MB",
         ),
     ]
     if beside:
-        rows.append(Row("  sidecars", [sum(p.stat().st_size for p in beside) / 1e6], "MB"))
+        rows.append(_row("  sidecars", [float(sum(p.stat().st_size for p in beside))], "MB"))
     return rows
 
 
@@ -275,17 +268,17 @@ def measure_opening(name: str, folder: Path, repeats: int) -> list[Row]:
         running.stop()
     limit = f"target: under {TARGET_OPEN:g} s"
     return [
-        Row(f"open, {name}", seconds["graph"], "s", f"graph and panel; {limit}"),
-        Row("  the file on its way, compressed", seconds["file"], "s"),
-        Row("  all else", seconds["page"], "s", "page, parsing, circuit-tracer's drawing, panel"),
-        Row(f"open, {name}: at a node", seconds["node"], "s", "to its edges, heads and table"),
+        _row(f"open, {name}", seconds["graph"], "s", f"graph and panel; {limit}"),
+        _row("  the file on its way, compressed", seconds["file"], "s"),
+        _row("  all else", seconds["page"], "s", "page, parsing, circuit-tracer's drawing, panel"),
+        _row(f"open, {name}: at a node", seconds["node"], "s", "to its edges, heads and table"),
     ]
 
 
 def measure(names: list[str] | None = None, repeats: int = 5, opening: bool = True) -> list[Row]:
-    """All rows of some shapes, all of them if none is named."""
+    """All rows of some shapes, the usual ones if none is named."""
     rows = []
-    for name in names or SHAPES:
+    for name in names or USUAL:
         rows += measure_shape(name, repeats, opening)
     return rows
 
@@ -298,35 +291,3 @@ def measure_shape(name: str, repeats: int = 5, opening: bool = True) -> list[Row
         rows = measure_writing(name, graph, shape, repeats, Path(temporary))
         del graph
         return rows + (measure_opening(name, Path(temporary), repeats) if opening else [])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--no-opening", dest="opening", action="store_false")
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    machine = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "repeats": arguments.repeats,
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print("median (least - most) of the repeats")
-    rows: list[Row] = []
-    for name in arguments.shapes:
-        measured = measure_shape(name, arguments.repeats, arguments.opening)
-        print(*measured, sep="\n", flush=True)
-        rows += measured
-    if arguments.json:
-        results = [row.__dict__ | {"median": median(row.values)} for row in rows]
-        arguments.json.write_text(json.dumps({**machine, "rows": results}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -49,7 +49,7 @@ def measured(parts: list[str], ceilings: Ceilings, repeats: int) -> Iterator[lis
             yield runs.measure(name, ceilings, repeats)
     alone: dict[str, Callable[[], list[Row]]] = {
         "long": lambda: long.measure(ceilings, repeats),
-        "files": lambda: files.measure(repeats),
+        "files": lambda: files.measure(repeats=repeats),
         "startup": lambda: startup.measure(repeats),
         "whole": whole,
     }
