@@ -13,6 +13,7 @@ limitations leaves the quadratic cost open).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from circuit_tracer_qk.edges import BlockEdges, Run, Targets, at_write
 
 SLACK = 1 + 1e-5  # bounds are rounded too
 TINY = 1e-30  # no loading is this small but 0
+STEP_BYTES = 1 << 26  # that a step of the search may take
 FIRST = 8  # pairs of head and key position looked at first; then twice as many, and so on
 
 
@@ -76,6 +78,7 @@ def strongest(
     largest, summed = largest.T[group], summed.T[group]  # (n_heads, n_pos)
     starts = torch.tensor(sources.starts, device=device)
     n_sources = len(block.values)
+    widest = max(stop - start for start, stop in pairwise(sources.starts))
 
     out = Strongest(
         z.new_zeros(len(z), n),
@@ -97,11 +100,12 @@ def strongest(
         total = mine.new_zeros(len(mine))
         best, code = out.loading[rows], out.source[rows]
         step = FIRST
+        most = max(1, STEP_BYTES // (widest * (mine.shape[2] + 3 * len(mine)) * z.element_size()))
         while budget_left:
             # above one: the pair may hold more than the least that some target lists
             hope = SLACK * reach * (size / best[:, -1:].abs().clamp_min(TINY)).amax(0)[:, None]
-            hope = torch.where(waiting, hope, 0).flatten()
-            hope, pairs = hope.topk(min(step, budget_left, len(hope)))
+            hope = torch.where(waiting & (reach > 0), hope, 0).flatten()
+            hope, pairs = hope.topk(min(step, most, budget_left, len(hope)))
             pairs = pairs[hope > 1]
             if not len(pairs):
                 break

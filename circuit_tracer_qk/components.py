@@ -218,7 +218,7 @@ class Decomposition:
         else:
             others = {ERROR: run.residual[c]}
 
-        reads = [k for k, at in f.decoders if at == c and not as_tokens]
+        reads = sorted(k for k, at in f.decoders if at == c and not as_tokens)
         rows = [slice(self.offsets[k][0], self.offsets[k][-1]) for k in reads]
         nodes = [torch.arange(part.start, part.stop, device=device) for part in rows]
         node = torch.cat([*nodes, everywhere.new_full((len(others) * n_pos,), -1)])

@@ -167,6 +167,10 @@ class BlockEdges:
         self.vectors = self.sources.vectors()
         self.values = self._values(parts)  # (n_sources, n_kv, d_head)
         self._scratch: Tensor | None = None
+        block = heads.block(layer)
+        # heads of a group read the same values: weighing and adding up targets takes fewer and
+        # smaller products, weighing sources fewer calls, which is what a GPU waits for
+        self.by_target = block.n_heads > block.n_kv and self.values.device.type == "cpu"
 
     def _values(self, parts: Decomposition) -> Tensor:
         block, run, features = self.heads.block(self.layer), parts.run, parts.features
@@ -205,15 +209,12 @@ class BlockEdges:
         u = targets.y if block.parallel else local
         z = self.heads.pull_output(self.layer, u, targets.positions).flatten(1)
         out = z.new_empty(len(z), len(self.vectors))
-        # heads of a group read the same values: weighing and adding up targets takes fewer and
-        # smaller products, weighing sources fewer calls, which is what a GPU waits for
-        by_target = block.n_heads > block.n_kv and out.device.type == "cpu"
         for p, first, last in runs:
             rows = slice(first, last)
             begin, end = sources.starts[block.first_key(p)], sources.starts[p + 1]
             out[rows, :begin].zero_()
             out[rows, end:].zero_()
-            weigh = self._weighted_targets if by_target else self._weighted_sources
+            weigh = self._weighted_targets if self.by_target else self._weighted_sources
             weigh(p, pattern[:, p], z[rows], out[rows])
             here = sources.at(p)
             out[rows, here].addmm_(local[rows], self.vectors[here].T)

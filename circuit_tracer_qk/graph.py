@@ -25,7 +25,7 @@ from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import write_together
 from circuit_tracer_qk.frozen import FrozenRun
 from circuit_tracer_qk.precision import exactly
-from circuit_tracer_qk.qk import QK, Place, QKRow, QKTable, Scores, TopTerms
+from circuit_tracer_qk.qk import QK, Place, QKRow, QKTable, Scores, TopTerms, check_count
 from circuit_tracer_qk.record import Record, beside, load_record, record_bytes
 
 
@@ -253,7 +253,7 @@ class ResidualGraph(ExplainedGraph):
         return self.scores.top(layer, head, query, n)
 
     def qk_tops(
-        self, places: Iterable[Place], n: int = 50
+        self, places: Iterable[Sequence[int]], n: int = 50
     ) -> Iterator[tuple[tuple[int, int, int], TopTerms]]:
         """The ``n`` largest terms of many (layer, head, query, key), by (layer, head, query).
 
@@ -349,10 +349,10 @@ class ResidualGraph(ExplainedGraph):
             UserError: a node that is no target, or a logit that reads its own checkpoint; ``n`` or
                 ``budget`` below one.
         """
-        if n < 1 or (budget is not None and budget < 1):
-            raise UserError(f"n is {n} and budget {budget}: they must be at least 1.")
+        check_count(n)
+        check_count(1 if budget is None else budget, "budget")
         heads, parts = self.record.heads, self.record.parts
-        target = torch.as_tensor(targets, dtype=torch.long, device=heads.run.residual.device)
+        target = _indices(targets).to(heads.run.residual.device)
         writes, positions = self._target_places(target)
         own = self._is_logit(target) & (heads.run.n_layers in parts.biases)
         for node in target[own].tolist():
@@ -517,6 +517,23 @@ def load_graph(path: str | Path, device: str | torch.device = "cpu") -> Residual
             "put the right pair together."
         )
     return graph
+
+
+def _indices(nodes: Sequence[int] | Tensor) -> Tensor:
+    """(n,) node indices.
+
+    Raises:
+        UserError: they are not a list of whole numbers.
+    """
+    try:
+        found = torch.as_tensor(nodes)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(())
+    if found.ndim == 1 and not len(found):
+        return found.long()
+    if found.ndim != 1 or found.dtype == torch.bool or found.is_floating_point():
+        raise UserError(f"{nodes} are no targets: give a list of node indices, whole numbers.")
+    return found.long()
 
 
 def _fingerprint(graph: ResidualGraph) -> list[int]:

@@ -66,8 +66,8 @@ class Norm:
                 "model with LayerNorm or RMSNorm."
             )
         return cls(
-            getattr(module, "w", None),
-            getattr(module, "b", None),
+            _data(getattr(module, "w", None)),
+            _data(getattr(module, "b", None)),
             centred=name.startswith("Layer"),
             present=True,
             eps=float(module.eps),  # type: ignore[arg-type]
@@ -314,13 +314,13 @@ class MLPBlock:
                 "quantised), whose local Jacobian is not supported exactly: use a dense model."
             )
         return cls(
-            W_in=mlp.W_in,
-            W_out=mlp.W_out,
-            W_gate=getattr(mlp, "W_gate", None),
-            b_in=mlp.b_in,
-            b_out=mlp.b_out,
-            b_gate=getattr(mlp, "b_gate", None),
-            b_up=getattr(mlp, "b_up", None),
+            W_in=mlp.W_in.data,
+            W_out=mlp.W_out.data,
+            W_gate=_data(getattr(mlp, "W_gate", None)),
+            b_in=mlp.b_in.data,
+            b_out=mlp.b_out.data,
+            b_gate=_data(getattr(mlp, "b_gate", None)),
+            b_up=_data(getattr(mlp, "b_up", None)),
             act=mlp.act_fn,
             ln2=Norm.read(block.ln2),
             post=Norm.read(getattr(block, "ln2_post", None)),
@@ -549,6 +549,11 @@ class Heads:
         b = self.block(layer)
         g = b.post.pull(g, self.run.scale("ln1_post", layer)[positions])
         return (g @ self._flat(layer)[1].T).unflatten(1, (b.n_heads, -1))
+
+
+def _data(parameter: Tensor | None) -> Tensor | None:
+    """A weight without its gradient, which nothing here is differentiated by."""
+    return None if parameter is None else parameter.data
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

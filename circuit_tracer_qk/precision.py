@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
-from threading import RLock
-from typing import Any
+from threading import RLock, local
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,7 @@ _ASKED: ContextVar[bool] = ContextVar("_ASKED", default=False)
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Inside it torch's own setting holds (``torch.set_float32_matmul_precision``).
+    """Inside it torch's own setting holds (``torch.set_float32_matmul_precision``), in this thread.
 
     Quicker on GPUs that have it; sums then hold to about 1e-3 of the sum of |terms|.
     """
@@ -30,56 +30,79 @@ def tf32() -> Iterator[None]:
         _ASKED.reset(token)
 
 
-class _Switches:
-    """torch's switches, by the interface that they were set with: it refuses a mixture."""
+class _Switches(NamedTuple):
+    """torch's switches: by its older interface, None where it refuses, and by its newer one, place
+    by place, None where there is none. It refuses the older after the newer has been used."""
 
-    def read(self) -> Any:
-        found = [getattr(place, "fp32_precision", None) for place in self._places()]
+    older: str | None
+    newer: tuple[str | None, ...]
+
+    @classmethod
+    def read(cls) -> _Switches:
         try:
             older = torch.get_float32_matmul_precision()
-        except RuntimeError:  # set with the newer one
-            return found
-        agrees = (older == "highest") == all(value in ("ieee", "none") for value in found)
-        return older if agrees or None in found else found
+        except RuntimeError:
+            older = None
+        return cls(older, tuple(getattr(place, "fp32_precision", None) for place in _places()))
 
-    def write(self, value: Any) -> None:
-        if isinstance(value, str):
-            torch.set_float32_matmul_precision(value)
-            return
-        for place, setting in zip(self._places(), value, strict=True):
-            place.fp32_precision = setting
+    @property
+    def exact(self) -> bool:
+        """Whether products are exact as it is, which leaves nothing to do or to put back."""
+        return self.older in ("highest", None) and set(self.newer) <= {"ieee", "none", None}
 
-    def exact(self, now: Any) -> Any:
-        return "highest" if isinstance(now, str) else ["ieee"] * len(now)
+    def make_exact(self) -> None:
+        """Write what was read as if it asked for exact products, by the same interface."""
+        if self.older not in ("highest", None):
+            torch.set_float32_matmul_precision("highest")
+        for place, setting in zip(_places(), _Switches.read().newer, strict=True):
+            if setting not in ("ieee", "none", None):
+                place.fp32_precision = "ieee"
 
-    def _places(self) -> list[Any]:
-        mkldnn = getattr(torch.backends, "mkldnn", None)
-        return [torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)]
+    def put_back(self) -> None:
+        """Make the switches what was read."""
+        if self.older not in ("highest", None):
+            torch.set_float32_matmul_precision(self.older)
+        now = _Switches.read().newer
+        for place, setting, is_now in zip(_places(), self.newer, now, strict=True):
+            if setting is not None and setting != is_now:
+                place.fp32_precision = setting
+
+
+def _places() -> tuple[Any, Any]:
+    mkldnn = getattr(torch.backends, "mkldnn", None)
+    return torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)
 
 
 class _Exactly(ContextDecorator):
     """The switches are the process's: the first to come sets them, the last to go restores."""
 
     def __init__(self) -> None:
-        self._lock, self._depth, self._before = RLock(), 0, None
-        self._switches = _Switches()
+        self._lock, self._depth = RLock(), 0
+        self._before: _Switches | None = None
+        self._mine = local()
 
     def __enter__(self) -> None:
-        if _ASKED.get():
+        if not hasattr(self._mine, "entries"):
+            self._mine.entries = []
+        counts = not _ASKED.get()
+        self._mine.entries.append(counts)
+        if not counts:
             return
         with self._lock:
             if not self._depth:
-                self._before = self._switches.read()
-                self._switches.write(self._switches.exact(self._before))
+                before = _Switches.read()
+                self._before = None if before.exact else before
+                if self._before is not None:
+                    before.make_exact()
             self._depth += 1
 
     def __exit__(self, *error: object) -> None:
-        if _ASKED.get():
+        if not self._mine.entries.pop():
             return
         with self._lock:
             self._depth -= 1
-            if not self._depth:
-                self._switches.write(self._before)
+            if not self._depth and self._before is not None:
+                self._before.put_back()
 
 
 exactly = _Exactly()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from operator import index, itemgetter
+from threading import RLock
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,12 @@ class QKTable:
         return {(a, b): totals[KINDS.index(a)][KINDS.index(b)] for a in kinds for b in kinds}
 
     def top(self, n: int) -> list[tuple[Component, Component, float]]:
-        """The ``n`` terms largest by absolute value, signed, largest first."""
+        """The ``n`` terms largest by absolute value, signed, largest first.
+
+        Raises:
+            UserError: ``n`` is below one.
+        """
+        check_count(n)
         flat = self.terms.flatten()
         at = flat.abs().topk(min(n, len(flat))).indices
         values = flat[at].tolist()
@@ -130,7 +136,7 @@ class TopTerms(NamedTuple):
         scores: (n_keys,) scores before the soft-cap.
         values: (n_keys, n) signed terms, largest by absolute value first; 0 beyond a small table.
         query_index, key_index: (n_keys, n) row and column in that key's :class:`QKTable`; -1 beyond
-            a small table.
+            a small table, and for some of the terms that are exactly 0.
     """
 
     keys: Tensor
@@ -282,6 +288,7 @@ class QK(Scores):
         self.keep_bytes = keep_bytes
         everywhere = torch.arange(heads.run.n_pos, device=heads.run.residual.device)
         self._constants = lru_cache(maxsize=4)(lambda layer: heads.constants(layer, everywhere))
+        self._lock = RLock()
         self._projected: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
         self._kept_bytes = 0
 
@@ -292,13 +299,14 @@ class QK(Scores):
         Raises:
             UserError: an index out of range.
         """
+        check_count(n)
         self.check(layer, head, query)
         keys = range(self.heads.block(layer).first_key(query), query + 1)
         [(_, found)] = self._tops({(layer, head, query): list(keys)}, n)
         return found
 
     def tops(
-        self, places: Iterable[Place], n: int = 50
+        self, places: Iterable[Sequence[int]], n: int = 50
     ) -> Iterator[tuple[tuple[int, int, int], TopTerms]]:
         """The ``n`` largest terms of many tables, by (layer, head, query); no tables are kept.
 
@@ -313,7 +321,8 @@ class QK(Scores):
             UserError: an index out of range, or key > query.
         """
         by_query: dict[tuple[int, int, int], list[int]] = {}
-        for layer, head, query, key in sorted(set(places)):
+        check_count(n)
+        for layer, head, query, key in sorted({_place(place) for place in places}):
             self.check(layer, head, query, key)
             by_query.setdefault((layer, head, query), []).append(key)
         yield from self._tops(by_query, n)
@@ -401,6 +410,10 @@ class QK(Scores):
 
     def _images(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         """Projected components of several positions, each (n_components, d_head), kept."""
+        with self._lock:
+            return self._kept(layer, head, at, side)
+
+    def _kept(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         wanted = [(side, layer, head, p) for p in at]
         missing = [key for key in wanted if key not in self._projected]
         if missing:
@@ -428,6 +441,31 @@ class QK(Scores):
                 image = torch.cat([image] if constants is None else [image, constants[p][None]])
                 self._projected[side, layer, head, p] = image
                 self._kept_bytes += image.nbytes
+
+
+def check_count(n: int, name: str = "n") -> None:
+    """Refuse to list less than one of something.
+
+    Raises:
+        UserError: it is no whole number, or below one.
+    """
+    if not hasattr(n, "__index__") or isinstance(n, bool) or index(n) < 1:
+        raise UserError(f"{name} is {n}: it must be a whole number of at least 1.")
+
+
+def _place(place: Sequence[int]) -> Place:
+    """A place, however it was written.
+
+    Raises:
+        UserError: it is not four whole numbers.
+    """
+    try:
+        return Place(*(index(value) for value in place))
+    except TypeError as error:
+        raise UserError(
+            f"{place} is no place of a table: give a list of (layer, head, query, key), four whole "
+            "numbers each."
+        ) from error
 
 
 def _largest_terms(

@@ -144,12 +144,14 @@ def _rebuild(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Record:
     for name, tensor in group("decoders").items():
         c, k = name.split(".")
         decoders[int(c), int(k)] = tensor
+    # a file's order is that of text, in which 10 comes before 2
+    biases, errors = ({int(c): t for c, t in group(name).items()} for name in ("biases", "errors"))
     run = FrozenRun.from_tensors(group("run"))
     parts = Decomposition(
         run=run,
-        features=ActiveFeatures(**group("features"), decoders=decoders),
-        biases={int(c): t for c, t in group("biases").items()},
-        errors={int(c): t for c, t in group("errors").items()},
+        features=ActiveFeatures(**group("features"), decoders=dict(sorted(decoders.items()))),
+        biases={c: biases[c] for c in sorted(biases)},
+        errors={c: errors[c] for c in sorted(errors)},
     )
     blocks = [
         _block_in(group(f"blocks.{layer}"), plain) for layer, plain in enumerate(facts["blocks"])

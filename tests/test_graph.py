@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from cases import Case, build
 from random_dictionaries import POST, PRE, write_sae, write_wcc
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.qk import QK, Place
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +340,102 @@ def test_the_strongest_head_loadings_are_those_of_all(name: str, kind: str, tmp_
     assert n_pos > 0
 
 
+def test_both_ways_of_weighing_give_the_same_edges(tmp_path: Path) -> None:
+    """Targets weighted and added up over a group's heads (CPU), or sources weighted (GPU)."""
+    from circuit_tracer_qk import edges
+
+    case = build("mistral", tmp_path, "wcc", torch.float64)  # groups, and a window
+    record = case.graph.record
+    y = torch.randn(9, case.model.cfg.d_model, dtype=torch.float64)
+    positions = torch.tensor([1, 1, 2, 5, 5, 5, 8, 9, 9])
+    targets, runs = edges.Targets(positions, y, y.flip(0)), edges.runs_of(positions)
+    block = edges.BlockEdges(record.parts, record.heads, 1)
+    assert block.by_target
+    ours = block.rows(targets, runs)
+    block.by_target = False
+    theirs = block.rows(targets, runs)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12 * float(theirs.abs().max()))
+    assert bool((ours == 0).any()) and bool(theirs.any())
+
+
+def test_results_need_no_gradients(case: Case) -> None:
+    """Also those of a model of the user's own, whose weights do."""
+    model = case.model
+    before = [p.requires_grad for p in model.transformer.parameters()]
+    try:
+        model.transformer.requires_grad_(True)
+        graph = ctqk.attribute(case.ids, model, max_n_logits=2)
+        found = graph.strongest([0, 5], 3)
+        edge = graph.edge(int(found.source[1, 0]), 5)
+        [(_, top)] = graph.qk_tops([Place(1, 0, 5, 3)])
+        for tensor in (found.loading, found.share, edge.heads.total, top.values, top.scores):
+            assert not tensor.requires_grad
+        assert not graph.qk(1, 0, 5, 3).terms.requires_grad
+    finally:
+        for parameter, needs in zip(model.transformer.parameters(), before, strict=True):
+            parameter.requires_grad_(needs)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda g: list(g.qk_tops([(1, 0, 5, 3)], 0)), "n is 0"),
+        (lambda g: g.qk_top(1, 0, 5, -1), "n is -1"),
+        (lambda g: g.qk(1, 0, 5, 3).top(0), "n is 0"),
+        (lambda g: list(g.qk_tops([(1, 0, 5)])), "no place"),
+        (lambda g: list(g.qk_tops(Place(1, 0, 5, 3))), "no place"),
+        (lambda g: list(g.qk_tops([(1, 0, 5, 3.5)])), "no place"),
+        (lambda g: g.strongest([5], 2.5), "n is 2.5"),
+        (lambda g: g.strongest([5], 2, 1.5), "budget is 1.5"),
+        (lambda g: g.strongest(5), "no targets"),
+        (lambda g: g.strongest([[1, 2]]), "no targets"),
+        (lambda g: g.strongest([0.7]), "no targets"),
+        (lambda g: g.strongest([True, False]), "no targets"),
+        (lambda g: g.strongest("ab"), "no targets"),
+    ],
+)
+def test_mistakes_of_many(case: Case, call: Callable[[Any], object], words: str) -> None:
+    with pytest.raises(ctqk.UserError, match=words):
+        call(case.graph)
+
+
+def test_places_and_targets_however_they_are_written(case: Case) -> None:
+    graph = case.graph
+    places = [Place(1, 0, 5, 3), Place(1, 0, 5, 2), Place(0, 1, 4, 4)]
+    expected = [at for at, _ in graph.qk_tops(places)]
+    for same in (torch.tensor(places), [list(p) for p in places], [*places, *places]):
+        assert [at for at, _ in graph.qk_tops(same)] == expected  # type: ignore[arg-type]
+    assert graph.strongest([]).loading.shape == (0, 20)
+    twice = graph.strongest([5, 0, 5], 4)
+    assert torch.equal(twice.loading[0], twice.loading[2])
+
+
+def test_threads_share_what_is_projected(case: Case) -> None:
+    record = case.graph.record
+    scores = QK(record.parts, record.heads, lambda c, f: "", keep_bytes=3000)
+    expected = {q: scores.top(1, 0, q, 5).values for q in range(2, 9)}
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda q: (q, scores.top(1, 0, q, 5).values), [*expected] * 12))
+    assert all(torch.equal(values, expected[q]) for q, values in found)
+    kept = sum(image.nbytes for image in scores._projected.values())
+    assert kept == scores._kept_bytes
+
+
+def test_a_deep_crosscoder_comes_back_in_its_order(tmp_path: Path) -> None:
+    """In a file's order of names checkpoint 10 stands before 2."""
+    save_tiny("gpt2", tmp_path / "model", n_layer=12)
+    write_wcc(tmp_path / "wcc", 24, list(range(12)))
+    model = ctqk.load_model(tmp_path / "model", dictionaries=tmp_path / "wcc", device="cpu")
+    graph = ctqk.attribute(prompt_ids("gpt2", 8), model, max_n_logits=2)
+    graph.to_pt(tmp_path / "deep.pt")
+    back = ctqk.load_graph(tmp_path / "deep.pt")
+    for layer in (9, 11):
+        ours, theirs = back.qk(layer, 0, 5, 3), graph.qk(layer, 0, 5, 3)
+        assert ours.query == theirs.query and torch.equal(ours.terms, theirs.terms)
+        reads = [c.checkpoint for c in ours.query if c.kind == "feature"]
+        assert reads == sorted(reads)
+
+
 def test_a_budget_says_what_it_cut(case: Case) -> None:
     graph, targets = case.graph, range(0, case.graph.n_features, 5)
     whole = graph.strongest(targets, 10)
@@ -350,7 +449,7 @@ def test_a_budget_says_what_it_cut(case: Case) -> None:
         # the share is a lower bound: of the true sum, it is at most what the listed have
         everything = graph.strongest(targets, 4000).loading.abs().sum(1)
         assert bool((some.share * everything <= size * (1 + 1e-5)).all())
-    with pytest.raises(ctqk.UserError, match="at least 1"):
+    with pytest.raises(ctqk.UserError, match="n is 0"):
         graph.strongest(targets, 0)
     with pytest.raises(ctqk.UserError, match="no target"):
         graph.strongest([graph.n_features], 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from threading import Barrier, Thread
 
@@ -94,3 +96,44 @@ def test_a_setting_made_with_the_newer_interface() -> None:
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     torch.set_float32_matmul_precision("high")
+
+
+SETTINGS = {
+    "nothing": "",
+    "older": "torch.set_float32_matmul_precision('medium')",
+    "cuda alone": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "newer": "torch.backends.mkldnn.matmul.fp32_precision = 'tf32'",
+    "mixture": "torch.set_float32_matmul_precision('high')\n"
+    "torch.backends.mkldnn.matmul.fp32_precision = 'ieee'",
+    "general": "torch.backends.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch's older interface"
+)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_switch_is_as_it_was(setting: str) -> None:
+    """Each in a process of its own: torch's interfaces refuse one another."""
+    program = f"""
+import torch
+from circuit_tracer_qk.precision import exactly
+cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+{SETTINGS[setting]}
+before = cuda.fp32_precision, mkldnn.fp32_precision
+with exactly:
+    assert {{cuda.fp32_precision, mkldnn.fp32_precision}} <= {{"ieee", "none"}}
+assert (cuda.fp32_precision, mkldnn.fp32_precision) == before, (before, cuda.fp32_precision)
+if {setting == "nothing"}:
+    torch.backends.fp32_precision = "tf32"
+    assert cuda.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_question_that_ends_inside() -> None:
+    asked = ctqk.tf32()
+    with asked, exactly:
+        assert reduced()
+    with exactly:
+        assert not reduced()

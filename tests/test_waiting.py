@@ -22,7 +22,10 @@ from circuit_tracer_qk.influence import Sweep
 from circuit_tracer_qk.qk import QK, Place
 
 PACKAGE = str(Path(ctqk.__file__).parent)
-WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "bincount")
+WAITING = (
+    *("_local_scalar_dense", "nonzero", "unique", "_unique", "masked_select", "equal", "bincount"),
+    *("isin", "repeat_interleave"),
+)
 
 
 def place() -> tuple[str, str]:

@@ -209,7 +209,7 @@ def measure_writing(
     counted = f"{len(document['links']):,} links, {len(document['nodes']):,} nodes"
     tables = f"{len(qk['attributions']):,} tables in the file, {n_beside:,} in {len(beside)} others"
     limit = f"target: under {TARGET_WRITE:g} s"
-    rows = [Row(f"write, {name}", whole, "s", f"{counted}; {limit}")]
+    rows = [_row(f"write, {name}", whole, "s", f"{counted}; {limit}")]
     rows += [Row(f"  {STAGES[stage]}", times, "s") for stage, times in seconds.items()]
     rows.append(_row("  the processor's time, of all threads", processor[-repeats:], "s"))
     rows += [
