@@ -25,7 +25,7 @@ from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.files import write_together
 from circuit_tracer_qk.frozen import FrozenRun
 from circuit_tracer_qk.precision import exactly
-from circuit_tracer_qk.qk import QK, Place, QKRow, QKTable, Scores, TopTerms, check_count
+from circuit_tracer_qk.qk import QK, QKRow, QKTable, Scores, TopTerms, check_count
 from circuit_tracer_qk.record import Record, beside, load_record, record_bytes
 
 

@@ -517,7 +517,7 @@ def test_a_run_that_is_ended_goes_on(run: Run, tmp_path: Path, loads: list[Any],
     prompts = [
         f"Aunt {a} met Uncle {b}. I like Aunt" for a in ("Sally", "Mary") for b in ("Bob", "Tom")
     ]
-    path = written(tmp_path / "p.jsonl", *prompts * 6)
+    path = written(tmp_path / "p.jsonl", *prompts * 10)
     pages = tmp_path / "g"
     flags = [
         "attribute",
@@ -544,17 +544,17 @@ def test_a_run_that_is_ended_goes_on(run: Run, tmp_path: Path, loads: list[Any],
     out, err = running.communicate(timeout=60)
     assert not psutil.wait_procs(workers, timeout=30)[1]  # none is left behind
     finished = len(list((pages / FOLDER).glob("p-*.json")))
-    assert 3 <= finished < 24
+    assert 3 <= finished < 40
     if ended == "interrupted":
         assert running.returncode == cli.INTERRUPTED
         [line] = err.splitlines()
         assert "the same command goes on" in line
         assert len(slugs(pages)) == out.count("graph files written")
         assert not list(tmp_path.rglob("*.tmp"))
-    for done in (f"{24 - finished} done, {finished} were finished before", "0 done, 24 were"):
+    for done in (f"{40 - finished} done, {finished} were finished before", "0 done, 40 were"):
         result = run(*flags)
         assert result.status == cli.DONE and done in result.out
-    assert sorted(slugs(pages)) == [f"p-{i:04d}" for i in range(1, 25)]
+    assert sorted(slugs(pages)) == [f"p-{i:04d}" for i in range(1, 41)]
 
 
 def test_processes(tmp_path: Path):

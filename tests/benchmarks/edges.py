@@ -10,6 +10,7 @@ operations; both are printed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
@@ -124,18 +125,20 @@ def measure(n_pos: int, ceilings: Ceilings, repeats: int, sample: int = 256) -> 
     targets = (parts.features.checkpoint == LAYER + 1).nonzero().squeeze(1)
     sampled = targets[torch.linspace(0, len(targets) - 1, sample).long()]
 
-    @torch.no_grad()
-    def ours() -> list[Rows]:
-        return list(sweep.feature_rows(LAYER + 1, every))
+    def rows() -> Iterator[Rows]:
+        return sweep.feature_rows(LAYER + 1, every)
 
-    our_edges = torch.cat([rows.weights for rows in ours()])[sampled - targets[0]]
+    def ours() -> None:
+        deque(rows(), 0)  # nothing is kept, as where rows go into an adjacency
+
+    our_edges = torch.cat([some.weights for some in rows()])[sampled - targets[0]]
     work: dict[str, Callable[[], object]] = {}
     worst = 0.0
     for batch in BATCH_SIZES:
         reference = AutogradBlock(model, parts, batch)
         edges = torch.cat(list(reference.rows(sampled)))
         worst = max(worst, float((edges - our_edges).abs().max() / edges.abs().max()))
-        work[f"{batch}"] = lambda reference=reference: list(reference.rows(sampled))
+        work[f"{batch}"] = lambda reference=reference: deque(reference.rows(sampled), 0)
     if worst > AGREEMENT:
         raise SystemExit(f"the edges differ by {worst:.1e} of their scale")
 

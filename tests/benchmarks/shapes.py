@@ -55,7 +55,7 @@ LLAMA32_1B = {
 SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "gpt2-small": (12, GPT2),
     "Gemma-2-2B, a quarter": (6, GEMMA2_2B),
-    "Llama-3.2-1B": (16, LLAMA32_1B),
+    "Llama-3.2-1B, a quarter": (4, LLAMA32_1B),
 }
 
 
