@@ -24,7 +24,7 @@ from torch import Tensor
 from circuit_tracer_qk.components import FEATURE, Checkpoint, Decomposition
 from circuit_tracer_qk.heads import AttentionBlock, Heads, MLPBlock
 
-TILE = 512  # sources weighted by attention at once: they stay in the processor's cache
+TILE = 2048  # sources weighted by attention at once: few calls, and little memory
 TILE_BYTES = 1 << 21  # of targets weighted at once, the same
 SHARED_BYTES = 1 << 28  # images of decoder vectors that are made once for all positions
 
