@@ -171,7 +171,7 @@ def test_top_terms_of_many_tables_are_the_tables(
     places = [
         qk.Place(layer, head, query, key)
         for head in range(case.reference.n_heads)
-        for query in range(n_pos)
+        for query in range(0, n_pos, 3)
         for key in range(query, -1, -3)
     ]
     seen = []
