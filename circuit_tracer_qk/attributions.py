@@ -148,7 +148,7 @@ class _Traced:
         self.names = names
         self.results: dict[int, dict[str, list[list[Any]]]] = {}
         self.outsiders: dict[str, dict[str, Any]] = {}
-        self._waiting: dict[tuple[Place, ...], tuple[_Sum, list[int]]] = {}
+        self._waiting: dict[tuple[Place, ...], tuple[Terms, list[int]]] = {}
         self._size = 0
 
     def add(self, target: int, tables: dict[Place, Terms]) -> None:
@@ -160,7 +160,7 @@ class _Traced:
         size = sum(table.terms.numel() for table in tables.values())
         if self._waiting and self._size + size > BATCH_TERMS:
             self.finish()
-        self._waiting[some] = _Sum.of(list(tables.values())), [target]
+        self._waiting[some] = _summed(list(tables.values())), [target]
         self._size += size
 
     def finish(self) -> None:
@@ -207,30 +207,18 @@ class _Traced:
         return known
 
 
-class _Sum(NamedTuple):
-    """The sum of some tables of one query.
-
-    Attributes:
-        query, key: the components of either side.
-        terms: (len(query), len(key)).
-    """
-
-    query: Sequence[Component]
-    key: Sequence[Component]
-    terms: Tensor
-
-    @classmethod
-    def of(cls, tables: Sequence[Terms]) -> _Sum:
-        sides = {id(table.key): table.key for table in tables}  # heads share a key's list
-        at: dict[Component, int] = {}  # carried to several keys, one node may be in several lists
-        for side in sides.values():
-            for c in side:
-                at.setdefault(c, len(at))
-        columns = {i: torch.tensor([at[c] for c in side]) for i, side in sides.items()}
-        terms = tables[0].terms.new_zeros(len(tables[0].query), len(at))
-        for table in tables:
-            terms.index_add_(1, columns[id(table.key)], table.terms)
-        return cls(tables[0].query, list(at), terms)
+def _summed(tables: Sequence[Terms]) -> Terms:
+    """The sum of some tables of one query."""
+    sides = {id(table.key): table.key for table in tables}  # heads share a key's list
+    at: dict[Component, int] = {}  # carried to several keys, one node may be in several lists
+    for side in sides.values():
+        for c in side:
+            at.setdefault(c, len(at))
+    columns = {i: torch.tensor([at[c] for c in side]) for i, side in sides.items()}
+    terms = tables[0].terms.new_zeros(len(tables[0].query), len(at))
+    for table in tables:
+        terms.index_add_(1, columns[id(table.key)], table.terms)
+    return Terms(tables[0].query, list(at), terms)
 
 
 def _top(marginals: Tensor, lengths: Sequence[int]) -> list[list[tuple[int, float]]]:

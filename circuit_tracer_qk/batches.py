@@ -24,7 +24,7 @@ BATCH_TERMS = 1 << 18  # padded terms contracted at once: they stay in the proce
 
 
 class Terms(NamedTuple):
-    """One table's components and terms.
+    """One table's components and terms, or a sum of several tables.
 
     Attributes:
         query, key: the components of either side.
@@ -82,10 +82,11 @@ def batches(graph: ExplainedGraph, places: Iterable[Place]) -> Iterator[Batch]:
     rows: dict[RowPlace, QKRow] = {}
     for table in graph.scores.tables(places):
         at = table.layer, table.head, table.query_position
-        known = at in rows
-        row = rows.setdefault(at, rows[at] if known else graph.qk_row(*at))
-        batch = Batch.of(table, row)
-        yield batch._replace(rows={}) if known else batch
+        if at in rows:
+            yield Batch.of(table, rows[at])._replace(rows={})
+        else:
+            rows[at] = graph.qk_row(*at)
+            yield Batch.of(table, rows[at])
 
 
 class _Images(NamedTuple):
@@ -120,9 +121,6 @@ class _Residual:
     def __init__(self, qk: QK) -> None:
         self.qk = qk
         self.heads = qk.heads
-        residual = qk.heads.run.residual
-        # in float64, where the device has it, terms that cancel stay accurate
-        self.wide = residual.dtype if residual.device.type == "mps" else torch.float64
 
     @torch.no_grad()
     def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
@@ -225,12 +223,12 @@ class _Residual:
         parts = [checkpoint.at(p) for p in positions]
         vectors = torch.cat([*(checkpoint.vectors(range(p, p + 1)) for p in positions), stream])
         here = torch.cat([checkpoint.position[part] for part in parts] + [everywhere])
-        normed = self.heads.normed(layer, vectors.to(self.wide), here)
+        normed = self.heads.normed(layer, vectors.to(self.qk.wide), here)
         n_rows = [part.stop - part.start for part in parts]
         *own_rows, whole_rows = torch.arange(len(here)).split([*n_rows, len(stream)])
         rows = dict(zip(positions, own_rows, strict=True))
         has_constants = self.heads.has_constants(layer)
-        constants = self.heads.constants(layer, everywhere, self.wide)
+        constants = self.heads.constants(layer, everywhere, self.qk.wide)
         sides, wholes = [], []
         for side, wanted in enumerate((at_query, at_key)):
             whole = constants[side].clone()

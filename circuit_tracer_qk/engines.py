@@ -191,8 +191,8 @@ def in_processes(
     seats = [_Process(setup, work, place, workers) for place in range(workers)]
 
     def replied(waiting: list[_Process]) -> list[_Process]:
-        by_pipe = {seat.pipe: seat for seat in waiting}
-        return [by_pipe[pipe] for pipe in wait(list(by_pipe))]  # type: ignore[index]
+        ready = wait([seat.pipe for seat in waiting])
+        return [seat for seat in waiting if seat.pipe in ready]
 
     yield from _share_out(items, seats, replied)
 
@@ -347,7 +347,7 @@ def on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to its makers
     import logging
 
-    import ray  # type: ignore[import-not-found]
+    import ray  # type: ignore[import-not-found]  (an extra)
 
     started = not ray.is_initialized()
     try:

@@ -16,6 +16,7 @@ from circuit_tracer_qk.feature_files import folder_name, write_features
 from circuit_tracer_qk.files import check_folder, check_names, write_together
 from circuit_tracer_qk.graph import ExplainedGraph, ResidualGraph, load_graph
 from circuit_tracer_qk.listing import add_to_listing, read_listing
+from circuit_tracer_qk.precision import exactly
 from circuit_tracer_qk.pruned import mention_nodes, prune
 from circuit_tracer_qk.residual_links import residual_links
 from circuit_tracer_qk.sidecars import FILE_BYTES, divide, folder_of, remove_others, sidecars_of
@@ -105,6 +106,7 @@ def create_graph_files(
     return written.page
 
 
+@exactly
 def write_graph_files(
     graph: ExplainedGraph | str | Path,
     slug: str,

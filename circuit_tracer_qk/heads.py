@@ -434,9 +434,7 @@ class Heads:
         Returns:
             (n, d_head), or (n, n_heads, d_head) for all heads.
         """
-        b = self.block(layer)
-        n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions].to(u.dtype))
-        return self._finish(layer, _project(n, b.W_Q, head), positions, head, side=0)
+        return self.projected(layer, self.normed(layer, u, positions), positions, head, 0)
 
     def keys(self, layer: int, u: Tensor, positions: Tensor, group: int | None = None) -> Tensor:
         """k(u): images of component vectors on the key side, by key-value head.
@@ -444,9 +442,7 @@ class Heads:
         Returns:
             (n, d_head), or (n, n_kv, d_head) for all key-value heads.
         """
-        b = self.block(layer)
-        n = b.ln1.linear(u, self.run.scale("ln1", layer)[positions].to(u.dtype))
-        return self._finish(layer, _project(n, b.W_K, group), positions, group, side=1)
+        return self.projected(layer, self.normed(layer, u, positions), positions, group, 1)
 
     def normed(self, layer: int, u: Tensor, positions: Tensor) -> Tensor:
         """(n, d_model): component vectors as every head of a block reads them, after ln1."""
@@ -454,12 +450,15 @@ class Heads:
         return self.block(layer).ln1.linear(u, scale)
 
     def projected(
-        self, layer: int, normed: Tensor, positions: Tensor, head: int, side: int
+        self, layer: int, normed: Tensor, positions: Tensor, head: int | None, side: int
     ) -> Tensor:
-        """(n, d_head): what one head makes of vectors that :meth:`normed` gave, which heads share.
+        """What heads make of vectors that :meth:`normed` gave, which they share.
 
         Args:
-            head: the query head (side 0) or the key-value head (side 1).
+            head: the query head (side 0) or the key-value head (side 1); None for all.
+
+        Returns:
+            As :meth:`queries` and :meth:`keys`.
         """
         b = self.block(layer)
         image = _project(normed, (b.W_Q, b.W_K)[side], head)

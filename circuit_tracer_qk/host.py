@@ -9,9 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from hashlib import sha256
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -73,50 +71,9 @@ def _float32_by_default() -> Iterator[None]:
 def prune(graph: Graph, node_threshold: float, edge_threshold: float) -> PruneResult:
     """circuit-tracer's pruning: masks of the nodes and edges kept, and cumulative influence."""
     with _float32_by_default():
-        return _prune_graph()(
+        return prune_graph(
             graph=graph, node_threshold=node_threshold, edge_threshold=edge_threshold
         )
-
-
-@cache
-def _prune_graph() -> Callable[..., PruneResult]:
-    """circuit-tracer's own function, with :func:`_find_threshold` in place of its own.
-
-    Most of its time is a sort of all pairs of nodes, nearly all of which are no edges. Where a
-    tree's threshold is another one the function is left as it is.
-    """
-    function = inspect.unwrap(prune_graph)
-    find = function.__globals__.get("find_threshold")
-    try:
-        same = find is not None and all(
-            torch.equal(find(scores, share), _find_threshold(scores, share))
-            for scores in (torch.arange(100.0).remainder(7) ** 3, torch.zeros(3), torch.ones(1))
-            for share in (0.0, 0.3, 0.98, 1.0)
-        )
-    except Exception:  # it takes other arguments
-        same = False
-    if not same:
-        return prune_graph
-    names = {**function.__globals__, "find_threshold": _find_threshold}
-    copied = FunctionType(function.__code__, names, argdefs=function.__defaults__)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
-
-
-def _find_threshold(scores: Tensor, threshold: float) -> Tensor:
-    """circuit-tracer's ``find_threshold``, bit for bit; only scores that are not 0 are sorted.
-
-    Args:
-        scores: (n,) none negative.
-    """
-    some = scores[scores != 0]
-    if not bool((some > 0).all()):  # a NaN, too
-        some = scores
-    ordered = torch.zeros_like(scores)
-    ordered[: len(some)] = some.sort(descending=True).values
-    share = ordered.cumsum(0) / ordered.sum()
-    at = min(int(torch.searchsorted(share, threshold)), len(share) - 1)
-    return ordered[at]
 
 
 def graph_scores(graph: Graph) -> tuple[float, float]:

@@ -159,9 +159,10 @@ class Scores(ABC):
         self.heads = heads
         # float32 products that cancel are off by more than 1e-5 of a score made of a few terms, so
         # scores and single tables are contracted in float64 where the device has it
-        self._wide = torch.float64 if heads.run.residual.device.type != "mps" else None
+        residual = heads.run.residual
+        self.wide = residual.dtype if residual.device.type == "mps" else torch.float64
         # whole q and k of a layer serve every pair of its positions
-        self._whole = lru_cache(maxsize=4)(partial(heads.whole, dtype=self._wide))
+        self._whole = lru_cache(maxsize=4)(partial(heads.whole, dtype=self.wide))
         self._exact = lru_cache(maxsize=256)(self._image)
         self._listed = lru_cache(maxsize=1024)(self._list)
 
@@ -400,13 +401,13 @@ class QK(Scores):
     def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
         checkpoint = self.parts.at(layer)
         vectors = checkpoint.vectors(range(position, position + 1))
-        vectors = vectors.to(self._wide or vectors.dtype)
+        vectors = vectors.to(self.wide)
         project = (self.heads.queries, self.heads.keys)[side]
         image = project(layer, vectors, checkpoint.position[checkpoint.at(position)], head)
         if not self.heads.has_constants(layer):
             return image
         at = torch.tensor([position], device=image.device)
-        return torch.cat([image, self.heads.constants(layer, at, self._wide)[side][:, head]])
+        return torch.cat([image, self.heads.constants(layer, at, self.wide)[side][:, head]])
 
     def _images(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         """Projected components of several positions, each (n_components, d_head), kept."""

@@ -18,6 +18,7 @@ from torch.nn.functional import one_hot
 from circuit_tracer_qk.batches import Batch, RowPlace
 from circuit_tracer_qk.components import KINDS, Component
 from circuit_tracer_qk.dictionaries import feature_index
+from circuit_tracer_qk.largest import largest
 from circuit_tracer_qk.qk import QKRow
 from circuit_tracer_qk.written import (
     not_finite,
@@ -123,20 +124,18 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
         UserError: a table holds NaN or infinite numbers.
     """
     terms, wide = batch.terms, batch.terms.double()
-    largest, n_largest = largest_terms(terms, top_terms, -(-top_terms // 5))
+    found, n_found = largest_terms(terms, top_terms, -(-top_terms // 5))
     width = terms.shape[2]
-    index = largest // width, largest % width
-    values = terms.flatten(1).gather(1, largest)
+    index = found // width, found % width
+    values = terms.flatten(1).gather(1, found)
     position = [p.query for p in batch.places], [p.key for p in batch.places]
     sides = []
     for side, components in enumerate((batch.query, batch.key)):
         marginals = wide.sum(2 - side)
         used = torch.zeros_like(marginals, dtype=torch.bool)
-        real = torch.arange(largest.shape[1]) < n_largest[:, None]
+        real = torch.arange(found.shape[1]) < n_found[:, None]
         used.scatter_(1, torch.where(real, index[side], index[side][:, :1]), True)
-        sides.append(
-            _listed(components, marginals, used & (n_largest > 0)[:, None], position[side])
-        )
+        sides.append(_listed(components, marginals, used & (n_found > 0)[:, None], position[side]))
     ends = [side.rank.gather(1, at) for side, at in zip(sides, index, strict=True)]
     listed = torch.stack([*ends, values], 2)
     first = [side.order[:, :MARGINALS_LISTED] for side in sides]
@@ -152,7 +151,7 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
         batch.places,
         rounded_all(heads),
         *(zip(*side.columns(), strict=True) for side in sides),
-        n_largest.tolist(),
+        n_found.tolist(),
         rounded_all(values),
         listed.flatten(1).tolist(),
         grid,
@@ -217,8 +216,6 @@ def written_rows(rows: Mapping[RowPlace, QKRow]) -> dict[RowPlace, bytes]:
 def largest_terms(terms: Tensor, n: int, of_sign: int = 0) -> tuple[Tensor, Tensor]:
     """The ``n`` largest terms of each table by absolute value, largest first; none is 0.
 
-    They lie in the rows with the largest extremes, so that most of a large table is only skimmed.
-
     Args:
         terms: (n_tables, n_rows, n_columns)
         n: how many.
@@ -227,22 +224,13 @@ def largest_terms(terms: Tensor, n: int, of_sign: int = 0) -> tuple[Tensor, Tens
     Returns:
         (n_tables, most) indices into each flattened table, and (n_tables,) how many of them count.
     """
-    n_tables, n_rows, width = terms.shape
-    if n_rows > 2 * (n + 2 * of_sign):
-        low, high = terms.amin(2), terms.amax(2)
-        wanted = (torch.maximum(high, -low), n), (high, of_sign), (-low, of_sign)
-        some = torch.cat([e.topk(min(k, n_rows)).indices for e, k in wanted], 1).sort().values
-        values = terms.gather(1, some[:, :, None].expand(-1, -1, width))
-        again = some[:, 1:] == some[:, :-1]
-        values[:, 1:][again] = 0
-        at, few = largest_terms(values, n, of_sign)
-        return some.gather(1, at // width) * width + at % width, few
     flat = terms.flatten(1)
-    chosen = [flat.abs().topk(min(n, flat.shape[1])).indices]
-    for sign in (1, -1):
-        at = (sign * flat).topk(min(of_sign, flat.shape[1])).indices
+    width = flat.shape[1]
+    chosen = [largest(flat, min(n, width))[1]]
+    for sign in (1, -1) if of_sign else ():
+        size, at = largest((sign * flat).clamp_min(0), min(of_sign, width))
         # others of this sign are not there: the largest of all, which is there already
-        chosen.append(torch.where(sign * flat.gather(1, at) > 0, at, chosen[0][:, :1]))
+        chosen.append(torch.where(size > 0, at, chosen[0][:, :1]))
     index = torch.cat(chosen, 1).sort().values
     size = flat.gather(1, index).abs()
     size[:, 1:][index[:, 1:] == index[:, :-1]] = 0

@@ -133,7 +133,7 @@ class TranscoderQK(Scores):
     def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
         """The head's map is carried back to what the rows write: d_head gradients for any rows."""
         run, writes = self.parts.run, self._writes
-        dtype = self._wide or run.residual.dtype
+        dtype = self.wide
         eye = torch.eye(run.residual.shape[2], dtype=dtype, device=self._row.device)
         at = torch.full((len(eye),), position, device=eye.device)
         project = (self.heads.queries, self.heads.keys)[side]
@@ -154,7 +154,7 @@ class TranscoderQK(Scores):
     def _finished(self, images: Tensor, layer: int, head: int, position: int, side: int) -> Tensor:
         """The rows' images, and those of what is added at the position itself."""
         at = torch.tensor([position], device=images.device)
-        images = images.to(self._wide or images.dtype)
+        images = images.to(self.wide)
         added = []
         if self.rounded:
             whole = (self.heads.queries, self.heads.keys)[side](
@@ -244,7 +244,7 @@ class _Images:
         if key not in self._made:
             vectors = self._at(position)
             if len(vectors) < WIDE_ROWS:
-                vectors = vectors.to(self.qk._wide or vectors.dtype)
+                vectors = vectors.to(self.qk.wide)
             at = torch.full((len(vectors),), position, device=vectors.device)
             heads = self.qk.heads
             images = (heads.queries, heads.keys)[side](self.layer, vectors, at, head)

@@ -23,7 +23,7 @@ from circuit_tracer.graph import prune_graph
 from random_dictionaries import PRE, write_sae, write_wcc
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import export, files, host
+from circuit_tracer_qk import export, files
 from circuit_tracer_qk.dictionaries import feature_index
 from circuit_tracer_qk.graph import Edge, HeadLoadings
 from circuit_tracer_qk.heads import Heads
@@ -601,15 +601,6 @@ def test_sidecars_in_place_without_their_graph_change_nothing(
     with pytest.raises(ctqk.UserError):
         ctqk.create_graph_files(small, "b", tmp_path / "new", max_file_bytes=0, top_terms=3)
     assert everything(tmp_path) == before and not (tmp_path / "new" / "b.qk").exists()
-
-
-def test_the_hosts_pruning_is_its_own_bit_for_bit(small: ctqk.ResidualGraph):
-    assert host._prune_graph() is not host.prune_graph  # the quicker threshold is in use
-    for node_threshold in (0.0, 0.3, 0.8, 1.0):
-        for edge_threshold in (0.0, 0.5, 0.98, 1.0):
-            ours = host.prune(small, node_threshold, edge_threshold)
-            theirs = prune_graph(small, node_threshold, edge_threshold)
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_not_finite_is_refused(small: ctqk.ResidualGraph, tmp_path: Path):

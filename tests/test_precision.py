@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
 import torch
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import influence, qk
+from circuit_tracer_qk import attributions, influence, qk
+from circuit_tracer_qk.batches import Batch
+from circuit_tracer_qk.edges import Run, Targets
 from circuit_tracer_qk.precision import exactly
+from circuit_tracer_qk.tables import Names, Table
 
 SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 
@@ -36,9 +40,9 @@ def test_contractions_are_exact_and_the_setting_comes_back(
     seen: dict[str, bool] = {}
 
     class Watched(influence.BlockEdges):
-        def rows(self, *args: object) -> torch.Tensor:
+        def rows(self, targets: Targets, runs: list[Run]) -> torch.Tensor:
             seen["edges"] = reduced()
-            return super().rows(*args)  # type: ignore[arg-type]
+            return super().rows(targets, runs)
 
     largest = qk.largest
 
@@ -55,6 +59,20 @@ def test_contractions_are_exact_and_the_setting_comes_back(
     with ctqk.tf32():
         ctqk.attribute(SALLY, ctqk.load_model())
     assert seen["edges"]
+
+
+def test_files_are_exact_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whose tables are contracted on a way of their own."""
+    seen: set[bool] = set()
+    written = attributions.written_tables
+
+    def watched(batch: Batch, names: Names, top_terms: int) -> list[Table]:
+        seen.add(reduced())
+        return written(batch, names, top_terms)
+
+    monkeypatch.setattr(attributions, "written_tables", watched)
+    ctqk.create_graph_files(ctqk.attribute(SALLY, ctqk.load_model()), "sally", tmp_path)
+    assert seen == {False}
 
 
 def test_after_an_error_too() -> None:
