@@ -14,6 +14,8 @@ import browsing
 import pytest
 import torch
 
+from circuit_tracer_qk import cli
+
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 worst_errors: dict[tuple[str, str], float] = {}
@@ -39,6 +41,32 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs {folder.name}/ beside the repository")
     return folder
+
+
+class Result:
+    """What one command left behind."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def refusal(self) -> str:
+        """The message of a mistake, checked to be one line with status 2 and nothing else."""
+        assert (self.status, self.out) == (cli.MISTAKE, "")
+        [line] = self.err.splitlines()
+        assert line.startswith("circuit-tracer-qk: error: ")
+        return line
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process."""
+
+    def run(*argv: object) -> Result:
+        status = cli.main([str(arg) for arg in argv])
+        return Result(status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -31,32 +31,6 @@ DEMO_HEADINGS = (
 )
 
 
-class Result:
-    """What one command left behind."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-    @property
-    def refusal(self) -> str:
-        """The message of a mistake, checked to be one line with status 2 and nothing else."""
-        assert (self.status, self.out) == (cli.MISTAKE, "")
-        [line] = self.err.splitlines()
-        assert line.startswith("circuit-tracer-qk: error: ")
-        return line
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process."""
-
-    def run(*argv: object) -> Result:
-        status = cli.main([str(arg) for arg in argv])
-        return Result(status, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def place() -> dict[str, Path]:
     """Model and dictionaries: the bundled ones."""

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import Result
-from test_cli import run as run  # noqa: PLC0414  (a fixture)
+from conftest import Result
 from tiny_transcoders import make_clt, make_set
 
 import circuit_tracer_qk as ctqk

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import deadly_work
+import psutil
 import pytest
-from test_cli import Result
-from test_cli import run as run  # noqa: PLC0414  (a fixture)
+from conftest import Result
 from tiny_transcoders import make_set
 
 import circuit_tracer_qk as ctqk
@@ -513,7 +513,6 @@ def test_two_workers_one_of_which_is_killed(
 
 @pytest.mark.parametrize("ended", ["interrupted", "killed"])
 def test_a_run_that_is_ended_goes_on(run: Run, tmp_path: Path, loads: list[Any], ended: str):
-    psutil = pytest.importorskip("psutil")
     prompts = [
         f"Aunt {a} met Uncle {b}. I like Aunt" for a in ("Sally", "Mary") for b in ("Bob", "Tom")
     ]

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' browser
 
+import shapes
 import torch
 from measuring import Row
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -61,8 +62,7 @@ class Shape(NamedTuple):
     tables: int = 512
 
 
-GPT2 = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072}
-GPT2 |= {"act_fn": "gelu_new", "normalization_type": "LN", "positional_embedding_type": "standard"}
+GPT2 = {"n_layers": 12, **shapes.GPT2}
 GEMMA = {"n_layers": 26, "d_model": 2304, "n_heads": 8, "n_key_value_heads": 4, "d_head": 256}
 GEMMA |= {"d_mlp": 9216, "act_fn": "gelu_pytorch_tanh", "gated_mlp": True, "rotary_dim": 256}
 GEMMA |= {"normalization_type": "RMS", "positional_embedding_type": "rotary"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from measuring import seconds  # noqa: F401  (puts the checkout on the path)
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from circuit_tracer_qk.components import Decomposition, decompose
