@@ -158,7 +158,8 @@ def attribute(
     if not isinstance(model, ResidualModel) and hasattr(model, "transcoders"):
         if qk:
             check_model(model)  # before the work
-        with torch.enable_grad():  # which circuit-tracer's backward passes need
+        # which circuit-tracer's backward passes need
+        with torch.inference_mode(False), torch.enable_grad():
             made = host.attribute_transcoders(
                 prompt,
                 model,

@@ -199,6 +199,10 @@ class Decomposition:
             self._built[checkpoint] = self._build(checkpoint)
         return self._built[checkpoint]
 
+    def sources(self, layer: int) -> Checkpoint:
+        """The components that edges across a block come from: those at its input."""
+        return self.tokens if layer == 0 else self.at(layer)
+
     @cached_property
     def tokens(self) -> Checkpoint:
         """Checkpoint 0 as graphs see it: embeddings, also where a dictionary reads it."""

@@ -21,11 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.components import FEATURE, Checkpoint, Decomposition
+from circuit_tracer_qk.components import FEATURE, Decomposition
 from circuit_tracer_qk.heads import AttentionBlock, Heads, MLPBlock
+from circuit_tracer_qk.sharing import Scratch
 
-TILE = 2048  # sources weighted by attention at once: few calls, and little memory
-TILE_BYTES = 1 << 21  # of targets weighted at once, the same
+TILE_BYTES = 1 << 21  # weighted by attention at once: what a processor's cache holds
+TILE_BYTES_ELSEWHERE = 1 << 26  # few calls
 SHARED_BYTES = 1 << 28  # images of decoder vectors that are made once for all positions
 
 
@@ -84,6 +85,8 @@ def recurs(n_distinct: int, n: int, bytes_each: int) -> bool:
 class BlockMLP:
     """The MLP of one block at every position of a run, pulling rows back: ``M^T y``.
 
+    Several threads may pull at once.
+
     Args:
         heads: the heads of the run.
         mlp: the block's MLP; None where it has none.
@@ -96,7 +99,7 @@ class BlockMLP:
         self.scale = run.scale("ln2", layer)
         self.post_scale = run.scale("ln2_post", layer)
         self._slopes = () if mlp is None else mlp.slopes(run.mlp_input[layer], self.scale)
-        self._scratch = self.scale.new_empty(0)
+        self._scratch = Scratch()
 
     def pull(self, y: Tensor, positions: Tensor, runs: list[Run]) -> Tensor:
         """(n, d_model): ``M^T y`` of rows at given positions.
@@ -135,9 +138,7 @@ class BlockMLP:
     def _pull(self, hidden: Tensor, row: Tensor, positions: Tensor, runs: list[Run]) -> Tensor:
         """``hidden[row]``, which is never made as a whole, through the hidden layer."""
         assert self.mlp is not None
-        if len(self._scratch) < len(row):
-            self._scratch = hidden.new_empty(len(row), hidden.shape[1])
-        sloped = self._scratch[: len(row)]
+        sloped = self._scratch.of(hidden, len(row), hidden.shape[1])
         g = hidden.new_empty(len(row), self.mlp.W_out.shape[1])
         for i, (slope, reader) in enumerate(zip(self._slopes, self.mlp.readers, strict=True)):
             for p, start, stop in runs:
@@ -154,6 +155,8 @@ class BlockMLP:
 class BlockEdges:
     """All edges across one block: sources are the components of its checkpoint.
 
+    Several threads may ask for rows at once.
+
     Args:
         parts: the run's components.
         heads: its heads.
@@ -163,10 +166,10 @@ class BlockEdges:
     def __init__(self, parts: Decomposition, heads: Heads, layer: int) -> None:
         self.heads = heads
         self.layer = layer
-        self.sources: Checkpoint = parts.tokens if layer == 0 else parts.at(layer)
+        self.sources = parts.sources(layer)
         self.vectors = self.sources.vectors()
         self.values = self._values(parts)  # (n_sources, n_kv, d_head)
-        self._scratch: Tensor | None = None
+        self._scratch = Scratch()
         block = heads.block(layer)
         # heads of a group read the same values: weighing and adding up targets takes fewer and
         # smaller products, weighing sources fewer calls, which is what a GPU waits for
@@ -231,13 +234,14 @@ class BlockEdges:
         """
         block, sources = self.heads.block(self.layer), self.sources
         begin, end = sources.starts[block.first_key(p)], sources.starts[p + 1]
-        seen = attention.T[sources.position[begin:end]].view(end - begin, block.n_kv, -1, 1)
-        if self._scratch is None:
-            self._scratch = z.new_empty(TILE, *seen.shape[1:3], self.values.shape[2])
-        for start in range(begin, end, TILE):
-            stop = min(start + TILE, end)
-            weighted = self._scratch[: stop - start]
+        seen = attention.T.contiguous().index_select(0, sources.position[begin:end])
+        seen = seen.view(end - begin, block.n_kv, -1, 1)
+        on_cpu = z.device.type == "cpu"
+        some = (TILE_BYTES if on_cpu else TILE_BYTES_ELSEWHERE) // z[0].nbytes
+        for start in range(begin, end, some):
+            stop = min(start + some, end)
             here = seen[start - begin : stop - begin]
+            weighted = self._scratch.of(z, *here.shape[:3], self.values.shape[2])
             torch.mul(self.values[start:stop, :, None], here, out=weighted)
             torch.mm(z, weighted.flatten(1).T, out=out[:, start:stop])
 

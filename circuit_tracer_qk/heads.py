@@ -346,8 +346,8 @@ class MLPBlock:
         )
 
     def _slope(self, pre: Tensor) -> Tensor:
-        with torch.enable_grad():
-            pre = pre.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+            pre = pre.detach().clone().requires_grad_()
             return torch.autograd.grad(self.act(pre).sum(), pre)[0]
 
     def read_back(self, y: Tensor, post_scale: Tensor) -> Tensor:

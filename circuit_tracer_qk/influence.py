@@ -8,8 +8,9 @@ circuit-tracer's iterated influence, for SAE and for WCC graphs (method, section
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,11 +29,15 @@ from circuit_tracer_qk.components import (
 )
 from circuit_tracer_qk.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
 from circuit_tracer_qk.heads import Heads, read_mlp
+from circuit_tracer_qk.sharing import n_threads, shared_out
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 KEEP_BYTES = 1 << 30  # edge rows kept from the influence sweep rather than computed again
+LEAST_ROWS = 64  # taken at once by one of several threads: fewer would only read weights
+
+R = TypeVar("R")
 
 
 class Some(NamedTuple):
@@ -139,8 +144,18 @@ class Sweep:
         offsets = self.parts.offsets[checkpoint]
         return offsets[0] - self.skipped, offsets[-1] - self.skipped
 
-    def feature_rows(self, checkpoint: int, some: Some) -> Iterator[Rows]:
-        """Rows of those of some features that read ``checkpoint``, ``batch_size`` at once."""
+    def feature_rows(self, checkpoint: int, some: Some, use: Callable[[Rows], R]) -> Iterator[R]:
+        """What is made of the rows of those of some features that read ``checkpoint``.
+
+        Args:
+            checkpoint: whose features are the targets.
+            some: the features.
+            use: called with ``batch_size`` rows or fewer, which it need not keep; on a processor by
+                several threads at once.
+
+        Yields:
+            What ``use`` made of each, in the features' order.
+        """
         whole = some.within(*self.reading(checkpoint))
         if whole.start == whole.stop:
             return
@@ -150,8 +165,8 @@ class Sweep:
         local = BlockMLP(self.heads, mlp, layer)
         decoder = features.decoders[checkpoint, checkpoint]
         shared = local.shared(decoder, whole.stop - whole.start)
-        for start in range(whole.start, whole.stop, self.batch_size):
-            part = slice(start, min(start + self.batch_size, whole.stop))
+
+        def rows(part: slice) -> R:
             at = some.nodes[part] + self.skipped
             runs = runs_of(self._positions[some.at_hand[part]])
             positions, y = features.position[at], features.own(at, checkpoint, checkpoint)
@@ -160,7 +175,21 @@ class Sweep:
             else:
                 weight = features.activation[at]
                 m = local.pull_shared(shared, features.row[at], weight, positions, runs)
-            yield Rows(part, block.sources, block.rows(Targets(positions, y, m), runs), m)
+            return use(Rows(part, block.sources, block.rows(Targets(positions, y, m), runs), m))
+
+        device = self.directions.device
+        most = -(-self.batch_size // n_threads(device))
+        most = min(self.batch_size, max(LEAST_ROWS, most))
+        yield from shared_out(rows, self._pieces(some, whole, most), device)
+
+    def _pieces(self, some: Some, whole: slice, most: int) -> list[slice]:
+        """Parts of ``most`` features or fewer, cut between positions where that can be."""
+        cuts = [0]
+        for _, start, stop in runs_of(self._positions[some.at_hand[whole]]):
+            while stop - cuts[-1] > most:
+                cuts.append(start if start > cuts[-1] else cuts[-1] + most)
+        cuts.append(whole.stop - whole.start)
+        return [slice(whole.start + a, whole.start + b) for a, b in pairwise(cuts)]
 
     def logit_rows(self) -> Rows:
         """Rows of the logits: from their own checkpoint, or across the last block without one."""
@@ -188,36 +217,55 @@ class Sweep:
         """
         out = logit_weights.new_zeros(self.width)
 
-        def spread(rows: Rows, weights: Tensor) -> None:
-            size = rows.weights.abs()
-            checkpoint, groups = rows.sources.checkpoint, rows.sources.groups
-            places = [(group, self.place(group, checkpoint)) for group in groups]
-            for group, nodes in places:
-                if nodes is None:  # no node stands for them
-                    size.index_fill_(1, group.at, 0)
-            given = (weights / size.sum(1).clamp_min(1e-10)) @ size
-            for group, nodes in places:
-                if nodes is not None:
-                    out[nodes] += given[group.at]
-
-        spread(self.logit_rows(), logit_weights)
+        rows = self.logit_rows()
+        self._add(out, rows.sources, self._given(rows, logit_weights))
         self._kept.clear()
         room = KEEP_BYTES
         every = self.some()
         for checkpoint in self._progress("Influence"):
-            some = every
             if checkpoint == self.n_layers:  # the logits read the last position, and nothing else
                 start, stop = (at - self.skipped for at in self.parts.offsets[checkpoint][-2:])
                 some = self.some(torch.arange(start, stop, device=out.device))
-            chunks = []
-            for rows in self.feature_rows(checkpoint, some):
-                spread(rows, out[some.nodes[rows.part]])
-                room -= rows.weights.numel() * rows.weights.element_size()
-                if room > 0:
-                    chunks.append(rows)
-            if room > 0 and some is every:
-                self._kept[checkpoint] = chunks
+                self._spread(checkpoint, some, out, keep=False)
+                continue
+            start, stop = self.reading(checkpoint)
+            n_sources = len(self.parts.sources(checkpoint - 1).kind)
+            size = (stop - start) * n_sources * self.directions.element_size()
+            kept = self._spread(checkpoint, every, out, keep=size <= room)
+            if size <= room:
+                self._kept[checkpoint] = kept
+                room -= size
         return out
+
+    def _spread(self, checkpoint: int, some: Some, out: Tensor, keep: bool) -> list[Rows]:
+        """Pass on the influence, which is complete, of some features that read a checkpoint.
+
+        Returns:
+            The rows, if they are to be kept.
+        """
+
+        def use(rows: Rows) -> tuple[Tensor, list[Rows]]:
+            return self._given(rows, out[some.nodes[rows.part]]), [rows] if keep else []
+
+        sources, kept = self.parts.sources(checkpoint - 1), []
+        for given, rows in self.feature_rows(checkpoint, some, use):
+            self._add(out, sources, given)  # in order: every run adds up to the same bits
+            kept += rows
+        return kept
+
+    def _given(self, rows: Rows, influence: Tensor) -> Tensor:
+        """(n_sources,) what targets of some influence give to their sources."""
+        size = rows.weights.abs()
+        for group in rows.sources.groups:
+            if self.place(group, rows.sources.checkpoint) is None:  # no node stands for them
+                size.index_fill_(1, group.at, 0)
+        return (influence / size.sum(1).clamp_min(1e-10)) @ size
+
+    def _add(self, out: Tensor, sources: Checkpoint, given: Tensor) -> None:
+        for group in sources.groups:
+            nodes = self.place(group, sources.checkpoint)
+            if nodes is not None:
+                out[nodes] += given[group.at]
 
     def select(self, logit_weights: Tensor, most: int | None) -> Tensor:
         """(n,) graph features to keep, ascending: the ``most`` of the largest influence, or all."""
@@ -256,8 +304,8 @@ class Sweep:
         for checkpoint in self._progress("Edges"):
             kept = self._kept.pop(checkpoint, None)
             if kept is None:
-                for rows in self.feature_rows(checkpoint, some):
-                    put(rows, rows.part, rows.part)
+                for _ in self.feature_rows(checkpoint, some, lambda r: put(r, r.part, r.part)):
+                    pass
                 continue
             for rows in kept:
                 part = some.within(rows.part.start, rows.part.stop)

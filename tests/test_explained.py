@@ -34,6 +34,21 @@ def test_a_head_that_writes_nothing_has_no_part(tmp_path: Path, name: str):
     assert found.through[:, layer].any() and found.last[:, layer].any()
 
 
+def test_in_inference_mode_too(tmp_path: Path):
+    """Where circuit-tracer's backward passes alone would fail."""
+    save_tiny("gpt2", tmp_path)
+    model = replacement_model(tmp_path, KINDS[0], *PLACES["mlp.hook_in"])
+    ids, place = prompt_ids("gpt2", 9), (1, 0, 5, 3)
+    expected = ctqk.attribute(ids, model, qk=True, **OPTIONS)
+    with torch.inference_mode():
+        graph = ctqk.attribute(ids, model, qk=True, **OPTIONS)
+        assert isinstance(graph, ctqk.TranscoderGraph)
+        terms = graph.qk(*place).terms
+    assert isinstance(expected, ctqk.TranscoderGraph)
+    assert torch.equal(graph.adjacency_matrix, expected.adjacency_matrix)
+    assert torch.equal(terms, expected.qk(*place).terms)
+
+
 def test_a_model_in_float64(tmp_path: Path):
     save_tiny("qwen2", tmp_path)
     model = replacement_model(tmp_path, "clt-skip", *PLACES["mlp.hook_in"], dtype=torch.float64)

@@ -359,6 +359,17 @@ def test_both_ways_of_weighing_give_the_same_edges(tmp_path: Path) -> None:
     assert bool((ours == 0).any()) and bool(theirs.any())
 
 
+def test_in_inference_mode_too(case: Case) -> None:
+    options: dict[str, Any] = {"max_n_logits": 2, "max_feature_nodes": 30}
+    expected = ctqk.attribute(case.ids, case.model, **options)
+    with torch.inference_mode():
+        graph = ctqk.attribute(case.ids, case.model, **options)
+        found, table = graph.strongest([0, 5], 3), graph.qk(1, 0, 5, 3)
+    assert torch.equal(graph.adjacency_matrix, expected.adjacency_matrix)
+    assert torch.equal(found.loading, expected.strongest([0, 5], 3).loading)
+    assert torch.equal(table.terms, expected.qk(1, 0, 5, 3).terms)
+
+
 def test_results_need_no_gradients(case: Case) -> None:
     """Also those of a model of the user's own, whose weights do."""
     model = case.model

@@ -24,7 +24,7 @@ from transformer_lens import HookedTransformer
 
 from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.edges import recurs
-from circuit_tracer_qk.influence import Rows, Sweep
+from circuit_tracer_qk.influence import Sweep
 
 LAYER = 1  # the block measured, of two
 BATCH_SIZES = (32, 64, 128, 256)  # of the reference's backward
@@ -43,7 +43,7 @@ def edge_operations(parts: Decomposition, model: HookedTransformer, layer: int) 
     n_kv = cfg.n_key_value_heads or cfg.n_heads
     z, kv, d_mlp = cfg.n_heads * cfg.d_head, n_kv * cfg.d_head, cfg.d_mlp or 0
     readers = 2 if cfg.gated_mlp else 1
-    sources = parts.tokens if layer == 0 else parts.at(layer)
+    sources = parts.sources(layer)
     offsets = parts.offsets[layer + 1]
     per_position = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
     n_targets, n_sources = sum(per_position), len(sources.kind)
@@ -125,13 +125,12 @@ def measure(n_pos: int, ceilings: Ceilings, repeats: int, sample: int = 256) -> 
     targets = (parts.features.checkpoint == LAYER + 1).nonzero().squeeze(1)
     sampled = targets[torch.linspace(0, len(targets) - 1, sample).long()]
 
-    def rows() -> Iterator[Rows]:
-        return sweep.feature_rows(LAYER + 1, every)
-
     def ours() -> None:
-        deque(rows(), 0)  # nothing is kept, as where rows go into an adjacency
+        nothing = sweep.feature_rows(LAYER + 1, every, lambda rows: None)
+        deque(nothing, 0)  # is kept, as where rows go into an adjacency
 
-    our_edges = torch.cat([some.weights for some in rows()])[sampled - targets[0]]
+    all_edges = sweep.feature_rows(LAYER + 1, every, lambda rows: rows.weights)
+    our_edges = torch.cat(list(all_edges))[sampled - targets[0]]
     work: dict[str, Callable[[], object]] = {}
     worst = 0.0
     for batch in BATCH_SIZES:

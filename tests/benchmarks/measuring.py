@@ -1,7 +1,7 @@
 """What every benchmark measures with: warm medians, their spread, and the machine's ceilings.
 
 Whatever is compared is measured in turns within one run, so that what else runs on the machine
-slows both sides alike; so are the matrix products whose rate a stage's floor is taken from.
+slows both sides alike. A stage's floor is taken from the quickest matrix product of the run so far.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Ceilings:
 
     Attributes:
         device: "cpu" or "cuda".
-        rate: floating-point operations a second of a large square product (the best of several).
+        rate: floating-point operations a second of a large square product, the quickest so far.
         bandwidth: bytes a second, read and written, of a copy that no cache holds.
     """
 
@@ -141,11 +141,10 @@ class Ceilings:
         goal: str = "",
         note: str = "",
     ) -> Row:
-        """Time a stage; its floor is taken from products measured in turns with it."""
+        """Time a stage, in turns with products that may show the machine to be quicker."""
         found, products = timed({name: run}, self.product, repeats, self.device)
-        rate = self.operations / median(products[name])
-        floor = max(flops / rate, moved / self.bandwidth)
-        return Row(name, found[name], "s", floor, goal, note)
+        self.rate = max(self.rate, self.operations / min(products[name]))
+        return Row(name, found[name], "s", self.floor(flops, moved), goal, note)
 
 
 def machine(device: str, ceilings: Ceilings, repeats: int) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""Work shared out over threads is the work, whoever does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Barrier, Thread, get_ident
+
+import pytest
+import torch
+from cases import build
+
+import circuit_tracer_qk as ctqk
+from circuit_tracer_qk import influence
+from circuit_tracer_qk.attribution import read
+from circuit_tracer_qk.edges import runs_of
+from circuit_tracer_qk.influence import Sweep
+from circuit_tracer_qk.sharing import Scratch, shared_out
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_of_a_new_thread() -> int:
+    found: list[int] = []
+    thread = Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_two_at_once_in_order_with_one_thread_each() -> None:
+    both = Barrier(2, timeout=20)
+
+    def work(piece: int) -> tuple[int, int, int]:
+        both.wait()  # alone nobody gets past this
+        return piece, get_ident(), torch.get_num_threads()
+
+    done = list(shared_out(work, range(6), CPU))
+    assert [piece for piece, _, _ in done] == list(range(6))
+    assert len({thread for _, thread, _ in done}) == 2
+    assert {threads for _, _, threads in done} == {1}
+    assert torch.get_num_threads() == 2 == threads_of_a_new_thread()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_modes_are_the_callers(mode: type) -> None:
+    def modes(piece: int) -> tuple[bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    with mode():
+        assert set(shared_out(modes, range(4), CPU)) == {modes(0)}
+
+
+def test_threads_are_put_back_after_an_error_and_when_nobody_takes_the_rest() -> None:
+    def work(piece: int) -> int:
+        if piece == 3:
+            raise ctqk.UserError("the third")
+        return piece
+
+    with pytest.raises(ctqk.UserError, match="the third"):
+        list(shared_out(work, range(6), CPU))
+    assert torch.get_num_threads() == 2 == threads_of_a_new_thread()
+    some = shared_out(abs, range(6), CPU)
+    assert next(some) == 0
+    some.close()
+    assert torch.get_num_threads() == 2 == threads_of_a_new_thread()
+
+
+def test_one_thread_or_another_device_work_where_they_are_called() -> None:
+    here = {get_ident()}
+    assert set(shared_out(lambda _: get_ident(), range(4), torch.device("cuda"))) == here
+    assert set(shared_out(lambda _: get_ident(), range(1), CPU)) == here
+    torch.set_num_threads(1)
+    assert set(shared_out(lambda _: get_ident(), range(4), CPU)) == here
+
+
+def test_scratch_is_each_threads_own_and_is_kept() -> None:
+    scratch, like = Scratch(), torch.zeros(1, dtype=torch.float64)
+    both = Barrier(2, timeout=20)
+
+    def work(piece: int) -> tuple[int, int]:
+        first = scratch.of(like, 4, 6)
+        both.wait()  # both hold one now
+        again = scratch.of(like, 5)
+        assert first.shape == (4, 6) and again.dtype == torch.float64
+        return first.data_ptr(), again.data_ptr()
+
+    (a, a_again), (b, b_again) = shared_out(work, range(2), CPU)
+    assert a == a_again != b == b_again
+    assert scratch.of(like, 100).shape == (100,)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", "wcc"), ("gemma2", "sae"), ("neox", "sae")])
+def test_graphs_of_two_threads_are_those_of_one(
+    name: str,
+    kind: str,
+    kept: int,
+    inference: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In float64, so that nodes are chosen alike; with rows kept from the sweep and made again."""
+    monkeypatch.setattr(influence, "KEEP_BYTES", kept)
+    monkeypatch.setattr(influence, "LEAST_ROWS", 2)
+    case = build(name, tmp_path, kind, torch.float64)
+    many = case.graph.n_features // 2
+    seen: set[int] = set()
+
+    class Watched(influence.BlockEdges):
+        def rows(self, targets: influence.Targets, runs: list[influence.Run]) -> torch.Tensor:
+            seen.add(get_ident())
+            return super().rows(targets, runs)
+
+    monkeypatch.setattr(influence, "BlockEdges", Watched)
+
+    def graph(threads: int) -> ctqk.ResidualGraph:
+        torch.set_num_threads(threads)
+        seen.clear()
+        with torch.inference_mode(inference):
+            return ctqk.attribute(case.ids, case.model, max_feature_nodes=many, batch_size=6)
+
+    one, n_one = graph(1), len(seen)
+    two, n_two = graph(2), len(seen)
+    assert n_one == 1 < n_two
+    assert torch.equal(one.selected_features, two.selected_features)
+    for a, b in (
+        (one.adjacency_matrix, two.adjacency_matrix),
+        (one.record.target_pulls, two.record.target_pulls),
+        (one.record.bias_edges, two.record.bias_edges),
+    ):
+        assert bool(a.any())
+        tolerance = 1e-6 if a.dtype == torch.float32 else 1e-12
+        assert float((a - b).abs().max()) <= tolerance * float(a.abs().max())
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 1000])
+def test_pieces_are_cut_between_positions(most: int, tmp_path: Path) -> None:
+    case = build("gpt2", tmp_path, "sae", torch.float32)
+    parts, heads = read(case.ids, case.model)
+    sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, 512, False)
+    some = sweep.some()
+    whole = some.within(*sweep.reading(2))
+    pieces = sweep._pieces(some, whole, most)
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(
+        range(whole.start, whole.stop)
+    )
+    assert all(0 < piece.stop - piece.start <= most for piece in pieces)
+    positions = sweep._positions[whole]
+    longest = max(run.stop - run.start for run in runs_of(positions))
+    if longest <= most:
+        inner = [piece.start - whole.start for piece in pieces[1:]]
+        assert all(positions[at] != positions[at - 1] for at in inner)
