@@ -19,7 +19,7 @@ bench: $(READY)
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

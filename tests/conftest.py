@@ -6,17 +6,17 @@ import math
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.update(OMP_NUM_THREADS="1")  # tiny tensors: more threads only wait for each other
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import browsing
 import pytest
-import torch
+from architectures import ARCHITECTURES
 
 from circuit_tracer_qk import cli
-
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 worst_errors: dict[tuple[str, str], float] = {}
 
@@ -26,6 +26,23 @@ def record_error(identity: str, architecture: str, error: float) -> None:
     key = identity, architecture
     errors = error, worst_errors.get(key, 0.0)
     worst_errors[key] = max(errors, key=lambda e: (math.isnan(e), e))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes (``-n``) hands what it found to the one that prints."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        found = [(*key, error) for key, error in worst_errors.items()]
+        output.update(worst_errors=found, skipped=browsing.skipped)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The one that prints takes it."""
+    output = getattr(node, "workeroutput", {})
+    for found in output.get("worst_errors", ()):
+        record_error(*found)
+    browsing.skipped += output.get("skipped", ())
 
 
 @pytest.fixture(name="record_error", scope="session")
@@ -90,7 +107,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not worst_errors:
         return
     identities = list(dict.fromkeys(identity for identity, _ in worst_errors))
-    architectures = list(dict.fromkeys(architecture for _, architecture in worst_errors))
+    architectures = [name for name in ARCHITECTURES if any(name == a for _, a in worst_errors)]
     first = max(map(len, identities))
     widths = [max(len(architecture), 7) for architecture in architectures]
     terminalreporter.section("worst errors")
