@@ -29,7 +29,7 @@ from circuit_tracer_qk.components import (
 )
 from circuit_tracer_qk.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
 from circuit_tracer_qk.heads import Heads, read_mlp
-from circuit_tracer_qk.sharing import n_threads, shared_out
+from circuit_tracer_qk.sharing import Crew
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -119,6 +119,7 @@ class Sweep:
         self.width = self.n_features + (self.n_layers + 1) * self.n_pos
         self._positions = parts.features.position[self.skipped :].cpu()
         self._kept: dict[int, list[Rows]] = {}
+        self._crew = Crew(directions.device)
 
     def place(self, group: Group, checkpoint: int) -> slice | None:
         """The nodes of a group of components; None for decoder biases and positions."""
@@ -177,13 +178,12 @@ class Sweep:
                 m = local.pull_shared(shared, features.row[at], weight, positions, runs)
             return use(Rows(part, block.sources, block.rows(Targets(positions, y, m), runs), m))
 
-        device = self.directions.device
-        most = -(-self.batch_size // n_threads(device))
-        most = min(self.batch_size, max(LEAST_ROWS, most))
-        yield from shared_out(rows, self._pieces(some, whole, most), device)
+        yield from self._crew.do(rows, self._pieces(some, whole))
 
-    def _pieces(self, some: Some, whole: slice, most: int) -> list[slice]:
-        """Parts of ``most`` features or fewer, cut between positions where that can be."""
+    def _pieces(self, some: Some, whole: slice) -> list[slice]:
+        """Parts of as many features as a thread takes, cut between positions where that can be."""
+        most = -(-self.batch_size // self._crew.size)
+        most = min(self.batch_size, max(LEAST_ROWS, most))
         cuts = [0]
         for _, start, stop in runs_of(self._positions[some.at_hand[whole]]):
             while stop - cuts[-1] > most:

@@ -8,10 +8,10 @@ do a piece of their own share only what they read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
-from threading import local
+from threading import Barrier, local
 from typing import TypeVar
 
 import torch
@@ -21,43 +21,59 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def n_threads(device: torch.device) -> int:
-    """How many pieces are worked on at once: torch's own threads; 1 off the processor."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
-
-
-def shared_out(
-    work: Callable[[T], R], pieces: Sequence[T], device: torch.device
-) -> Generator[R, None, None]:
-    """``work`` of every piece, in order, by :func:`n_threads` threads.
+class Crew:
+    """Threads that take pieces of work. They end with it.
 
     Args:
-        work: called in several threads at once, in which torch has one thread each and the
-            caller's modes of gradients and inference. What it returns is small, or is meant to be
-            kept: nothing waits for the caller to take it.
-        pieces: what to call it with.
-        device: where its tensors are.
-
-    Yields:
-        What ``work`` returned.
+        device: where the work's tensors are; only a processor has a crew.
     """
-    n = min(n_threads(device), len(pieces))
-    if n < 2:
-        yield from map(work, pieces)
-        return
-    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    all_threads = torch.get_num_threads()
 
-    def alone(piece: T) -> R:
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
-            return work(piece)
+    def __init__(self, device: torch.device) -> None:
+        self.size = torch.get_num_threads() if device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
 
-    # a thread's number of threads is its own, but also that of threads which start later
-    with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield from pool.map(alone, pieces)
-        finally:
-            torch.set_num_threads(all_threads)
+    def do(self, work: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:
+        """``work`` of every piece, in order.
+
+        Args:
+            work: called in several threads at once, in which torch has one thread each and the
+                caller's modes of gradients and inference. What it returns is small, or is meant to
+                be kept: nothing waits for the caller to take it.
+            pieces: what to call it with.
+
+        Yields:
+            What ``work`` returned.
+        """
+        if self.size == 1 or len(pieces) < 2:
+            yield from map(work, pieces)
+            return
+        inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+        def alone(piece: T) -> R:
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+                return work(piece)
+
+        if self._pool is None:
+            self._pool = _started(self.size)
+        yield from self._pool.map(alone, pieces)
+
+
+def _started(n: int) -> ThreadPoolExecutor:
+    """So many threads, in which torch has one thread each."""
+    all_threads, ready = torch.get_num_threads(), Barrier(n + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread takes over its creator's number when it first asks
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(n, "circuit-tracer-qk", start)
+    for _ in range(n):
+        pool.submit(int)
+    ready.wait()
+    # each thread's number is its own, but the last one set is also that of threads yet to start
+    torch.set_num_threads(all_threads)
+    return pool
 
 
 class Scratch(local):

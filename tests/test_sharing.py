@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Barrier, Thread, get_ident
+from threading import Barrier, Thread, current_thread, get_ident
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from circuit_tracer_qk import influence
 from circuit_tracer_qk.attribution import read
 from circuit_tracer_qk.edges import runs_of
 from circuit_tracer_qk.influence import Sweep
-from circuit_tracer_qk.sharing import Scratch, shared_out
+from circuit_tracer_qk.sharing import Crew, Scratch
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_two_at_once_in_order_with_one_thread_each() -> None:
         both.wait()  # alone nobody gets past this
         return piece, get_ident(), torch.get_num_threads()
 
-    done = list(shared_out(work, range(6), CPU))
+    done = list(Crew(CPU).do(work, range(6)))
     assert [piece for piece, _, _ in done] == list(range(6))
     assert len({thread for _, thread, _ in done}) == 2
     assert {threads for _, _, threads in done} == {1}
@@ -56,30 +56,39 @@ def test_modes_are_the_callers(mode: type) -> None:
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     with mode():
-        assert set(shared_out(modes, range(4), CPU)) == {modes(0)}
+        assert set(Crew(CPU).do(modes, range(4))) == {modes(0)}
 
 
-def test_threads_are_put_back_after_an_error_and_when_nobody_takes_the_rest() -> None:
-    def work(piece: int) -> int:
+def test_a_crew_goes_on_after_an_error_and_when_nobody_takes_the_rest() -> None:
+    def work(piece: int) -> tuple[int, int]:
         if piece == 3:
             raise ctqk.UserError("the third")
-        return piece
+        return piece, torch.get_num_threads()
 
+    crew = Crew(CPU)
     with pytest.raises(ctqk.UserError, match="the third"):
-        list(shared_out(work, range(6), CPU))
+        list(crew.do(work, range(6)))
+    assert next(iter(crew.do(work, range(6)))) == (0, 1)
+    assert list(crew.do(work, range(3))) == [(0, 1), (1, 1), (2, 1)]
     assert torch.get_num_threads() == 2 == threads_of_a_new_thread()
-    some = shared_out(abs, range(6), CPU)
-    assert next(some) == 0
-    some.close()
-    assert torch.get_num_threads() == 2 == threads_of_a_new_thread()
+
+
+def test_threads_end_with_their_crew() -> None:
+    crew = Crew(CPU)
+    threads = set(crew.do(lambda _: current_thread(), range(4)))
+    assert threads and all(thread.is_alive() for thread in threads)
+    del crew
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_one_thread_or_another_device_work_where_they_are_called() -> None:
     here = {get_ident()}
-    assert set(shared_out(lambda _: get_ident(), range(4), torch.device("cuda"))) == here
-    assert set(shared_out(lambda _: get_ident(), range(1), CPU)) == here
+    assert set(Crew(torch.device("cuda")).do(lambda _: get_ident(), range(4))) == here
+    assert set(Crew(CPU).do(lambda _: get_ident(), range(1))) == here
     torch.set_num_threads(1)
-    assert set(shared_out(lambda _: get_ident(), range(4), CPU)) == here
+    assert set(Crew(CPU).do(lambda _: get_ident(), range(4))) == here
 
 
 def test_scratch_is_each_threads_own_and_is_kept() -> None:
@@ -93,7 +102,7 @@ def test_scratch_is_each_threads_own_and_is_kept() -> None:
         assert first.shape == (4, 6) and again.dtype == torch.float64
         return first.data_ptr(), again.data_ptr()
 
-    (a, a_again), (b, b_again) = shared_out(work, range(2), CPU)
+    (a, a_again), (b, b_again) = Crew(CPU).do(work, range(2))
     assert a == a_again != b == b_again
     assert scratch.of(like, 100).shape == (100,)
 
@@ -144,13 +153,16 @@ def test_graphs_of_two_threads_are_those_of_one(
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 1000])
-def test_pieces_are_cut_between_positions(most: int, tmp_path: Path) -> None:
+def test_pieces_are_cut_between_positions(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(influence, "LEAST_ROWS", most)
     case = build("gpt2", tmp_path, "sae", torch.float32)
     parts, heads = read(case.ids, case.model)
-    sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, 512, False)
+    sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, most, False)
     some = sweep.some()
     whole = some.within(*sweep.reading(2))
-    pieces = sweep._pieces(some, whole, most)
+    pieces = sweep._pieces(some, whole)
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(
         range(whole.start, whole.stop)
     )
