@@ -7,8 +7,8 @@ tokens, which takes minutes. Every number is the median of warm repeats, with th
 most; every ratio is of two sides measured in turns within this run. A floor is what a stage's
 matrix products take at this machine's measured rate, or its bytes at its measured bandwidth.
 
-Nothing here is a test. Ask for no more threads than there are idle cores: two threads that wait for
-one another on a busy machine are slower than one.
+Nothing here is a test. Ask for no more threads than there are idle cores: on a busy machine a ratio
+says as much about its neighbours as about this package.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def main() -> None:
         print(*some, sep="\n", flush=True)
         rows += some
     if arguments.json:
+        # again, for the quickest product may have come since
+        about = measuring.machine(arguments.device, ceilings, arguments.repeats)
         document = about | {"rows": [row.document() for row in rows]}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
