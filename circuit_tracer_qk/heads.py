@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ELEMENTWISE = {
     *("relu", "gelu", "silu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "sigmoid")
 }
+IN_USE = 3  # blocks at a time across which edges are made, and cast once for all that is done there
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,7 +398,7 @@ class Heads:
         self.run = run
         dtype = run.residual.dtype
 
-        @lru_cache(maxsize=2)
+        @lru_cache(maxsize=IN_USE)
         def block(layer: int) -> AttentionBlock:
             return _cast(blocks[layer], dtype)
 
@@ -409,7 +410,7 @@ class Heads:
             k = torch.einsum("pd,gde->pge", n, b.W_K) + b.b_K
             return _rms(q, b.qk_eps), _rms(k, b.qk_eps)
 
-        @lru_cache(maxsize=2)
+        @lru_cache(maxsize=IN_USE)
         def flat(layer: int) -> tuple[Tensor, Tensor]:
             """(d_model, n_kv * d_head) of all values, (n_heads * d_head, d_model) of all outputs."""
             b = block(layer)

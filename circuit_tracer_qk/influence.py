@@ -8,9 +8,9 @@ circuit-tracer's iterated influence, for SAE and for WCC graphs (method, section
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 KEEP_BYTES = 1 << 30  # edge rows kept from the influence sweep rather than computed again
-LEAST_ROWS = 64  # taken at once by one of several threads: fewer would only read weights
+LEAST_ROWS = 32  # taken at once by one of several threads: fewer would only read weights
 
 R = TypeVar("R")
 
@@ -95,7 +95,7 @@ class Sweep:
         heads: the heads of the run.
         directions: (n_logits, d_model) logit directions at checkpoint n_layers.
         resid_pre: error slot i stands for checkpoint i rather than i + 1.
-        batch_size: target rows taken at once.
+        batch_size: target rows taken at once, by all threads together.
         verbose: show progress even off a terminal.
     """
 
@@ -110,7 +110,8 @@ class Sweep:
         verbose: bool,
     ) -> None:
         self.model, self.parts, self.heads, self.directions = model, parts, heads, directions
-        self.batch_size, self.verbose = batch_size, verbose
+        self.batch_size = batch_size
+        self._shown: Any = {"delay": 2, "disable": False if verbose else None}
         self.first_slot = 0 if resid_pre else 1  # the checkpoint of error slot 0
         run = parts.run
         self.n_layers, self.n_pos = run.n_layers, run.n_pos
@@ -119,7 +120,7 @@ class Sweep:
         self.width = self.n_features + (self.n_layers + 1) * self.n_pos
         self._positions = parts.features.position[self.skipped :].cpu()
         self._kept: dict[int, list[Rows]] = {}
-        self._crew = Crew(directions.device)
+        self._crew = Crew(directions.device, batch_size // LEAST_ROWS)
 
     def place(self, group: Group, checkpoint: int) -> slice | None:
         """The nodes of a group of components; None for decoder biases and positions."""
@@ -145,29 +146,39 @@ class Sweep:
         offsets = self.parts.offsets[checkpoint]
         return offsets[0] - self.skipped, offsets[-1] - self.skipped
 
-    def feature_rows(self, checkpoint: int, some: Some, use: Callable[[Rows], R]) -> Iterator[R]:
-        """What is made of the rows of those of some features that read ``checkpoint``.
+    def feature_rows(
+        self, checkpoints: Sequence[int], some: Some, use: Callable[[Rows], R]
+    ) -> Iterator[R]:
+        """What is made of the rows of those of some features that read one of ``checkpoints``.
 
         Args:
-            checkpoint: whose features are the targets.
+            checkpoints: whose features are the targets.
             some: the features.
-            use: called with ``batch_size`` rows or fewer, which it need not keep; on a processor by
-                several threads at once.
+            use: called with some rows, which it need not keep; on a processor by several threads
+                at once, together with ``batch_size`` rows or fewer.
 
         Yields:
-            What ``use`` made of each, in the features' order.
+            What ``use`` made of each, checkpoint by checkpoint in the features' order.
         """
-        whole = some.within(*self.reading(checkpoint))
-        if whole.start == whole.stop:
-            return
+
+        def begin(checkpoint: int) -> tuple[Callable[[slice], R], list[slice]]:
+            whole = wholes[checkpoint]
+            rows_of = self._rows_of(checkpoint, some, whole.stop - whole.start)
+            return lambda part: use(rows_of(part)), self._pieces(some, whole)
+
+        wholes = {c: some.within(*self.reading(c)) for c in checkpoints}
+        return self._crew.flow(begin, [c for c in checkpoints if wholes[c].start < wholes[c].stop])
+
+    def _rows_of(self, checkpoint: int, some: Some, n: int) -> Callable[[slice], Rows]:
+        """What makes the rows of any part of some features, ``n`` of which read a checkpoint."""
         layer, features = checkpoint - 1, self.parts.features
         block = BlockEdges(self.parts, self.heads, layer)
         mlp = read_mlp(self.model.blocks[layer], self.parts.run.residual.dtype)
         local = BlockMLP(self.heads, mlp, layer)
         decoder = features.decoders[checkpoint, checkpoint]
-        shared = local.shared(decoder, whole.stop - whole.start)
+        shared = local.shared(decoder, n)
 
-        def rows(part: slice) -> R:
+        def rows(part: slice) -> Rows:
             at = some.nodes[part] + self.skipped
             runs = runs_of(self._positions[some.at_hand[part]])
             positions, y = features.position[at], features.own(at, checkpoint, checkpoint)
@@ -176,15 +187,13 @@ class Sweep:
             else:
                 weight = features.activation[at]
                 m = local.pull_shared(shared, features.row[at], weight, positions, runs)
-            return use(Rows(part, block.sources, block.rows(Targets(positions, y, m), runs), m))
+            return Rows(part, block.sources, block.rows(Targets(positions, y, m), runs), m)
 
-        yield from self._crew.do(rows, self._pieces(some, whole))
+        return rows
 
     def _pieces(self, some: Some, whole: slice) -> list[slice]:
         """Parts of as many features as a thread takes, cut between positions where that can be."""
-        most = -(-self.batch_size // self._crew.size)
-        most = min(self.batch_size, max(LEAST_ROWS, most))
-        cuts = [0]
+        most, cuts = self.batch_size // self._crew.size, [0]
         for _, start, stop in runs_of(self._positions[some.at_hand[whole]]):
             while stop - cuts[-1] > most:
                 cuts.append(start if start > cuts[-1] else cuts[-1] + most)
@@ -222,7 +231,7 @@ class Sweep:
         self._kept.clear()
         room = KEEP_BYTES
         every = self.some()
-        for checkpoint in self._progress("Influence"):
+        for checkpoint in tqdm(self._checkpoints(), "Influence", **self._shown):
             if checkpoint == self.n_layers:  # the logits read the last position, and nothing else
                 start, stop = (at - self.skipped for at in self.parts.offsets[checkpoint][-2:])
                 some = self.some(torch.arange(start, stop, device=out.device))
@@ -231,8 +240,9 @@ class Sweep:
             start, stop = self.reading(checkpoint)
             n_sources = len(self.parts.sources(checkpoint - 1).kind)
             size = (stop - start) * n_sources * self.directions.element_size()
-            kept = self._spread(checkpoint, every, out, keep=size <= room)
-            if size <= room:
+            keep = size <= room
+            kept = self._spread(checkpoint, every, out, keep)
+            if keep:
                 self._kept[checkpoint] = kept
                 room -= size
         return out
@@ -248,7 +258,7 @@ class Sweep:
             return self._given(rows, out[some.nodes[rows.part]]), [rows] if keep else []
 
         sources, kept = self.parts.sources(checkpoint - 1), []
-        for given, rows in self.feature_rows(checkpoint, some, use):
+        for given, rows in self.feature_rows([checkpoint], some, use):
             self._add(out, sources, given)  # in order: every run adds up to the same bits
             kept += rows
         return kept
@@ -300,23 +310,26 @@ class Sweep:
                     columns = columns[some.nodes[to] - nodes.start]
                 adjacency[at, to] = rows.weights[:, columns].float()
 
+        def put_features(rows: Rows) -> int:
+            put(rows, rows.part, rows.part)
+            return len(rows.pulls)
+
         put(self.logit_rows(), slice(total - n_logits, total), slice(n, n + n_logits))
-        for checkpoint in self._progress("Edges"):
-            kept = self._kept.pop(checkpoint, None)
-            if kept is None:
-                for _ in self.feature_rows(checkpoint, some, lambda r: put(r, r.part, r.part)):
-                    pass
-                continue
-            for rows in kept:
-                part = some.within(rows.part.start, rows.part.stop)
-                mine = some.nodes[part] - rows.part.start
-                put(rows._replace(weights=rows.weights[mine], pulls=rows.pulls[mine]), part, part)
+        again = [c for c in self._checkpoints() if c not in self._kept]
+        with tqdm(total=n, desc="Edges", **self._shown) as bar:
+            while self._kept:
+                for part, sources, weights, m in self._kept.popitem()[1]:
+                    kept = some.within(part.start, part.stop)
+                    mine = some.nodes[kept] - part.start
+                    bar.update(put_features(Rows(kept, sources, weights[mine], m[mine])))
+            for done in self.feature_rows(again, some, put_features):
+                bar.update(done)
         has_positions = run.position_embedding is not None
         return Filled(adjacency, pulls, extra[BIAS], extra[POSITION] if has_positions else None)
 
-    def _progress(self, name: str) -> tqdm:
-        checkpoints = [c for c in sorted(self.parts.biases, reverse=True) if c > 0]
-        return tqdm(checkpoints, name, delay=2, disable=False if self.verbose else None)
+    def _checkpoints(self) -> list[int]:
+        """Those with dictionaries, the last first; the features of checkpoint 0 are no targets."""
+        return [c for c in sorted(self.parts.biases, reverse=True) if c > 0]
 
 
 def _zeros(n: int, device: torch.device) -> Tensor:

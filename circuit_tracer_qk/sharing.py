@@ -8,8 +8,9 @@ do a piece of their own share only what they read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from threading import Barrier, local
 from typing import TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 class Crew:
@@ -26,10 +28,12 @@ class Crew:
 
     Args:
         device: where the work's tensors are; only a processor has a crew.
+        most: how many threads at most; those of torch without it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.size = torch.get_num_threads() if device.type == "cpu" else 1
+    def __init__(self, device: torch.device, most: int | None = None) -> None:
+        n = torch.get_num_threads() if device.type == "cpu" else 1
+        self.size = n if most is None else max(1, min(n, most))
         self._pool: ThreadPoolExecutor | None = None
 
     def do(self, work: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:
@@ -46,16 +50,60 @@ class Crew:
         """
         if self.size == 1 or len(pieces) < 2:
             yield from map(work, pieces)
+        else:
+            yield from self._threads().map(_as_here(work), pieces)
+
+    def flow(
+        self, begin: Callable[[S], tuple[Callable[[T], R], Sequence[T]]], stages: Sequence[S]
+    ) -> Generator[R, None, None]:
+        """What :meth:`do` would yield of one stage of work after the other, without a break between.
+
+        While the last pieces of a stage are done, the next stage's are taken up and the one after
+        is begun, by one thread: no more than three are in memory.
+
+        Args:
+            begin: makes a stage's work and its pieces.
+            stages: what to call it with.
+
+        Yields:
+            What the stages' work returned, in order.
+        """
+        if self.size == 1 or len(stages) < 2:
+            for stage in stages:
+                yield from self.do(*begin(stage))
             return
-        inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        threads, begin = self._threads(), _as_here(begin)
+        begun, waiting = threads.submit(begin, stages[0]), deque[Future[R]]()
+        try:
+            for after in range(1, len(stages) + 1):
+                work, pieces = begun.result()
+                if after < len(stages):
+                    begun = threads.submit(begin, stages[after])
+                n_before, work = len(waiting), _as_here(work)
+                waiting.extend(threads.submit(work, piece) for piece in pieces)
+                for _ in range(n_before):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in (begun, *waiting):
+                future.cancel()
 
-        def alone(piece: T) -> R:
-            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
-                return work(piece)
-
+    def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
             self._pool = _started(self.size)
-        yield from self._pool.map(alone, pieces)
+        return self._pool
+
+
+def _as_here(work: Callable[[T], R]) -> Callable[[T], R]:
+    """The same work, for another thread, with this one's modes of gradients and inference."""
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def alone(piece: T) -> R:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return work(piece)
+
+    return alone
 
 
 def _started(n: int) -> ThreadPoolExecutor:
@@ -83,7 +131,7 @@ class Scratch(local):
         self._kept: Tensor | None = None
 
     def of(self, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of any content, with the type and device of another, until the next call."""
+        """A tensor of any content, until the next call; ``like`` is of one type and device always."""
         n = prod(shape)
         if self._kept is None or len(self._kept) < n:
             self._kept = like.new_empty(n)

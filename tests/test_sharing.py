@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from threading import Barrier, Thread, current_thread, get_ident
+from threading import Barrier, Event, Thread, current_thread, get_ident
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -71,6 +73,87 @@ def test_a_crew_goes_on_after_an_error_and_when_nobody_takes_the_rest() -> None:
     assert next(iter(crew.do(work, range(6)))) == (0, 1)
     assert list(crew.do(work, range(3))) == [(0, 1), (1, 1), (2, 1)]
     assert torch.get_num_threads() == 2 == threads_of_a_new_thread()
+
+
+def test_stages_come_in_order_and_the_next_goes_on_meanwhile() -> None:
+    """Two pieces wait for each other that stand in different stages, and so for a third's begin."""
+    meetings = [Barrier(2, timeout=20) for _ in range(5)]
+
+    def begin(stage: int) -> tuple[Callable[[int], tuple[int, int, int]], range]:
+        def work(piece: int) -> tuple[int, int, int]:
+            if piece == 2 and stage < 5:
+                meetings[stage].wait()
+            if piece == 0 and stage > 0:
+                meetings[stage - 1].wait()
+            return stage, piece, torch.get_num_threads()
+
+        return work, range(3)
+
+    done = list(Crew(CPU).flow(begin, range(6)))
+    assert done == [(stage, piece, 1) for stage in range(6) for piece in range(3)]
+    assert torch.get_num_threads() == 2 == threads_of_a_new_thread()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("most_pieces", [0, 1, 5])
+def test_no_more_than_three_stages_are_in_memory(threads: int, most_pieces: int) -> None:
+    torch.set_num_threads(threads)
+    alive: WeakSet[torch.Tensor] = WeakSet()
+    most = 0
+
+    def begin(stage: int) -> tuple[Callable[[int], int], range]:
+        nonlocal most
+        memory = torch.zeros(1)
+        alive.add(memory)
+        most = max(most, len(alive))
+        return lambda piece: stage + int(memory), range((stage + 1) % (most_pieces + 1))
+
+    done = list(Crew(CPU).flow(begin, range(20)))
+    assert done == [stage for stage in range(20) for _ in range((stage + 1) % (most_pieces + 1))]
+    assert 1 <= most <= (3 if threads > 1 else 1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_stages_are_begun_and_done_in_the_callers_modes(mode: type) -> None:
+    def modes() -> tuple[bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def both(begun: tuple[bool, bool], piece: int) -> tuple[object, object]:
+        return begun, modes()
+
+    with mode():
+        flow = Crew(CPU).flow(lambda _: (partial(both, modes()), range(2)), range(3))
+        assert set(flow) == {(modes(), modes())}
+
+
+@pytest.mark.parametrize("bad", ["begin", "work"])
+def test_a_flow_ends_with_an_error_and_when_nobody_takes_the_rest(bad: str) -> None:
+    seen: set[int] = set()
+    go = Event()
+
+    def begin(stage: int) -> tuple[Callable[[int], int], range]:
+        if (bad, stage) == ("begin", 2):
+            raise ctqk.UserError("the third")
+
+        def work(piece: int) -> int:
+            seen.add(stage)
+            if (bad, stage, piece) == ("work", 2, 1):
+                raise ctqk.UserError("the third")
+            return stage
+
+        return work, range(3)
+
+    crew = Crew(CPU)
+    with pytest.raises(ctqk.UserError, match="the third"):
+        list(crew.flow(begin, range(40)))
+    assert max(seen) <= 4
+    first = next(
+        flow := crew.flow(lambda s: (lambda p: go.wait(20) if s else s, range(9)), range(2))
+    )
+    flow.close()  # of the second stage's pieces only those begun are waited for
+    go.set()
+    assert first == 0
+    assert list(crew.do(torch.tensor, range(3))) == [0, 1, 2]
 
 
 def test_threads_end_with_their_crew() -> None:
@@ -152,14 +235,29 @@ def test_graphs_of_two_threads_are_those_of_one(
         assert float((a - b).abs().max()) <= tolerance * float(a.abs().max())
 
 
+@pytest.mark.parametrize(("batch_size", "size"), [(1, 1), (63, 1), (64, 2), (100, 3), (512, 4)])
+def test_all_threads_together_take_a_batch_or_less(
+    batch_size: int, size: int, tmp_path: Path
+) -> None:
+    torch.set_num_threads(4)
+    case = build("gpt2", tmp_path, "sae", torch.float32)
+    parts, heads = read(case.ids, case.model)
+    sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, batch_size, False)
+    some = sweep.some()
+    pieces = sweep._pieces(some, some.within(*sweep.reading(2)))
+    assert sweep._crew.size == size
+    assert size * max(piece.stop - piece.start for piece in pieces) <= batch_size
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 1000])
 def test_pieces_are_cut_between_positions(
     most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(influence, "LEAST_ROWS", most)
+    monkeypatch.setattr(influence, "LEAST_ROWS", 1)
     case = build("gpt2", tmp_path, "sae", torch.float32)
     parts, heads = read(case.ids, case.model)
-    sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, most, False)
+    sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, 2 * most, False)
+    assert sweep._crew.size == 2
     some = sweep.some()
     whole = some.within(*sweep.reading(2))
     pieces = sweep._pieces(some, whole)

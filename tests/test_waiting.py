@@ -91,7 +91,7 @@ def test_edges_wait_only_before_the_loop(name: str, kind: str, tmp_path: Path) -
     with torch.no_grad(), Asks(found), Waits(found):
         every = sweep.some()
         for checkpoint in range(1, parts.run.n_layers):
-            for rows in sweep.feature_rows(checkpoint, every, lambda rows: rows):
+            for rows in sweep.feature_rows([checkpoint], every, lambda rows: rows):
                 assert rows.weights.numel()
     # runs of equal positions are counted on the CPU, where these are at hand; offsets once
     before = {("edges", "runs_of"), ("components", "offsets")}

@@ -126,10 +126,10 @@ def measure(n_pos: int, ceilings: Ceilings, repeats: int, sample: int = 256) -> 
     sampled = targets[torch.linspace(0, len(targets) - 1, sample).long()]
 
     def ours() -> None:
-        nothing = sweep.feature_rows(LAYER + 1, every, lambda rows: None)
+        nothing = sweep.feature_rows([LAYER + 1], every, lambda rows: None)
         deque(nothing, 0)  # is kept, as where rows go into an adjacency
 
-    all_edges = sweep.feature_rows(LAYER + 1, every, lambda rows: rows.weights)
+    all_edges = sweep.feature_rows([LAYER + 1], every, lambda rows: rows.weights)
     our_edges = torch.cat(list(all_edges))[sampled - targets[0]]
     work: dict[str, Callable[[], object]] = {}
     worst = 0.0
