@@ -7,8 +7,10 @@ circuit-tracer's iterated influence, for SAE and for WCC graphs (method, section
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -302,13 +304,13 @@ class Sweep:
             for group in rows.sources.groups:
                 nodes, columns = self.place(group, rows.sources.checkpoint), group.at
                 if nodes is None:
-                    extra[group.kind][at_target] = rows.weights[:, columns]
+                    extra[group.kind][at_target] = rows.weights.index_select(1, columns)
                     continue
                 to = slice(nodes.start - left_out, nodes.stop - left_out)
                 if group.kind == FEATURE:
                     to = some.within(nodes.start, nodes.stop)
                     columns = columns[some.nodes[to] - nodes.start]
-                adjacency[at, to] = rows.weights[:, columns].float()
+                adjacency[at, to] = rows.weights.index_select(1, columns).float()
 
         def put_features(rows: Rows) -> int:
             put(rows, rows.part, rows.part)
@@ -333,7 +335,13 @@ class Sweep:
 
 
 def _zeros(n: int, device: torch.device) -> Tensor:
-    """(n, n) float32 zeros. Most of an adjacency stays so: numpy's zeros take memory when written."""
+    """(n, n) float32 zeros. Most of an adjacency stays so, and takes no memory until it is written:
+    a target has edges from one checkpoint only, a few pages of its row."""
     if device.type != "cpu":
         return torch.zeros(n, n, dtype=torch.float32, device=device)
-    return torch.from_numpy(np.zeros((n, n), dtype=np.float32))
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):  # no huge pages to be had
+        return torch.from_numpy(np.zeros((n, n), dtype=np.float32))
+    memory = mmap.mmap(-1, 4 * n * n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # of a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # one of them holds parts of many rows
+    return torch.frombuffer(memory, dtype=torch.float32).view(n, n)

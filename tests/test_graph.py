@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import circuit_tracer
+import psutil
 import pytest
 import torch
 from architectures import prompt_ids, save_tiny
@@ -357,6 +359,19 @@ def test_both_ways_of_weighing_give_the_same_edges(tmp_path: Path) -> None:
     theirs = block.rows(targets, runs)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12 * float(theirs.abs().max()))
     assert bool((ours == 0).any()) and bool(theirs.any())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of memory")
+def test_an_adjacency_takes_the_memory_of_what_is_written() -> None:
+    from circuit_tracer_qk.influence import _zeros
+
+    n, process = 20_000, psutil.Process()
+    before = process.memory_info().rss
+    adjacency = _zeros(n, torch.device("cpu"))  # 1.6 GB
+    for row in range(0, n, 20):
+        adjacency[row, row // 2 : row // 2 + 100] = 1.0
+    assert process.memory_info().rss - before < 50e6
+    assert adjacency.shape == (n, n) and float(adjacency[:, ::10].sum()) == n / 20 * 10
 
 
 def test_in_inference_mode_too(case: Case) -> None:
