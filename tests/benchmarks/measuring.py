@@ -150,11 +150,11 @@ class Ceilings:
 def machine(device: str, ceilings: Ceilings, repeats: int) -> dict[str, Any]:
     """What the numbers were measured on."""
     about: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "torch": torch.__version__,
         "device": device,
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": _processor(),
         "repeats": repeats,
         "float32 products, GFLOP/s": round(ceilings.rate / 1e9, 1),
         "copy, GB/s": round(ceilings.bandwidth / 1e9, 1),
@@ -162,3 +162,15 @@ def machine(device: str, ceilings: Ceilings, repeats: int) -> dict[str, Any]:
     if device != "cpu":
         about["machine"] = torch.cuda.get_device_name()
     return about
+
+
+def _processor() -> str:
+    """The processor, as far as the system tells, and the widest instructions that torch uses."""
+    told = [f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"]
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        said = {name.strip(): value.strip() for name, _, value in lines}
+        names = ("model name", "cpu family", "model", "stepping")
+        told += [f"{name} {said[name]}" for name in names if name in said]
+    return ", ".join(told).replace("model name ", "")

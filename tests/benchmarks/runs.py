@@ -6,6 +6,7 @@ the machine's measured rate, or what it has to move at its measured bandwidth, w
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def measure(
     def fill() -> object:
         return Sweep(transformer, parts, heads, directions, False, 512, False).fill(selected)
 
+    @torch.no_grad()
+    def only_edges() -> None:
+        sweep = Sweep(transformer, parts, heads, directions, False, 512, False)
+        some = sweep.some(selected)
+        deque(sweep.feature_rows(range(n_layers, 0, -1), some, lambda rows: None), 0)
+
     def tables() -> object:
         vars(graph).pop("scores", None)  # nothing projected is kept from the last time
         return list(graph.qk_tops(places))
@@ -80,6 +87,7 @@ def measure(
             8.0 * n_layers * D_DICT * cfg.d_model,
         ),
         stage(f"{title}: edges", fill, repeats, edges, goal="goal: 65 %", note=about),
+        stage(f"{title}: edges, in no adjacency", only_edges, repeats, edges),
         stage(
             f"{title}: head loadings",
             lambda: graph.edges(sources, targets),
