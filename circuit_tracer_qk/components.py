@@ -82,8 +82,8 @@ class ActiveFeatures:
 
     def own(self, nodes: Tensor | slice, read: int, checkpoint: int) -> Tensor:
         """The same for nodes that all read ``read``, which nothing has to be looked up for."""
-        decoder = self.decoders[read, checkpoint][self.row[nodes]].to(self.activation.dtype)
-        return decoder * self.activation[nodes, None]
+        rows = self.decoders[read, checkpoint].index_select(0, self.row[nodes])
+        return rows.to(self.activation.dtype).mul_(self.activation[nodes, None])
 
 
 class Group(NamedTuple):

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' browser
 
+import pytest
 import shapes
 import torch
 from measuring import Row
@@ -290,4 +291,10 @@ def measure_shape(name: str, repeats: int = 5, opening: bool = True) -> list[Row
     with tempfile.TemporaryDirectory() as temporary:
         rows = measure_writing(name, graph, shape, repeats, Path(temporary))
         del graph
-        return rows + (measure_opening(name, Path(temporary), repeats) if opening else [])
+        if not opening:
+            return rows
+        try:
+            return rows + measure_opening(name, Path(temporary), repeats)
+        except pytest.skip.Exception as without:
+            print(f"not opened: {without.msg}", file=sys.stderr)
+            return rows

@@ -88,11 +88,10 @@ def main() -> None:
     for some in measured(parts, ceilings, arguments.repeats):
         print(*some, sep="\n", flush=True)
         rows += some
-    if arguments.json:
-        # again, for the quickest product may have come since
-        about = measuring.machine(arguments.device, ceilings, arguments.repeats)
-        document = about | {"rows": [row.document() for row in rows]}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        if arguments.json:  # part by part: what a later one breaks off is not lost
+            about = measuring.machine(arguments.device, ceilings, arguments.repeats)
+            document = about | {"rows": [row.document() for row in rows]}
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
