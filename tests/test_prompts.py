@@ -529,9 +529,12 @@ def test_a_run_that_is_ended_goes_on(run: Run, tmp_path: Path, loads: list[Any],
         pages,
     ]
     argv = [sys.executable, "-m", "circuit_tracer_qk", *map(str, flags), "--workers", "2"]
+    # where tests run in the background of a script, processes would start deaf to interrupts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     running = subprocess.Popen(
         argv, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     while len(list((pages / FOLDER).glob("p-*.json"))) < 3:
         assert running.poll() is None
         time.sleep(0.01)
