@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from circuit_tracer_qk.base.package import __version__ as __version__
+
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution import attribute, explain
     from circuit_tracer_qk.components import Component
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.steered_runs import SteeredRun
     from circuit_tracer_qk.steering import generate, steer, sweep
     from circuit_tracer_qk.transcoder_graph import TranscoderGraph, explain_graph
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "attribute": "attribution",

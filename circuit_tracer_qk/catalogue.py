@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
+from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.errors import UserError
 
-_HERE = Path(__file__).parent
 MINIATURES = {
-    "miniature-sae": _HERE / "miniature" / "sae",
-    "miniature-wcc": _HERE / "miniature" / "wcc",
+    "miniature-sae": ROOT / "miniature" / "sae",
+    "miniature-wcc": ROOT / "miniature" / "wcc",
 }
 _NAME = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<variant>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 
@@ -163,4 +163,4 @@ def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None
 
 @cache
 def _listed() -> dict[str, dict[str, Any]]:
-    return yaml.safe_load((_HERE / "catalogue.yaml").read_text("utf-8"))
+    return yaml.safe_load(Path(__file__).with_name("catalogue.yaml").read_text("utf-8"))

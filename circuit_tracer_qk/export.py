@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from circuit_tracer_qk import __version__, host
+from circuit_tracer_qk import host
 from circuit_tracer_qk.attributions import Attributions, Limits, attributions
+from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_files import folder_name, write_features
 from circuit_tracer_qk.files import check_folder, check_names, write_together

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from circuit_tracer_qk import __version__
+from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.files import check_folder, remove_temporaries, write_atomically
 from circuit_tracer_qk.prompts_file import Request
 from circuit_tracer_qk.written import encode

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.errors import UserError
 
 INDEX = "index.html"
@@ -103,8 +104,7 @@ def panel_folder() -> Path:
     Raises:
         UserError: at neither place.
     """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "frontend_patch", package.parent / "frontend_patch"):
+    for folder in (ROOT / "frontend_patch", ROOT.parent / "frontend_patch"):
         if folder.is_dir():
             return folder
     raise UserError("the panel's files (frontend_patch) are missing: install the package again.")

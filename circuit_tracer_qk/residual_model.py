@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk import host
+from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries import DictionarySet
 from circuit_tracer_qk.errors import UserError
@@ -22,7 +23,7 @@ from circuit_tracer_qk.models import load_transformer
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-MINIATURE = Path(__file__).parent / "miniature" / "model"
+MINIATURE = ROOT / "miniature" / "model"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from http import HTTPStatus
 from typing import Protocol
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from circuit_tracer_qk import __version__
 from circuit_tracer_qk.answers import Refusal, not_found
+from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.contents import ASSET_KINDS, Content, Folder, made
 from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.page import INDEX, Page
