@@ -12,9 +12,10 @@ from circuit_tracer_qk.base.package import __version__ as __version__
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution import attribute, explain
+    from circuit_tracer_qk.base.errors import UserError
+    from circuit_tracer_qk.base.precision import tf32
     from circuit_tracer_qk.components import Component
     from circuit_tracer_qk.edits import HeadEdit, QKEdit, swap
-    from circuit_tracer_qk.errors import UserError
     from circuit_tracer_qk.export import create_graph_files
     from circuit_tracer_qk.formats import load_dictionaries
     from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.heads_needed import head_curve
     from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.plugin import disable, enable
-    from circuit_tracer_qk.precision import tf32
     from circuit_tracer_qk.qk import QKRow, QKTable
     from circuit_tracer_qk.residual_model import ResidualModel, load_model
     from circuit_tracer_qk.server import serve
@@ -45,7 +45,7 @@ _HOMES = {
     "HeadEdit": "edits",
     "QKEdit": "edits",
     "swap": "edits",
-    "UserError": "errors",
+    "UserError": "base.errors",
     "create_graph_files": "export",
     "Edge": "graph",
     "ResidualGraph": "graph",
@@ -60,7 +60,7 @@ _HOMES = {
     "generate": "steering",
     "steer": "steering",
     "sweep": "steering",
-    "tf32": "precision",
+    "tf32": "base.precision",
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
-from circuit_tracer_qk.written import encode
+from circuit_tracer_qk.base.json_text import encode
 
 TEXT = "; charset=utf-8"
 """How the Content-Type of everything that is text ends."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
-from circuit_tracer_qk.errors import UserError
 
 MINIATURES = {
     "miniature-sae": ROOT / "miniature" / "sae",

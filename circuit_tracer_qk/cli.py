@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import circuit_tracer_qk
 from circuit_tracer_qk import features_command, prompts_command, steer_command
-from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import LISTING, check_folder, check_names
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import LISTING, check_folder, check_names
 from circuit_tracer_qk.host_cli import DTYPES
 from circuit_tracer_qk.quiet import hushed, noise
 

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from circuit_tracer_qk import hub
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base import hub
+from circuit_tracer_qk.base.errors import UserError
 
 WILD = re.compile(r"[*?\[]")
 MOST = 100_000  # files of a folder that is still looked through

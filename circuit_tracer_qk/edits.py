@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 
 SIDES = ("query", "key")
 OTHER_KINDS = ("bias", "error", "embedding", "position")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 
 Item = TypeVar("Item")
 Reply = tuple[str, Any]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from circuit_tracer_qk import export
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.host_entries import (
     FUNCTIONS,

@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import write_atomically
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import write_atomically
 from circuit_tracer_qk.frozen import alone, contraction_dtype
 from circuit_tracer_qk.residual_model import ResidualModel
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_tracer_qk import host, hub
+from circuit_tracer_qk import host
+from circuit_tracer_qk.base import hub
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import check_folder, write_atomically
 from circuit_tracer_qk.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries import DictionarySet, feature_index, indexed_feature, like
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_collection import AFTER, BEFORE, Corpus, Peaks, collect
-from circuit_tracer_qk.files import check_folder, write_atomically
 from circuit_tracer_qk.frozen import contraction_dtype
 from circuit_tracer_qk.residual_model import ResidualModel
 

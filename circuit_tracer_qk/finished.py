@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
+from circuit_tracer_qk.base.files import check_folder, remove_temporaries, write_atomically
+from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.base.package import __version__
-from circuit_tracer_qk.files import check_folder, remove_temporaries, write_atomically
 from circuit_tracer_qk.prompts_file import Request
-from circuit_tracer_qk.written import encode
 
 FOLDER = ".prompts"
 KINDS = frozenset(".safetensors .json .yaml .yml .npz .pt .pth .bin .model .txt .zip".split())

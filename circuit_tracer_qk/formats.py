@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from circuit_tracer_qk import catalogue, hub
+from circuit_tracer_qk import catalogue
+from circuit_tracer_qk.base import hub
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import DictionarySet
 from circuit_tracer_qk.dictionary_files import WILD, Files, joined
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.layouts import LAYOUTS, Layout, Options, assemble, native
 from circuit_tracer_qk.weight_files import read_yaml
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from circuit_tracer_qk import host
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.edits import Head
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.graph import ResidualGraph
 
 

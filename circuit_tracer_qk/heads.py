@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.frozen import FrozenRun, contraction_dtype, freeze
 
 if TYPE_CHECKING:

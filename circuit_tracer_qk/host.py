@@ -24,7 +24,7 @@ from circuit_tracer.graph import (
 )
 from torch import Tensor
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 
 
 def _accepted(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.host_cli import logging_kept
 
 FUNCTIONS = {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.base.threads import Crew
 from circuit_tracer_qk.components import (
     BIAS,
     EMBEDDING,
@@ -31,7 +32,6 @@ from circuit_tracer_qk.components import (
 )
 from circuit_tracer_qk.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
 from circuit_tracer_qk.heads import Heads, read_mlp
-from circuit_tracer_qk.sharing import Crew
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

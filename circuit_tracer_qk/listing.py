@@ -10,9 +10,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import LISTING, write_atomically
-from circuit_tracer_qk.written import encode
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import LISTING, write_atomically
+from circuit_tracer_qk.base.json_text import encode
 
 LOCK = f".{LISTING}.lock"
 PATIENCE = 60.0  # seconds; a list is written in far less

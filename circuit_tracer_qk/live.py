@@ -8,14 +8,14 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk import host
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.batches import Batch
 from circuit_tracer_qk.dictionaries import indexed_feature
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.steer_requests import SteerRequest
 from circuit_tracer_qk.tables import Names, written_rows, written_tables
-from circuit_tracer_qk.written import Encoded, encode
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.edits import Edit

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import LISTING, put_in_place, temporary_for
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import LISTING, put_in_place, temporary_for
 from circuit_tracer_qk.finished import Marks
 from circuit_tracer_qk.host_cli import DTYPES
 from circuit_tracer_qk.prompts_file import Request

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.conversion import (
     CONVERTERS,
     build_config,
@@ -28,7 +29,6 @@ from circuit_tracer_qk.conversion import (
     fill,
     set_scaled_rotary,
 )
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.sources import (
     Source,
     architecture_of,

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import RESID_POST, WCC, Dictionary, DictionarySet
-from circuit_tracer_qk.errors import UserError
 
 
 def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:

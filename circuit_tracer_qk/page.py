@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
-from circuit_tracer_qk.errors import UserError
 
 INDEX = "index.html"
 LAST_STOCK_SCRIPT = "attribution_graph/init-cg.js"

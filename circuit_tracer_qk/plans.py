@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.components import FEATURE, KINDS, Decomposition
 from circuit_tracer_qk.dictionaries import DictionarySet, like
 from circuit_tracer_qk.edits import ALL, Edit, Head, HeadEdit, QKEdit
-from circuit_tracer_qk.errors import UserError
 
 
 class Changed(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.frozen import FrozenRun
 from circuit_tracer_qk.heads import Norm
 

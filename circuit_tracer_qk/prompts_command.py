@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from circuit_tracer_qk import engines, many
-from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import check_names
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import check_names
 from circuit_tracer_qk.finished import work_of
 from circuit_tracer_qk.listing import add_to_listing, read_listing
 from circuit_tracer_qk.many import Outcome, Plan

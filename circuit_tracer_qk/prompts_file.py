@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import check_names
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import check_names
 
 
 @dataclass(frozen=True)

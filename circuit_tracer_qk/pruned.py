@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk import host
+from circuit_tracer_qk.base.json_text import Encoded, rounded
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.qk import Place
 from circuit_tracer_qk.tables import Names
-from circuit_tracer_qk.written import Encoded, rounded
 
 
 class Kept(NamedTuple):

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.components import ActiveFeatures, Decomposition
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.frozen import FrozenRun
 from circuit_tracer_qk.heads import AttentionBlock, Heads, Norm
 

@@ -6,10 +6,17 @@ from collections import defaultdict
 
 import torch
 
+from circuit_tracer_qk.base.json_text import (
+    Encoded,
+    not_finite,
+    rest,
+    rounded_all,
+    to_bytes,
+    to_text,
+)
 from circuit_tracer_qk.graph import EdgeParts, ResidualGraph
 from circuit_tracer_qk.pruned import Kept, Links
 from circuit_tracer_qk.qk import Place
-from circuit_tracer_qk.written import Encoded, not_finite, rest, rounded_all, to_bytes, to_text
 
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads

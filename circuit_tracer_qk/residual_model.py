@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk import host
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries import DictionarySet
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.formats import load_dictionaries
 from circuit_tracer_qk.frozen import contraction_dtype
 from circuit_tracer_qk.heads import check_exact, refuse_unsupported

@@ -22,8 +22,8 @@ from circuit_tracer_qk.addresses import (
     next_free_port,
     refused,
 )
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.contents import ASSET_KINDS, DATA_KINDS, FEATURE_KINDS, PANEL_KINDS, Folder
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.handler import Handler
 from circuit_tracer_qk.listener import Listener
 from circuit_tracer_qk.page import panel_folder, read_page

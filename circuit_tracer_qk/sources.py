@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from circuit_tracer_qk import hub
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base import hub
+from circuit_tracer_qk.base.errors import UserError
 
 ALIBI = "its attention adds ALiBi position biases, which QK attributions do not decompose"
 REFUSED = {

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuit_tracer_qk.errors import UserError
-from circuit_tracer_qk.files import write_together
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import write_together
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.edit_text import HeadChoice

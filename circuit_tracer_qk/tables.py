@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from circuit_tracer_qk.batches import Batch, RowPlace
-from circuit_tracer_qk.components import KINDS, Component
-from circuit_tracer_qk.dictionaries import feature_index
-from circuit_tracer_qk.largest import largest
-from circuit_tracer_qk.qk import QKRow
-from circuit_tracer_qk.written import (
+from circuit_tracer_qk.base.json_text import (
     not_finite,
     numbers,
     rest,
@@ -29,6 +24,11 @@ from circuit_tracer_qk.written import (
     to_bytes,
     to_text,
 )
+from circuit_tracer_qk.base.topk import largest
+from circuit_tracer_qk.batches import Batch, RowPlace
+from circuit_tracer_qk.components import KINDS, Component
+from circuit_tracer_qk.dictionaries import feature_index
+from circuit_tracer_qk.qk import QKRow
 
 KIND = {kind: i for i, kind in enumerate(KINDS)}
 MARGINALS_LISTED = 20  # a table's largest marginals on either side, all of whose terms are written

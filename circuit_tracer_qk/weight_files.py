@@ -20,7 +20,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 
 CHECKED_AT_ONCE = 2**26  # bytes of a tensor that are searched for NaN when it is opened
 

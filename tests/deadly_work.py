@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit_tracer_qk import many
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 
 
 def die() -> None:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from circuit_tracer_qk import catalogue
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import Dictionary
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.formats import load_dictionaries
 
 D_DICT, D_MODEL = 6, 4

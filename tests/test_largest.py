@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from circuit_tracer_qk.largest import largest
+from circuit_tracer_qk.base.topk import largest
 
 
 @pytest.mark.parametrize("width", [1, 50, 799, 800, 8 * 123, 7128, 6561])

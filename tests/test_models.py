@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained import weight_conversions
 
 from circuit_tracer_qk import conversion, models
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.models import load_transformer
 
 KNOWN = HookedTransformerConfig.__dataclass_fields__

@@ -13,9 +13,9 @@ import torch
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import attributions, influence, qk
+from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.batches import Batch
 from circuit_tracer_qk.edges import Run, Targets
-from circuit_tracer_qk.precision import exactly
 from circuit_tracer_qk.tables import Names, Table
 
 SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
@@ -135,7 +135,7 @@ def test_every_switch_is_as_it_was(setting: str) -> None:
     """Each in a process of its own: torch's interfaces refuse one another."""
     program = f"""
 import torch
-from circuit_tracer_qk.precision import exactly
+from circuit_tracer_qk.base.precision import exactly
 cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 {SETTINGS[setting]}
 before = cuda.fp32_precision, mkldnn.fp32_precision

@@ -15,9 +15,9 @@ from cases import build
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import influence
 from circuit_tracer_qk.attribution import read
+from circuit_tracer_qk.base.threads import Crew, Scratch
 from circuit_tracer_qk.edges import runs_of
 from circuit_tracer_qk.influence import Sweep
-from circuit_tracer_qk.sharing import Crew, Scratch
 
 CPU = torch.device("cpu")
 

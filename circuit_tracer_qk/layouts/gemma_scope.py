@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from functools import partial
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary
 from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, with_biases
 from circuit_tracer_qk.weight_files import mapped, taken
 

@@ -11,6 +11,7 @@ import re
 from functools import partial
 from typing import Any
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import (
     ACAUSAL_REASON,
     RESID_POST,
@@ -19,7 +20,6 @@ from circuit_tracer_qk.dictionaries import (
     DictionarySet,
 )
 from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.layouts.layout import (
     Layer,
     Layout,

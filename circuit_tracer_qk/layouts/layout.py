@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.catalogue import names_of
 from circuit_tracer_qk.dictionaries import (
     RESID_POST,
@@ -20,7 +21,6 @@ from circuit_tracer_qk.dictionaries import (
     DictionarySet,
 )
 from circuit_tracer_qk.dictionary_files import Files
-from circuit_tracer_qk.errors import UserError
 
 HOOK = re.compile(rf"blocks\.(\d+)\.({RESID_PRE}|{RESID_POST})")
 

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import (
     ACAUSAL_REASON,
     RESID_POST,
@@ -34,7 +35,6 @@ from circuit_tracer_qk.dictionaries import (
     DictionarySet,
 )
 from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.layouts.layout import Layout, Options, scan_of, wanted
 from circuit_tracer_qk.weight_files import mapped, read_yaml, taken
 

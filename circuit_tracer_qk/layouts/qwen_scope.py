@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary, DictionarySet
 from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, assemble, with_biases
 from circuit_tracer_qk.weight_files import mapped, taken
 

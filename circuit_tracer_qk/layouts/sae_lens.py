@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import RESID_POST, RESID_PRE, Dictionary, Units
 from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.layouts.layout import (
     HOOK,
     Layer,

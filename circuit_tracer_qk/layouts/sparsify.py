@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary
 from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.errors import UserError
 from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, with_biases
 from circuit_tracer_qk.weight_files import mapped, read_json, taken
 

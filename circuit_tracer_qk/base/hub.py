@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 
 
 def list_files(repo: str, revision: str | None) -> tuple[list[str], bool]:

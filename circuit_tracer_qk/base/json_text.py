@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from circuit_tracer_qk.errors import UserError
+from circuit_tracer_qk.base.errors import UserError
 
 LISTING = "graph-metadata.json"
 """The file in which circuit-tracer lists a folder's graphs."""
