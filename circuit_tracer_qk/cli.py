@@ -23,7 +23,7 @@ import circuit_tracer_qk
 from circuit_tracer_qk import features_command, prompts_command, steer_command
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LISTING, check_folder, check_names
-from circuit_tracer_qk.host_cli import DTYPES
+from circuit_tracer_qk.host.cli import DTYPES
 from circuit_tracer_qk.quiet import hushed, noise
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _host_flags(command: str, wanted: str) -> list[argparse.ArgumentParser]:
     if command != wanted:
         return []
-    from circuit_tracer_qk.host_cli import command_parser
+    from circuit_tracer_qk.host.cli import command_parser
 
     return [command_parser(wanted)]
 
@@ -372,8 +372,8 @@ def _attribute_prompts(args: argparse.Namespace) -> None:
 def _attribute_transcoders(args: argparse.Namespace, files: tuple[str, str] | None) -> None:
     """circuit-tracer's own command, and its graph explained."""
     from circuit_tracer_qk.explaining import explaining
-    from circuit_tracer_qk.host_cli import flags_of
-    from circuit_tracer_qk.host_entries import run_command
+    from circuit_tracer_qk.host.cli import flags_of
+    from circuit_tracer_qk.host.patching import run_command
 
     explain = args.qk and files is not None
     flags = flags_of("attribute", args, leave_out=("server", "port"))
@@ -430,7 +430,8 @@ def _explained(args: argparse.Namespace, path: Path) -> Any:
     """A saved graph of circuit-tracer's, explained with the model and transcoders named."""
     import torch
 
-    from circuit_tracer_qk import explaining, host
+    from circuit_tracer_qk import explaining
+    from circuit_tracer_qk.host import graph as host
 
     if args.transcoder_set is None:
         raise UserError(
@@ -665,8 +666,8 @@ def _run(args: argparse.Namespace, layer: int) -> tuple[Scores, list[str]]:
     """QK attributions of a prompt, without its graph, and its tokens."""
     prompt, model = _prompt_and_model(args, [layer])
 
-    from circuit_tracer_qk import host
     from circuit_tracer_qk.attribution import explain
+    from circuit_tracer_qk.host import graph as host
 
     with hushed():
         qk = explain(prompt, model)
@@ -714,8 +715,9 @@ def _serve(
 
     live, page = None, ""
     if slug is not None and graph is not None:
-        from circuit_tracer_qk import demo, host
+        from circuit_tracer_qk import demo
         from circuit_tracer_qk.graph import ResidualGraph
+        from circuit_tracer_qk.host import graph as host
         from circuit_tracer_qk.live import LiveGraphs
 
         if isinstance(graph, ResidualGraph):
@@ -775,7 +777,8 @@ def _check_server(args: argparse.Namespace) -> None:
 
 def _check_page() -> None:
     """Refuse a page that our panel does not fit into."""
-    from circuit_tracer_qk import host_cli, page
+    from circuit_tracer_qk import page
+    from circuit_tracer_qk.host import cli as host_cli
 
     page.read_page(host_cli.assets())
     page.panel_folder()

@@ -15,7 +15,7 @@ import torch
 from circuit_tracer_qk import export
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.graph import ExplainedGraph
-from circuit_tracer_qk.host_entries import (
+from circuit_tracer_qk.host.patching import (
     FUNCTIONS,
     graph_files_arguments,
     load_local_transcoders,

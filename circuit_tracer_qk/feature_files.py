@@ -10,11 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from circuit_tracer_qk import host
 from circuit_tracer_qk.base.files import check_folder, write_together
 from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.dictionaries import FeatureExamples, feature_index
 from circuit_tracer_qk.graph import ExplainedGraph
+from circuit_tracer_qk.host import graph as host
 
 TOGETHER_BYTES = 64 << 20
 """How many bytes of examples are at hand before they are written."""

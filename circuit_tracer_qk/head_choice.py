@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from circuit_tracer_qk import host
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.edits import Head
 from circuit_tracer_qk.graph import ResidualGraph
+from circuit_tracer_qk.host import graph as host
 
 
 class Carrier(NamedTuple):
@@ -46,7 +46,7 @@ def carriers(
 
     Args:
         graph: a residual graph.
-        influence: (n_nodes, n_nodes) of :func:`circuit_tracer_qk.host.edge_influence`, if known.
+        influence: (n_nodes, n_nodes) of :func:`circuit_tracer_qk.host.graph.edge_influence`, if known.
         query, key: only edges into this position, from this position; negative ones from the end.
         node: only edges into this node (index in adjacency order).
 

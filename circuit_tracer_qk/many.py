@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LISTING, put_in_place, temporary_for
 from circuit_tracer_qk.finished import Marks
-from circuit_tracer_qk.host_cli import DTYPES
+from circuit_tracer_qk.host.cli import DTYPES
 from circuit_tracer_qk.prompts_file import Request
 from circuit_tracer_qk.quiet import hushed, noise
 
@@ -170,8 +170,8 @@ class TranscoderMaker(Maker):
 
     def make(self, request: Request, args: Namespace) -> Made:
         from circuit_tracer_qk.explaining import explaining
-        from circuit_tracer_qk.host_cli import flags_of
-        from circuit_tracer_qk.host_entries import run_command
+        from circuit_tracer_qk.host.cli import flags_of
+        from circuit_tracer_qk.host.patching import run_command
         from circuit_tracer_qk.sidecars import remove_others
 
         pages, saved = self.marks.pages, self.marks.saved
@@ -221,7 +221,7 @@ class TranscoderMaker(Maker):
     @contextmanager
     def _kept(self) -> Iterator[None]:
         """Within, circuit-tracer gets the transcoders and the model that it loaded before."""
-        from circuit_tracer_qk.host_entries import replace
+        from circuit_tracer_qk.host.patching import replace
 
         def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             def wrap(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 
 from circuit_tracer_qk import attribution, export, server
 from circuit_tracer_qk.graph import ExplainedGraph
-from circuit_tracer_qk.host_entries import graph_files_arguments, replace, with_option
+from circuit_tracer_qk.host.patching import graph_files_arguments, replace, with_option
 from circuit_tracer_qk.live import LiveGraphs
 from circuit_tracer_qk.record import beside
 from circuit_tracer_qk.residual_model import ResidualModel, load_model

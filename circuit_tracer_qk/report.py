@@ -18,7 +18,7 @@ from circuit_tracer_qk.demo import (
 )
 from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.head_choice import Carrier, carriers
-from circuit_tracer_qk.host import edge_influence, graph_scores
+from circuit_tracer_qk.host.graph import edge_influence, graph_scores
 from circuit_tracer_qk.qk import QKRow, QKTable
 
 WIDTH = 100

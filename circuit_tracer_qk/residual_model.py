@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk import host
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.catalogue import MINIATURES
@@ -18,6 +17,7 @@ from circuit_tracer_qk.dictionaries import DictionarySet
 from circuit_tracer_qk.formats import load_dictionaries
 from circuit_tracer_qk.frozen import contraction_dtype
 from circuit_tracer_qk.heads import check_exact, refuse_unsupported
+from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.models import load_transformer
 
 if TYPE_CHECKING:

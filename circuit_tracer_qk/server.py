@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from circuit_tracer_qk import host_cli
 from circuit_tracer_qk.addresses import (
     DEFAULT_HOST,
     DEFAULT_PORT,
@@ -25,6 +24,7 @@ from circuit_tracer_qk.addresses import (
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.contents import ASSET_KINDS, DATA_KINDS, FEATURE_KINDS, PANEL_KINDS, Folder
 from circuit_tracer_qk.handler import Handler
+from circuit_tracer_qk.host import cli as host_cli
 from circuit_tracer_qk.listener import Listener
 from circuit_tracer_qk.page import panel_folder, read_page
 from circuit_tracer_qk.routes import Live, Site

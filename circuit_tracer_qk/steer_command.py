@@ -121,8 +121,8 @@ def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
     Raises:
         UserError: an edit, token or position that does not exist.
     """
-    from circuit_tracer_qk import host
     from circuit_tracer_qk.edit_text import parse_edit, read_edits
+    from circuit_tracer_qk.host import graph as host
     from circuit_tracer_qk.steered_runs import Swept
     from circuit_tracer_qk.steering import Session, at_factor
 

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk import host
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.dictionaries import DictionarySet, like
 from circuit_tracer_qk.edits import Head
 from circuit_tracer_qk.frozen import alone
 from circuit_tracer_qk.heads import Heads
+from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.plans import HeadSide, Plan, changed_vectors
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk import host
 from circuit_tracer_qk.edits import Edit, Head
+from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.plans import Changed
 from circuit_tracer_qk.steered import Pass
 

@@ -13,7 +13,9 @@ from conftest import Result
 from tiny_transcoders import make_clt, make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, explaining, host, host_cli
+from circuit_tracer_qk import cli, explaining
+from circuit_tracer_qk.host import cli as host_cli
+from circuit_tracer_qk.host import graph as host
 
 Run = Callable[..., Result]
 

@@ -11,8 +11,9 @@ import jsonschema
 import pytest
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, demo, export, host
+from circuit_tracer_qk import UserError, demo, export
 from circuit_tracer_qk.dictionaries import feature_index, indexed_feature
+from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.live import LiveGraphs
 
 SCHEMA = json.loads((Path(export.__file__).parent / "graph.schema.json").read_bytes())

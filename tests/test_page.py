@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from circuit_tracer_qk import UserError, host_cli
+from circuit_tracer_qk import UserError
+from circuit_tracer_qk.host import cli as host_cli
 from circuit_tracer_qk.page import (
     EXAMPLE_HOSTS,
     INDEX,

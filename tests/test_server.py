@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import pytest
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, addresses, contents, host_cli, listener, server
+from circuit_tracer_qk import UserError, addresses, contents, listener, server
 from circuit_tracer_qk.handler import Handler
+from circuit_tracer_qk.host import cli as host_cli
 from circuit_tracer_qk.page import panel_folder, read_page
 from circuit_tracer_qk.steer_requests import SteerRequest
 

@@ -16,7 +16,8 @@ from reference import Reference
 from test_transcoder_graph import HOST_RUNS, PLACES
 from torch import Tensor
 
-from circuit_tracer_qk import UserError, host
+from circuit_tracer_qk import UserError
+from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.qk import Place
 from circuit_tracer_qk.transcoder_qk import UNSELECTED, TranscoderQK
 from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph

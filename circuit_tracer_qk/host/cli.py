@@ -1,6 +1,6 @@
 """circuit-tracer's command line and page: the part of the host that loads without torch.
 
-:mod:`circuit_tracer_qk.host` has the rest. Here too features are detected, never versions.
+:mod:`circuit_tracer_qk.host.graph` has the rest. Here too features are detected, never versions.
 """
 
 from __future__ import annotations

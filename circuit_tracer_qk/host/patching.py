@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.host_cli import logging_kept
+from circuit_tracer_qk.host.cli import logging_kept
 
 FUNCTIONS = {
     "attribute": "circuit_tracer.attribution.attribute",
