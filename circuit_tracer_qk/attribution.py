@@ -11,11 +11,11 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.components import Decomposition, decompose
 from circuit_tracer_qk.dictionaries import RESID_PRE, DictionarySet
-from circuit_tracer_qk.frozen import freeze
 from circuit_tracer_qk.graph import ResidualGraph
-from circuit_tracer_qk.heads import Heads, logit_directions, read_blocks
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.influence import Sweep
+from circuit_tracer_qk.model.heads import Heads, logit_directions, read_blocks
+from circuit_tracer_qk.model.run import freeze
 from circuit_tracer_qk.qk import QK
 from circuit_tracer_qk.reconstruction import check
 from circuit_tracer_qk.record import Record

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.heads import Heads
+from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.ports import Port
 
 

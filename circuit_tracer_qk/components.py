@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.dictionaries import DictionarySet, like
-from circuit_tracer_qk.frozen import FrozenRun
+from circuit_tracer_qk.model.run import FrozenRun
 
 KINDS = ("feature", "bias", "error", "embedding", "position")
 FEATURE, BIAS, ERROR, EMBEDDING, POSITION = range(5)

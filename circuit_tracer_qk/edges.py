@@ -23,7 +23,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.base.threads import Scratch
 from circuit_tracer_qk.components import FEATURE, Decomposition
-from circuit_tracer_qk.heads import AttentionBlock, Heads, MLPBlock
+from circuit_tracer_qk.model.heads import AttentionBlock, Heads, MLPBlock
 
 TILE_BYTES = 1 << 21  # weighted by attention at once: what a processor's cache holds
 TILE_BYTES_ELSEWHERE = 1 << 26  # few calls

@@ -22,8 +22,8 @@ from circuit_tracer_qk.host.patching import (
     replace,
     replacement_model,
 )
-from circuit_tracer_qk.models import load_transformer
-from circuit_tracer_qk.sources import first_line
+from circuit_tracer_qk.model.huggingface import first_line
+from circuit_tracer_qk.model.load import load_transformer
 from circuit_tracer_qk.transcoder_graph import TranscoderGraph, check_model, explain_graph
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_atomically
-from circuit_tracer_qk.frozen import alone, contraction_dtype
+from circuit_tracer_qk.model.run import alone, contraction_dtype
 from circuit_tracer_qk.residual_model import ResidualModel
 
 BEFORE, AFTER = 10, 4

@@ -26,8 +26,8 @@ from circuit_tracer_qk.base.files import check_folder, write_atomically
 from circuit_tracer_qk.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries import DictionarySet, feature_index, indexed_feature, like
 from circuit_tracer_qk.feature_collection import AFTER, BEFORE, Corpus, Peaks, collect
-from circuit_tracer_qk.frozen import contraction_dtype
 from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.model.run import contraction_dtype
 from circuit_tracer_qk.residual_model import ResidualModel
 
 SAVED_EVERY = 30.0  # seconds between two writings of the work so far

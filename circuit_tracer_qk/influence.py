@@ -31,7 +31,7 @@ from circuit_tracer_qk.components import (
     Group,
 )
 from circuit_tracer_qk.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
-from circuit_tracer_qk.heads import Heads, read_mlp
+from circuit_tracer_qk.model.heads import Heads, read_mlp
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

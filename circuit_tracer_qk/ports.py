@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.frozen import FrozenRun
-from circuit_tracer_qk.heads import Norm
+from circuit_tracer_qk.model.heads import Norm
+from circuit_tracer_qk.model.run import FrozenRun
 
 READS = ("mlp.hook_in", "ln2.hook_normalized", "hook_resid_mid")
 WRITES = ("mlp.hook_out", "hook_mlp_out")

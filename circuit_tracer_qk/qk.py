@@ -27,7 +27,7 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.base.topk import largest
 from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomposition
-from circuit_tracer_qk.heads import Heads
+from circuit_tracer_qk.model.heads import Heads
 
 WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype
 BATCH_BYTES = 3 << 20  # of tables whose largest terms are looked for at once

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.components import ActiveFeatures, Decomposition
-from circuit_tracer_qk.frozen import FrozenRun
-from circuit_tracer_qk.heads import AttentionBlock, Heads, Norm
+from circuit_tracer_qk.model.heads import AttentionBlock, Heads, Norm
+from circuit_tracer_qk.model.run import FrozenRun
 
 FORMAT = "circuit-tracer-qk graph, version 2"
 

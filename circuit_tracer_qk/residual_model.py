@@ -15,10 +15,10 @@ from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries import DictionarySet
 from circuit_tracer_qk.formats import load_dictionaries
-from circuit_tracer_qk.frozen import contraction_dtype
-from circuit_tracer_qk.heads import check_exact, refuse_unsupported
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.models import load_transformer
+from circuit_tracer_qk.model.heads import check_exact, refuse_unsupported
+from circuit_tracer_qk.model.load import load_transformer
+from circuit_tracer_qk.model.run import contraction_dtype
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

@@ -28,9 +28,9 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.dictionaries import DictionarySet, like
 from circuit_tracer_qk.edits import Head
-from circuit_tracer_qk.frozen import alone
-from circuit_tracer_qk.heads import Heads
 from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.model.heads import Heads
+from circuit_tracer_qk.model.run import alone
 from circuit_tracer_qk.plans import HeadSide, Plan, changed_vectors
 
 if TYPE_CHECKING:

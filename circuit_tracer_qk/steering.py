@@ -18,8 +18,8 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.controls import matched
 from circuit_tracer_qk.edits import Edit, Head, HeadEdit, QKEdit
-from circuit_tracer_qk.heads import Heads, read_blocks
 from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.model.heads import Heads, read_blocks
 from circuit_tracer_qk.plans import Plan, resolve
 from circuit_tracer_qk.residual_model import ResidualModel
 from circuit_tracer_qk.steered import Pass, Steered

@@ -16,8 +16,8 @@ from torch import Tensor
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.graph import ExplainedGraph
-from circuit_tracer_qk.heads import check_patterns, refuse_attention
 from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.model.heads import check_patterns, refuse_attention
 from circuit_tracer_qk.splits import Listing, Splits
 from circuit_tracer_qk.transcoder_qk import TranscoderQK
 from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph, refuse_shared_rotary

@@ -14,9 +14,9 @@ from reference import Norm, Reference, Run
 from torch import Tensor
 
 from circuit_tracer_qk.carry import Carrier
-from circuit_tracer_qk.frozen import FrozenRun, freeze
-from circuit_tracer_qk.heads import Heads, read_blocks
-from circuit_tracer_qk.models import load_transformer
+from circuit_tracer_qk.model.heads import Heads, read_blocks
+from circuit_tracer_qk.model.load import load_transformer
+from circuit_tracer_qk.model.run import FrozenRun, freeze
 from circuit_tracer_qk.ports import READS, WRITES, read_ports
 
 N = 9

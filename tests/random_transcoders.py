@@ -15,7 +15,7 @@ from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
 from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
 from torch import Tensor
 
-from circuit_tracer_qk.models import load_transformer
+from circuit_tracer_qk.model.load import load_transformer
 
 KINDS = ("relu", "jumprelu", "topk", "skip", "clt", "clt-skip")
 

@@ -27,7 +27,7 @@ from circuit_tracer_qk import export
 from circuit_tracer_qk.base import files
 from circuit_tracer_qk.dictionaries import feature_index
 from circuit_tracer_qk.graph import Edge, HeadLoadings
-from circuit_tracer_qk.heads import Heads
+from circuit_tracer_qk.model.heads import Heads
 
 SCHEMA = json.loads((Path(export.__file__).parent / "graph.schema.json").read_bytes())
 BOB = (

@@ -261,7 +261,7 @@ def test_folded_norms_give_the_same_graph(name: str, tmp_path: Path) -> None:
     TransformerLens folds in float32 whatever the dtype (its own logits move by 1e-7), hence 1e-6.
     """
     plain = build(name, tmp_path, "sae", torch.float64)
-    from circuit_tracer_qk.models import load_transformer
+    from circuit_tracer_qk.model.load import load_transformer
 
     folded = load_transformer(tmp_path / "model", dtype=torch.float64, device="cpu")
     folded.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained import weight_conversions
 
-from circuit_tracer_qk import conversion, models
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.models import load_transformer
+from circuit_tracer_qk.model import conversion
+from circuit_tracer_qk.model import load as models
+from circuit_tracer_qk.model.load import load_transformer
 
 KNOWN = HookedTransformerConfig.__dataclass_fields__
 LINEAR = {"rope_type": "linear", "factor": 4.0}

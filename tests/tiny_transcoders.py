@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from circuit_tracer_qk.models import load_transformer
+from circuit_tracer_qk.model.load import load_transformer
 from circuit_tracer_qk.residual_model import MINIATURE
 
 HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}

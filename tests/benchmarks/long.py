@@ -24,8 +24,8 @@ from shapes import GPT2, VOCAB, random_dictionaries, random_model
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.frozen import freeze
 from circuit_tracer_qk.influence import Sweep
+from circuit_tracer_qk.model.run import freeze
 from circuit_tracer_qk.qk import Place
 from circuit_tracer_qk.residual_model import ResidualModel
 

@@ -16,8 +16,8 @@ from shapes import SHAPES, VOCAB, random_dictionaries, random_model
 
 from circuit_tracer_qk.attribution import attribute, read
 from circuit_tracer_qk.components import decompose
-from circuit_tracer_qk.frozen import freeze
 from circuit_tracer_qk.influence import Sweep
+from circuit_tracer_qk.model.run import freeze
 from circuit_tracer_qk.pruned import prune
 from circuit_tracer_qk.qk import Place
 from circuit_tracer_qk.residual_model import ResidualModel

@@ -9,8 +9,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from circuit_tracer_qk.components import Decomposition, decompose
 from circuit_tracer_qk.dictionaries import Dictionary, DictionarySet
-from circuit_tracer_qk.frozen import freeze
-from circuit_tracer_qk.heads import Heads, read_blocks
+from circuit_tracer_qk.model.heads import Heads, read_blocks
+from circuit_tracer_qk.model.run import freeze
 
 VOCAB = 100
 

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.conversion import (
+from circuit_tracer_qk.model.conversion import (
     CONVERTERS,
     build_config,
     convert_weights,
     fill,
     set_scaled_rotary,
 )
-from circuit_tracer_qk.sources import (
+from circuit_tracer_qk.model.huggingface import (
     Source,
     architecture_of,
     first_line,

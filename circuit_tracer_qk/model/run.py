@@ -2,7 +2,7 @@
 
 Attention patterns and the denominators of all norms are read once, from the model's own run, and
 held fixed (paper, "The problem"; method, section 3). Nothing here knows what the numbers mean;
-:mod:`circuit_tracer_qk.heads` does.
+:mod:`circuit_tracer_qk.model.heads` does.
 """
 
 from __future__ import annotations

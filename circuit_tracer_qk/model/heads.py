@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.frozen import FrozenRun, contraction_dtype, freeze
+from circuit_tracer_qk.model.run import FrozenRun, contraction_dtype, freeze
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

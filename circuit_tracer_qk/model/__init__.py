@@ -1,0 +1,1 @@
+"""A transformer as exact linear maps, and one run of it, frozen."""
