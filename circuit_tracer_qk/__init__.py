@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.base.errors import UserError
     from circuit_tracer_qk.base.precision import tf32
     from circuit_tracer_qk.components import Component
+    from circuit_tracer_qk.dictionaries.load import load_dictionaries
     from circuit_tracer_qk.edits import HeadEdit, QKEdit, swap
     from circuit_tracer_qk.export import create_graph_files
-    from circuit_tracer_qk.formats import load_dictionaries
     from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
     from circuit_tracer_qk.head_choice import carriers, select_heads
     from circuit_tracer_qk.heads_needed import head_curve
@@ -36,7 +36,7 @@ _HOMES = {
     "explain_graph": "transcoder_graph",
     "TranscoderGraph": "transcoder_graph",
     "Component": "components",
-    "load_dictionaries": "formats",
+    "load_dictionaries": "dictionaries.load",
     "enable": "plugin",
     "disable": "plugin",
     "carriers": "head_choice",

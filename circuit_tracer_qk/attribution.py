@@ -10,7 +10,7 @@ from torch import Tensor
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.components import Decomposition, decompose
-from circuit_tracer_qk.dictionaries import RESID_PRE, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE, DictionarySet
 from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.influence import Sweep

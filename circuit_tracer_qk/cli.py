@@ -540,7 +540,7 @@ def _steer(args: argparse.Namespace) -> None:
 
 
 def _dictionaries(args: argparse.Namespace) -> None:
-    from circuit_tracer_qk import catalogue
+    from circuit_tracer_qk.dictionaries import catalogue
 
     lines = catalogue.table(args.words)
     if len(lines) < 2:
@@ -554,7 +554,7 @@ def _convert(args: argparse.Namespace) -> None:
     if Path(args.destination).exists():
         raise UserError(f"{args.destination} exists already: name a new folder.")
 
-    from circuit_tracer_qk.native_files import write_dictionaries
+    from circuit_tracer_qk.dictionaries.native_writer import write_dictionaries
 
     with hushed():
         found = circuit_tracer_qk.load_dictionaries(args.source)

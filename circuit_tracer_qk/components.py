@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.dictionaries import DictionarySet, like
+from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
 from circuit_tracer_qk.model.run import FrozenRun
 
 KINDS = ("feature", "bias", "error", "embedding", "position")

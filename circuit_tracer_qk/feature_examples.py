@@ -23,8 +23,13 @@ from tqdm import tqdm
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, write_atomically
-from circuit_tracer_qk.catalogue import MINIATURES
-from circuit_tracer_qk.dictionaries import DictionarySet, feature_index, indexed_feature, like
+from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
+from circuit_tracer_qk.dictionaries.dictionary import (
+    DictionarySet,
+    feature_index,
+    indexed_feature,
+    like,
+)
 from circuit_tracer_qk.feature_collection import AFTER, BEFORE, Corpus, Peaks, collect
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import contraction_dtype

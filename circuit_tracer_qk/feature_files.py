@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.files import check_folder, write_together
 from circuit_tracer_qk.base.json_text import encode
-from circuit_tracer_qk.dictionaries import FeatureExamples, feature_index
+from circuit_tracer_qk.dictionaries.dictionary import FeatureExamples, feature_index
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.host import graph as host
 

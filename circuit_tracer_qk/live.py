@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.batches import Batch
-from circuit_tracer_qk.dictionaries import indexed_feature
+from circuit_tracer_qk.dictionaries.dictionary import indexed_feature
 from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
 from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.host import graph as host

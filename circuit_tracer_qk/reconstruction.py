@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.components import Decomposition
-from circuit_tracer_qk.dictionaries import Dictionary, DictionarySet, Units, like
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet, Units, like
 
 log = logging.getLogger(__name__)
 

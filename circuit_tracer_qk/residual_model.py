@@ -12,9 +12,9 @@ from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
-from circuit_tracer_qk.catalogue import MINIATURES
-from circuit_tracer_qk.dictionaries import DictionarySet
-from circuit_tracer_qk.formats import load_dictionaries
+from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
+from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
+from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import check_exact, refuse_unsupported
 from circuit_tracer_qk.model.load import load_transformer

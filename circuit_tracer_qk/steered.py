@@ -26,7 +26,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.components import Decomposition
-from circuit_tracer_qk.dictionaries import DictionarySet, like
+from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
 from circuit_tracer_qk.edits import Head
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads

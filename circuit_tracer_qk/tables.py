@@ -27,7 +27,7 @@ from circuit_tracer_qk.base.json_text import (
 from circuit_tracer_qk.base.topk import largest
 from circuit_tracer_qk.batches import Batch, RowPlace
 from circuit_tracer_qk.components import KINDS, Component
-from circuit_tracer_qk.dictionaries import feature_index
+from circuit_tracer_qk.dictionaries.dictionary import feature_index
 from circuit_tracer_qk.qk import QKRow
 
 KIND = {kind: i for i, kind in enumerate(KINDS)}

@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from circuit_tracer_qk import catalogue
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import Dictionary
-from circuit_tracer_qk.formats import load_dictionaries
+from circuit_tracer_qk.dictionaries import catalogue
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary
+from circuit_tracer_qk.dictionaries.load import load_dictionaries
 
 D_DICT, D_MODEL = 6, 4
 

@@ -16,7 +16,7 @@ import torch
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import cli, feature_collection, feature_examples
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import SAE, Dictionary, DictionarySet, feature_index
+from circuit_tracer_qk.dictionaries.dictionary import SAE, Dictionary, DictionarySet, feature_index
 from circuit_tracer_qk.feature_collection import AFTER, BEFORE, WINDOW, Corpus, collect
 from circuit_tracer_qk.feature_examples import build_features
 from circuit_tracer_qk.features_command import read_texts

@@ -38,9 +38,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, dictionary_files, weight_files
-from circuit_tracer_qk.dictionaries import Dictionary, Units
-from circuit_tracer_qk.native_files import write_dictionaries
+from circuit_tracer_qk import cli
+from circuit_tracer_qk.dictionaries import files as dictionary_files
+from circuit_tracer_qk.dictionaries import tensors as weight_files
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary, Units
+from circuit_tracer_qk.dictionaries.native_writer import write_dictionaries
 
 
 def stream(n_pos: int = 20, seed: int = 5) -> Tensor:

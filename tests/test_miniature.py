@@ -13,7 +13,7 @@ import torch
 from circuit_tracer.frontend.feature_models import Model as FeatureFile
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.dictionaries import feature_index
+from circuit_tracer_qk.dictionaries.dictionary import feature_index
 from circuit_tracer_qk.residual_model import MINIATURE
 
 FOLDER = MINIATURE.parent

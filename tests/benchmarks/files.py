@@ -32,7 +32,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import export, server
-from circuit_tracer_qk.dictionaries import Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet
 from circuit_tracer_qk.model.run import freeze
 
 SLUG = "large"

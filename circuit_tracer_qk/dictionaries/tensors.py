@@ -1,7 +1,7 @@
 """Reading what dictionaries are stored in: JSON, YAML, and tensors mapped into memory.
 
 Tensors stay in their files until they are used; what is small is checked at once, the rest where
-it is used (:class:`circuit_tracer_qk.dictionaries.Dictionary`).
+it is used (:class:`circuit_tracer_qk.dictionaries.dictionary.Dictionary`).
 """
 
 from __future__ import annotations

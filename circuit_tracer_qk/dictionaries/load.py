@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from circuit_tracer_qk import catalogue
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import DictionarySet
-from circuit_tracer_qk.dictionary_files import WILD, Files, joined
-from circuit_tracer_qk.layouts import LAYOUTS, Layout, Options, assemble, native
-from circuit_tracer_qk.weight_files import read_yaml
+from circuit_tracer_qk.dictionaries import catalogue
+from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
+from circuit_tracer_qk.dictionaries.files import WILD, Files, joined
+from circuit_tracer_qk.dictionaries.layouts import LAYOUTS, Layout, Options, assemble, native
+from circuit_tracer_qk.dictionaries.tensors import read_yaml
 
 LARGE = 2**29  # weights above which a set stays mapped into memory: 2 GB in float32
 _HUB_ID = re.compile(
@@ -40,7 +40,7 @@ def load_dictionaries(
 ) -> DictionarySet:
     """Load residual SAEs or a weakly causal crosscoder.
 
-    The layouts are those of :data:`circuit_tracer_qk.layouts.LAYOUTS`. Where the files allow two
+    The layouts are those of :data:`circuit_tracer_qk.dictionaries.layouts.LAYOUTS`. Where the files allow two
     readings, the reference says which: ``FORMAT:REF``, or a ``config.yaml`` in the folder with
     ``format: FORMAT`` (and, where needed, ``model_name``, ``scan``, ``centred``,
     ``norm_scaling_factor``).

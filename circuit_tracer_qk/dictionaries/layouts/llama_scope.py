@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import RESID_POST, RESID_PRE, Dictionary, Units
-from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.layouts.layout import (
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, Dictionary, Units
+from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.layouts.layout import (
     HOOK,
     Layer,
     Layout,
@@ -26,7 +26,7 @@ from circuit_tracer_qk.layouts.layout import (
     row_norms,
     with_biases,
 )
-from circuit_tracer_qk.weight_files import flag, mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json, taken
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 MODEL = "meta-llama/Llama-3.1-8B"

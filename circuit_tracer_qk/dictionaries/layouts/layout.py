@@ -12,15 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.catalogue import names_of
-from circuit_tracer_qk.dictionaries import (
+from circuit_tracer_qk.dictionaries.catalogue import names_of
+from circuit_tracer_qk.dictionaries.dictionary import (
     RESID_POST,
     RESID_PRE,
     SAE,
     Dictionary,
     DictionarySet,
 )
-from circuit_tracer_qk.dictionary_files import Files
+from circuit_tracer_qk.dictionaries.files import Files
 
 HOOK = re.compile(rf"blocks\.(\d+)\.({RESID_PRE}|{RESID_POST})")
 

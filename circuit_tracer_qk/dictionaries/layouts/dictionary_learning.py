@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary
-from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, with_biases
-from circuit_tracer_qk.layouts.sae_lens import from_tensors
-from circuit_tracer_qk.weight_files import mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
+from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.layouts.layout import Layer, Layout, Options, with_biases
+from circuit_tracer_qk.dictionaries.layouts.sae_lens import from_tensors
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, taken
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _LINEAR = {"encoder.weight": "dict model", "decoder.weight": "model dict"}

@@ -12,15 +12,15 @@ from functools import partial
 from typing import Any
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import (
+from circuit_tracer_qk.dictionaries.dictionary import (
     ACAUSAL_REASON,
     RESID_POST,
     WCC,
     Dictionary,
     DictionarySet,
 )
-from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.layouts.layout import (
+from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.layouts.layout import (
     Layer,
     Layout,
     Options,
@@ -28,7 +28,7 @@ from circuit_tracer_qk.layouts.layout import (
     scan_of,
     with_biases,
 )
-from circuit_tracer_qk.weight_files import mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, taken
 
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
 PARAMS = "params_layer_*.safetensors"

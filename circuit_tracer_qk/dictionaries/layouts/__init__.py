@@ -1,6 +1,6 @@
 """The layouts in which dictionaries are stored, one module each, read as their owners mean them."""
 
-from circuit_tracer_qk.layouts import (
+from circuit_tracer_qk.dictionaries.layouts import (
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
@@ -10,7 +10,7 @@ from circuit_tracer_qk.layouts import (
     sae_lens,
     sparsify,
 )
-from circuit_tracer_qk.layouts.layout import Layout, Options, assemble
+from circuit_tracer_qk.dictionaries.layouts.layout import Layout, Options, assemble
 
 __all__ = ["LAYOUTS", "Layout", "Options", "assemble"]
 

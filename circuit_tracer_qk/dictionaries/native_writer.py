@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import RESID_POST, WCC, Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, WCC, Dictionary, DictionarySet
 
 
 def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
-    """Write a set in the native format (:func:`circuit_tracer_qk.dictionaries.load_dictionaries`).
+    """Write a set in the native format (:func:`circuit_tracer_qk.dictionaries.dictionary.load_dictionaries`).
 
     The folder appears whole or not at all. Loading it gives the same activations and decoder
     vectors, to the rounding of what had to be folded into the encoder; with nothing to fold, bit

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary
-from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, with_biases
-from circuit_tracer_qk.weight_files import mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
+from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.layouts.layout import Layer, Layout, Options, with_biases
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, taken
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _RESIDUAL = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")

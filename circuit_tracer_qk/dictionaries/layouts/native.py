@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import (
+from circuit_tracer_qk.dictionaries.dictionary import (
     ACAUSAL_REASON,
     RESID_POST,
     RESID_PRE,
@@ -34,9 +34,9 @@ from circuit_tracer_qk.dictionaries import (
     Dictionary,
     DictionarySet,
 )
-from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.layouts.layout import Layout, Options, scan_of, wanted
-from circuit_tracer_qk.weight_files import mapped, read_yaml, taken
+from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.layouts.layout import Layout, Options, scan_of, wanted
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_yaml, taken
 
 CONFIG = "config.yaml"
 _TRANSCODER_KINDS = ("transcoder_set", "cross_layer_transcoder")

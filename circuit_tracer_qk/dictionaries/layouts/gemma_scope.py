@@ -10,10 +10,10 @@ import re
 from functools import partial
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary
-from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, with_biases
-from circuit_tracer_qk.weight_files import mapped, taken
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
+from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.layouts.layout import Layer, Layout, Options, with_biases
+from circuit_tracer_qk.dictionaries.tensors import mapped, taken
 
 WEIGHTS = "params.npz"
 _REPOSITORY = re.compile(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import RESID_POST, RESID_PRE, Dictionary, Units
-from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.layouts.layout import (
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, Dictionary, Units
+from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.layouts.layout import (
     HOOK,
     Layer,
     Layout,
@@ -25,7 +25,7 @@ from circuit_tracer_qk.layouts.layout import (
     row_norms,
     with_biases,
 )
-from circuit_tracer_qk.weight_files import flag, mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json, taken
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")

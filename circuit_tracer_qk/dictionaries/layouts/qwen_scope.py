@@ -8,10 +8,16 @@ from __future__ import annotations
 import re
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries import RESID_POST, Dictionary, DictionarySet
-from circuit_tracer_qk.dictionary_files import Files, joined
-from circuit_tracer_qk.layouts.layout import Layer, Layout, Options, assemble, with_biases
-from circuit_tracer_qk.weight_files import mapped, taken
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.layouts.layout import (
+    Layer,
+    Layout,
+    Options,
+    assemble,
+    with_biases,
+)
+from circuit_tracer_qk.dictionaries.tensors import mapped, taken
 
 FILES = "layer*.sae.pt"
 _FILE = re.compile(r"layer(\d+)\.sae\.pt")

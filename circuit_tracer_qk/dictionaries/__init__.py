@@ -1,0 +1,1 @@
+"""What decomposes the residual stream: reading every layout, the list of known sets, writing."""
