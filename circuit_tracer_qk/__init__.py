@@ -11,50 +11,50 @@ from typing import TYPE_CHECKING, Any
 from circuit_tracer_qk.base.package import __version__ as __version__
 
 if TYPE_CHECKING:
-    from circuit_tracer_qk.attribution import attribute, explain
+    from circuit_tracer_qk.attribution.qk import QKRow, QKTable
+    from circuit_tracer_qk.attribution.residual.attribution import attribute, explain
+    from circuit_tracer_qk.attribution.residual.carriers import carriers, select_heads
+    from circuit_tracer_qk.attribution.residual.decompose import Component
+    from circuit_tracer_qk.attribution.residual.graph import Edge, ResidualGraph, load_graph
+    from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
+    from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph, explain_graph
     from circuit_tracer_qk.base.errors import UserError
     from circuit_tracer_qk.base.precision import tf32
-    from circuit_tracer_qk.components import Component
     from circuit_tracer_qk.dictionaries.load import load_dictionaries
     from circuit_tracer_qk.edits import HeadEdit, QKEdit, swap
     from circuit_tracer_qk.export import create_graph_files
-    from circuit_tracer_qk.graph import Edge, ResidualGraph, load_graph
-    from circuit_tracer_qk.head_choice import carriers, select_heads
     from circuit_tracer_qk.heads_needed import head_curve
     from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.plugin import disable, enable
-    from circuit_tracer_qk.qk import QKRow, QKTable
-    from circuit_tracer_qk.residual_model import ResidualModel, load_model
     from circuit_tracer_qk.server import serve
     from circuit_tracer_qk.steered_runs import SteeredRun
     from circuit_tracer_qk.steering import generate, steer, sweep
-    from circuit_tracer_qk.transcoder_graph import TranscoderGraph, explain_graph
 
 _HOMES = {
-    "attribute": "attribution",
-    "explain": "attribution",
-    "explain_graph": "transcoder_graph",
-    "TranscoderGraph": "transcoder_graph",
-    "Component": "components",
+    "attribute": "attribution.residual.attribution",
+    "explain": "attribution.residual.attribution",
+    "explain_graph": "attribution.transcoder.graph",
+    "TranscoderGraph": "attribution.transcoder.graph",
+    "Component": "attribution.residual.decompose",
     "load_dictionaries": "dictionaries.load",
     "enable": "plugin",
     "disable": "plugin",
-    "carriers": "head_choice",
-    "select_heads": "head_choice",
+    "carriers": "attribution.residual.carriers",
+    "select_heads": "attribution.residual.carriers",
     "head_curve": "heads_needed",
     "HeadEdit": "edits",
     "QKEdit": "edits",
     "swap": "edits",
     "UserError": "base.errors",
     "create_graph_files": "export",
-    "Edge": "graph",
-    "ResidualGraph": "graph",
+    "Edge": "attribution.residual.graph",
+    "ResidualGraph": "attribution.residual.graph",
     "LiveGraphs": "live",
-    "QKRow": "qk",
-    "QKTable": "qk",
-    "ResidualModel": "residual_model",
-    "load_model": "residual_model",
-    "load_graph": "graph",
+    "QKRow": "attribution.qk",
+    "QKTable": "attribution.qk",
+    "ResidualModel": "attribution.residual.model",
+    "load_model": "attribution.residual.model",
+    "load_graph": "attribution.residual.graph",
     "serve": "server",
     "SteeredRun": "steered_runs",
     "generate": "steering",

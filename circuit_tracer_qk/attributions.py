@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.residual.batches import BATCH_TERMS, RowPlace, Terms, batches
+from circuit_tracer_qk.attribution.residual.decompose import Component
+from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.base.json_text import rounded, rounded_all
-from circuit_tracer_qk.batches import BATCH_TERMS, RowPlace, Terms, batches
-from circuit_tracer_qk.components import Component
-from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.pruned import Links
-from circuit_tracer_qk.qk import Place
 from circuit_tracer_qk.tables import Names, Table, largest_terms, written_rows, written_tables
 
 PROJECTED = 10  # entries of each of a node's lists for Neuronpedia

@@ -27,9 +27,9 @@ from circuit_tracer_qk.host.cli import DTYPES
 from circuit_tracer_qk.quiet import hushed, noise
 
 if TYPE_CHECKING:
-    from circuit_tracer_qk.graph import ExplainedGraph
-    from circuit_tracer_qk.qk import Scores
-    from circuit_tracer_qk.residual_model import ResidualModel
+    from circuit_tracer_qk.attribution.qk import Scores
+    from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+    from circuit_tracer_qk.attribution.residual.model import ResidualModel
 
 log = logging.getLogger(__name__)
 
@@ -406,7 +406,7 @@ def _augment(args: argparse.Namespace) -> None:
     if args.server:
         _check_server(args)
 
-    from circuit_tracer_qk.record import beside
+    from circuit_tracer_qk.attribution.residual.store import beside
 
     graph: Any
     if beside(path).is_file():  # a residual graph brings all that it needs
@@ -666,7 +666,7 @@ def _run(args: argparse.Namespace, layer: int) -> tuple[Scores, list[str]]:
     """QK attributions of a prompt, without its graph, and its tokens."""
     prompt, model = _prompt_and_model(args, [layer])
 
-    from circuit_tracer_qk.attribution import explain
+    from circuit_tracer_qk.attribution.residual.attribution import explain
     from circuit_tracer_qk.host import graph as host
 
     with hushed():
@@ -716,7 +716,7 @@ def _serve(
     live, page = None, ""
     if slug is not None and graph is not None:
         from circuit_tracer_qk import demo
-        from circuit_tracer_qk.graph import ResidualGraph
+        from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
         from circuit_tracer_qk.host import graph as host
         from circuit_tracer_qk.live import LiveGraphs
 

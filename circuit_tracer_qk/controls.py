@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import comb, log, prod
 from random import Random
 
-from circuit_tracer_qk.components import Decomposition
+from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
 from circuit_tracer_qk.edits import Head, QKEdit
 from circuit_tracer_qk.plans import Changed, HeadSide, Plan, active_at

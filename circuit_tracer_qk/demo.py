@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from circuit_tracer_qk.graph import Edge, ResidualGraph
+from circuit_tracer_qk.attribution.residual.graph import Edge, ResidualGraph
 
 CANDIDATES = 64  # the strongest edges among which the page's first one is looked for
 

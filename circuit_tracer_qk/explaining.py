@@ -13,8 +13,13 @@ from typing import Any
 import torch
 
 from circuit_tracer_qk import export
+from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.transcoder.graph import (
+    TranscoderGraph,
+    check_model,
+    explain_graph,
+)
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.host.patching import (
     FUNCTIONS,
     graph_files_arguments,
@@ -24,7 +29,6 @@ from circuit_tracer_qk.host.patching import (
 )
 from circuit_tracer_qk.model.huggingface import first_line
 from circuit_tracer_qk.model.load import load_transformer
-from circuit_tracer_qk.transcoder_graph import TranscoderGraph, check_model, explain_graph
 
 
 @dataclass

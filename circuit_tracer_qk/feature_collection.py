@@ -19,10 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_atomically
 from circuit_tracer_qk.model.run import alone, contraction_dtype
-from circuit_tracer_qk.residual_model import ResidualModel
 
 BEFORE, AFTER = 10, 4
 WINDOW = BEFORE + 1 + AFTER

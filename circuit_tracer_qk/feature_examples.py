@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, write_atomically
@@ -33,7 +34,6 @@ from circuit_tracer_qk.dictionaries.dictionary import (
 from circuit_tracer_qk.feature_collection import AFTER, BEFORE, Corpus, Peaks, collect
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import contraction_dtype
-from circuit_tracer_qk.residual_model import ResidualModel
 
 SAVED_EVERY = 30.0  # seconds between two writings of the work so far
 LOGITS = 10

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from circuit_tracer_qk.base.errors import UserError
 
 if TYPE_CHECKING:
-    from circuit_tracer_qk.residual_model import ResidualModel
+    from circuit_tracer_qk.attribution.residual.model import ResidualModel
 
 DESCRIPTION = (
     "Describe the features of a set of dictionaries by where they fire in a corpus: features.zip "

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.edits import Edit, Head, HeadEdit, HeadLike, QKEdit, parse_head
-from circuit_tracer_qk.residual_model import ResidualModel
 from circuit_tracer_qk.steered_runs import Norms
 from circuit_tracer_qk.steering import Session
 

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from circuit_tracer_qk.attribution.residual.batches import Batch
+from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
-from circuit_tracer_qk.batches import Batch
 from circuit_tracer_qk.dictionaries.dictionary import indexed_feature
 from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
-from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.steer_requests import SteerRequest
 from circuit_tracer_qk.tables import Names, written_rows, written_tables
 
 if TYPE_CHECKING:
+    from circuit_tracer_qk.attribution.residual.model import ResidualModel
     from circuit_tracer_qk.edits import Edit
-    from circuit_tracer_qk.residual_model import ResidualModel
     from circuit_tracer_qk.steered_runs import SteeredRun
     from circuit_tracer_qk.steering import Session
 

@@ -120,17 +120,17 @@ class ResidualMaker(Maker):
         super().__init__(args, marks)
         import torch
 
-        from circuit_tracer_qk.attribution import check_graph_set
-        from circuit_tracer_qk.residual_model import load_model
+        from circuit_tracer_qk.attribution.residual.attribution import check_graph_set
+        from circuit_tracer_qk.attribution.residual.model import load_model
 
         dtype = getattr(torch, DTYPES.get(args.dtype) or args.dtype)
         self.model = load_model(args.model, args.dictionaries, dtype=dtype)
         check_graph_set(self.model.dictionaries, self.model.cfg.n_layers)
 
     def make(self, request: Request, args: Namespace) -> Made:
-        from circuit_tracer_qk.attribution import attribute
+        from circuit_tracer_qk.attribution.residual.attribution import attribute
+        from circuit_tracer_qk.attribution.residual.store import beside
         from circuit_tracer_qk.export import write_graph_files
-        from circuit_tracer_qk.record import beside
 
         graph = attribute(
             request.prompt,
@@ -248,7 +248,7 @@ class TranscoderMaker(Maker):
     def _check(self, name: str) -> None:
         """Refuse a model that no prompt can be explained with."""
         if name == "from_pretrained_and_transcoders" and self.args.qk and self.marks.pages:
-            from circuit_tracer_qk.transcoder_graph import check_model
+            from circuit_tracer_qk.attribution.transcoder.graph import check_model
 
             check_model(self._loaded[name])
 

@@ -20,13 +20,14 @@ from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
-from circuit_tracer_qk import attribution, export, server
-from circuit_tracer_qk.graph import ExplainedGraph
+from circuit_tracer_qk import export, server
+from circuit_tracer_qk.attribution.residual import attribution
+from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
+from circuit_tracer_qk.attribution.residual.store import beside
+from circuit_tracer_qk.attribution.transcoder.graph import check_model, explain_graph
 from circuit_tracer_qk.host.patching import graph_files_arguments, replace, with_option
 from circuit_tracer_qk.live import LiveGraphs
-from circuit_tracer_qk.record import beside
-from circuit_tracer_qk.residual_model import ResidualModel, load_model
-from circuit_tracer_qk.transcoder_graph import check_model, explain_graph
 
 _lock = Lock()
 _put_back: Callable[[], None] | None = None

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from circuit_tracer_qk.components import Component
+from circuit_tracer_qk.attribution.qk import QKRow, QKTable
+from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
+from circuit_tracer_qk.attribution.residual.decompose import Component
+from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.demo import (
     StrongEdge,
     predictions,
     source_position,
     strongest_edges,
 )
-from circuit_tracer_qk.graph import ResidualGraph
-from circuit_tracer_qk.head_choice import Carrier, carriers
 from circuit_tracer_qk.host.graph import edge_influence, graph_scores
-from circuit_tracer_qk.qk import QKRow, QKTable
 
 WIDTH = 100
 LOOKED = 0.1

@@ -6,6 +6,8 @@ from collections import defaultdict
 
 import torch
 
+from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.residual.graph import EdgeParts, ResidualGraph
 from circuit_tracer_qk.base.json_text import (
     Encoded,
     not_finite,
@@ -14,9 +16,7 @@ from circuit_tracer_qk.base.json_text import (
     to_bytes,
     to_text,
 )
-from circuit_tracer_qk.graph import EdgeParts, ResidualGraph
 from circuit_tracer_qk.pruned import Kept, Links
-from circuit_tracer_qk.qk import Place
 
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads

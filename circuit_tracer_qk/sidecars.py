@@ -18,9 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attributions import Attributions
 from circuit_tracer_qk.base.json_text import Encoded, encode
-from circuit_tracer_qk.qk import Place
 
 FILE_BYTES = 40_000_000
 """How long a graph's file may become by its tables."""

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.components import Decomposition
 from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
 from circuit_tracer_qk.edits import Head
 from circuit_tracer_qk.host import graph as host

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from circuit_tracer_qk.attribution.qk import QKRow
+from circuit_tracer_qk.attribution.residual.batches import Batch, RowPlace
+from circuit_tracer_qk.attribution.residual.decompose import KINDS, Component
 from circuit_tracer_qk.base.json_text import (
     not_finite,
     numbers,
@@ -25,10 +28,7 @@ from circuit_tracer_qk.base.json_text import (
     to_text,
 )
 from circuit_tracer_qk.base.topk import largest
-from circuit_tracer_qk.batches import Batch, RowPlace
-from circuit_tracer_qk.components import KINDS, Component
 from circuit_tracer_qk.dictionaries.dictionary import feature_index
-from circuit_tracer_qk.qk import QKRow
 
 KIND = {kind: i for i, kind in enumerate(KINDS)}
 MARGINALS_LISTED = 20  # a table's largest marginals on either side, all of whose terms are written

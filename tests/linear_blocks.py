@@ -13,11 +13,11 @@ from architectures import prompt_ids, save_tiny
 from reference import Norm, Reference, Run
 from torch import Tensor
 
-from circuit_tracer_qk.carry import Carrier
+from circuit_tracer_qk.attribution.transcoder.hookpoints import READS, WRITES, read_ports
+from circuit_tracer_qk.attribution.transcoder.propagate import Carrier
 from circuit_tracer_qk.model.heads import Heads, read_blocks
 from circuit_tracer_qk.model.load import load_transformer
 from circuit_tracer_qk.model.run import FrozenRun, freeze
-from circuit_tracer_qk.ports import READS, WRITES, read_ports
 
 N = 9
 

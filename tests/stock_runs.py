@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from circuit_tracer_qk.residual_model import MINIATURE
+from circuit_tracer_qk.attribution.residual.model import MINIATURE
 
 MODEL = "Qwen/Qwen3-0.6B"
 SETS = {"plt": "tiny/transcoders", "clt": "tiny/clt"}

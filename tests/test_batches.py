@@ -10,8 +10,8 @@ from architectures import prompt_ids, save_tiny
 from random_dictionaries import write_sae, write_wcc
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import batches as made
-from circuit_tracer_qk.qk import Place
+from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.residual import batches as made
 from circuit_tracer_qk.tables import largest_terms
 
 N_POS = 9

@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens.components.layer_norm import LayerNorm
 
 from circuit_tracer_qk import UserError
-from circuit_tracer_qk.ports import READS, WRITES, read_ports
+from circuit_tracer_qk.attribution.transcoder.hookpoints import READS, WRITES, read_ports
 
 
 @pytest.fixture(scope="module")

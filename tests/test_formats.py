@@ -544,8 +544,8 @@ def test_the_three_layouts_of_stories260K_give_one_graph(shared: Path, of: str) 
 
 def test_a_dictionary_that_does_not_fit_is_named_with_its_likely_cause(tmp_path: Path) -> None:
     """The miniature's SAEs with two layers swapped: the warning says where each would fit."""
-    from circuit_tracer_qk.attribution import read
-    from circuit_tracer_qk.reconstruction import ReconstructionWarning, explained
+    from circuit_tracer_qk.attribution.residual.attribution import read
+    from circuit_tracer_qk.attribution.residual.fvu import ReconstructionWarning, explained
 
     prompt = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
     model = ctqk.load_model()
@@ -567,8 +567,8 @@ def test_a_dictionary_that_does_not_fit_is_named_with_its_likely_cause(tmp_path:
 
 def test_a_missing_normalisation_is_named(tmp_path: Path) -> None:
     """An SAE trained on normalised inputs whose configuration does not say so."""
-    from circuit_tracer_qk.attribution import read
-    from circuit_tracer_qk.reconstruction import ReconstructionWarning
+    from circuit_tracer_qk.attribution.residual.attribution import read
+    from circuit_tracer_qk.attribution.residual.fvu import ReconstructionWarning
 
     prompt = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
     model = ctqk.load_model()

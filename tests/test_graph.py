@@ -19,7 +19,7 @@ from cases import Case, build
 from random_dictionaries import POST, PRE, write_sae, write_wcc
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.qk import QK, Place
+from circuit_tracer_qk.attribution.qk import QK, Place
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_sharing_decoder_vectors_changes_nothing(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Features that recur are projected and go back through the MLP once, or each time."""
-    from circuit_tracer_qk import edges
+    from circuit_tracer_qk.attribution.residual import edges
 
     monkeypatch.setattr(edges, "SHARED_BYTES", 0)
     graph = ctqk.attribute(case.ids, case.model, max_n_logits=3)
@@ -345,7 +345,7 @@ def test_the_strongest_head_loadings_are_those_of_all(name: str, kind: str, tmp_
 
 def test_both_ways_of_weighing_give_the_same_edges(tmp_path: Path) -> None:
     """Targets weighted and added up over a group's heads (CPU), or sources weighted (GPU)."""
-    from circuit_tracer_qk import edges
+    from circuit_tracer_qk.attribution.residual import edges
 
     case = build("mistral", tmp_path, "wcc", torch.float64)  # groups, and a window
     record = case.graph.record
@@ -363,7 +363,7 @@ def test_both_ways_of_weighing_give_the_same_edges(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of memory")
 def test_an_adjacency_takes_the_memory_of_what_is_written() -> None:
-    from circuit_tracer_qk.influence import _zeros
+    from circuit_tracer_qk.attribution.residual.influence import _zeros
 
     n, process = 20_000, psutil.Process()
     before = process.memory_info().rss

@@ -17,7 +17,7 @@ from conftest import record_error
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import qk
+from circuit_tracer_qk.attribution import qk
 
 ALL = list(ARCHITECTURES)
 F64, F32 = 1e-10, 1e-5
@@ -303,7 +303,7 @@ def test_logit_edges_use_the_demeaned_column_through_the_frozen_norm(case: Case)
 
 def test_influence_is_circuit_tracers(case: Case) -> None:
     """One sweep equals the iterated influence of the full adjacency, and picks the same nodes."""
-    from circuit_tracer_qk.influence import Sweep
+    from circuit_tracer_qk.attribution.residual.influence import Sweep
 
     g, record = case.graph, case.graph.record
     A = g.adjacency_matrix.double()

@@ -13,8 +13,8 @@ import torch
 from circuit_tracer.frontend.feature_models import Model as FeatureFile
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.attribution.residual.model import MINIATURE
 from circuit_tracer_qk.dictionaries.dictionary import feature_index
-from circuit_tracer_qk.residual_model import MINIATURE
 
 FOLDER = MINIATURE.parent
 METRICS = json.loads((FOLDER / "metrics.json").read_text())

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import attributions, influence, qk
+from circuit_tracer_qk import attributions
+from circuit_tracer_qk.attribution import qk
+from circuit_tracer_qk.attribution.residual import influence
+from circuit_tracer_qk.attribution.residual.batches import Batch
+from circuit_tracer_qk.attribution.residual.edges import Run, Targets
 from circuit_tracer_qk.base.precision import exactly
-from circuit_tracer_qk.batches import Batch
-from circuit_tracer_qk.edges import Run, Targets
 from circuit_tracer_qk.tables import Names, Table
 
 SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"

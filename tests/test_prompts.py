@@ -23,7 +23,8 @@ from conftest import Result
 from tiny_transcoders import make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, engines, listing, many, residual_model
+from circuit_tracer_qk import cli, engines, listing, many
+from circuit_tracer_qk.attribution.residual import model as residual_model
 from circuit_tracer_qk.finished import FOLDER
 from circuit_tracer_qk.prompts_file import Request, read_prompts
 from circuit_tracer_qk.saving import Saver

@@ -13,11 +13,11 @@ import torch
 from cases import build
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import influence
-from circuit_tracer_qk.attribution import read
+from circuit_tracer_qk.attribution.residual import influence
+from circuit_tracer_qk.attribution.residual.attribution import read
+from circuit_tracer_qk.attribution.residual.edges import runs_of
+from circuit_tracer_qk.attribution.residual.influence import Sweep
 from circuit_tracer_qk.base.threads import Crew, Scratch
-from circuit_tracer_qk.edges import runs_of
-from circuit_tracer_qk.influence import Sweep
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ from architectures import ARCHITECTURES
 from linear_blocks import KINDS, Case, Cases, N, linear_block
 from torch import Tensor
 
-from circuit_tracer_qk import splits
-from circuit_tracer_qk.ports import READS
-from circuit_tracer_qk.splits import Listing, Reads, Writes, split_edges
+from circuit_tracer_qk.attribution.transcoder import cuts as splits
+from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Reads, Writes, split_edges
+from circuit_tracer_qk.attribution.transcoder.hookpoints import READS
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from architectures import ARCHITECTURES, prompt_ids, save_tiny
 from random_transcoders import KINDS, columns_of, replacement_model
 
 from circuit_tracer_qk import UserError
-from circuit_tracer_qk.transcoders import read_transcoder_graph
+from circuit_tracer_qk.attribution.transcoder.nodes import read_transcoder_graph
 
 PLACES = {
     "mlp.hook_in": ("mlp.hook_in", "mlp.hook_out"),

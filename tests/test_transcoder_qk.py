@@ -17,10 +17,10 @@ from test_transcoder_graph import HOST_RUNS, PLACES
 from torch import Tensor
 
 from circuit_tracer_qk import UserError
+from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.transcoder.nodes import TranscoderRun, read_transcoder_graph
+from circuit_tracer_qk.attribution.transcoder.qk import UNSELECTED, TranscoderQK
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.qk import Place
-from circuit_tracer_qk.transcoder_qk import UNSELECTED, TranscoderQK
-from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph
 
 N = 9
 

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.attribution import read
-from circuit_tracer_qk.influence import Sweep
-from circuit_tracer_qk.qk import QK, Place
+from circuit_tracer_qk.attribution.qk import QK, Place
+from circuit_tracer_qk.attribution.residual.attribution import read
+from circuit_tracer_qk.attribution.residual.influence import Sweep
 
 PACKAGE = str(Path(ctqk.__file__).parent)
 WAITING = (

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from circuit_tracer_qk.attribution.residual.model import MINIATURE
 from circuit_tracer_qk.model.load import load_transformer
-from circuit_tracer_qk.residual_model import MINIATURE
 
 HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
 D_DICT, SHARE_ACTIVE, RIDGE = 192, 0.06, 1e-2

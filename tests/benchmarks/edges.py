@@ -22,9 +22,9 @@ from shapes import GPT2, random_decomposition, random_model
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from circuit_tracer_qk.components import Decomposition
-from circuit_tracer_qk.edges import recurs
-from circuit_tracer_qk.influence import Sweep
+from circuit_tracer_qk.attribution.residual.decompose import Decomposition
+from circuit_tracer_qk.attribution.residual.edges import recurs
+from circuit_tracer_qk.attribution.residual.influence import Sweep
 
 LAYER = 1  # the block measured, of two
 BATCH_SIZES = (32, 64, 128, 256)  # of the reference's backward

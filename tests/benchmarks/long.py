@@ -24,10 +24,10 @@ from shapes import GPT2, VOCAB, random_dictionaries, random_model
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.influence import Sweep
+from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.residual.influence import Sweep
+from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.model.run import freeze
-from circuit_tracer_qk.qk import Place
-from circuit_tracer_qk.residual_model import ResidualModel
 
 LENGTHS = (128, 512, 2048)
 ACTIVE, D_DICT = 50, 4096

@@ -11,7 +11,7 @@ from measuring import Ceilings, Row, ratios, timed
 from shapes import random_decomposition, random_model
 from torch import Tensor
 
-from circuit_tracer_qk.qk import QK, Place, TopTerms
+from circuit_tracer_qk.attribution.qk import QK, Place, TopTerms
 
 LAYER, HEADS = 1, 4
 TOP = 50

@@ -33,8 +33,8 @@ from random_transcoders import Tokenizer, random_transcoders
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.attribution.transcoder.cuts import Listing
 from circuit_tracer_qk.pruned import prune
-from circuit_tracer_qk.splits import Listing
 
 N_LAYERS, D_MODEL, N_POS, VOCAB, D_DICT = 6, 512, 64, 1000, 512
 KEPT = 2000

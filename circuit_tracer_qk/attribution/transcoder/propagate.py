@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.transcoder.hookpoints import Port
 from circuit_tracer_qk.model.heads import Heads
-from circuit_tracer_qk.ports import Port
 
 
 class Carried(NamedTuple):

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.components import Component
-from circuit_tracer_qk.graph import ExplainedGraph, ResidualGraph
-from circuit_tracer_qk.qk import QK, WIDE_TERMS, Place, QKRow, QKTable
+from circuit_tracer_qk.attribution.qk import QK, WIDE_TERMS, Place, QKRow, QKTable
+from circuit_tracer_qk.attribution.residual.decompose import Component
+from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph, ResidualGraph
 
 RowPlace = tuple[int, int, int]
 """(layer, head, query) of an attention row."""

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.residual.decompose import ActiveFeatures, Decomposition
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.components import ActiveFeatures, Decomposition
 from circuit_tracer_qk.model.heads import AttentionBlock, Heads, Norm
 from circuit_tracer_qk.model.run import FrozenRun
 

@@ -17,16 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.qk import QK, QKRow, QKTable, Scores, TopTerms, check_count
+from circuit_tracer_qk.attribution.residual.decompose import EMBEDDING, ERROR, FEATURE, Checkpoint
+from circuit_tracer_qk.attribution.residual.edges import (
+    BlockEdges,
+    Parts,
+    Targets,
+    edge_parts,
+    runs_of,
+)
+from circuit_tracer_qk.attribution.residual.store import Record, beside, load_record, record_bytes
+from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_together
 from circuit_tracer_qk.base.precision import exactly
-from circuit_tracer_qk.candidates import strongest
-from circuit_tracer_qk.components import EMBEDDING, ERROR, FEATURE, Checkpoint
-from circuit_tracer_qk.edges import BlockEdges, Parts, Targets, edge_parts, runs_of
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import FrozenRun
-from circuit_tracer_qk.qk import QK, QKRow, QKTable, Scores, TopTerms, check_count
-from circuit_tracer_qk.record import Record, beside, load_record, record_bytes
 
 
 class HeadLoadings(NamedTuple):

@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.qk import QK
+from circuit_tracer_qk.attribution.residual.decompose import Decomposition, decompose
+from circuit_tracer_qk.attribution.residual.fvu import check
+from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
+from circuit_tracer_qk.attribution.residual.influence import Sweep
+from circuit_tracer_qk.attribution.residual.model import ResidualModel
+from circuit_tracer_qk.attribution.residual.store import Record
+from circuit_tracer_qk.attribution.transcoder.graph import (
+    TranscoderGraph,
+    check_model,
+    explain_graph,
+)
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
-from circuit_tracer_qk.components import Decomposition, decompose
 from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE, DictionarySet
-from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.influence import Sweep
 from circuit_tracer_qk.model.heads import Heads, logit_directions, read_blocks
 from circuit_tracer_qk.model.run import freeze
-from circuit_tracer_qk.qk import QK
-from circuit_tracer_qk.reconstruction import check
-from circuit_tracer_qk.record import Record
-from circuit_tracer_qk.residual_model import ResidualModel
-from circuit_tracer_qk.transcoder_graph import TranscoderGraph, check_model, explain_graph
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

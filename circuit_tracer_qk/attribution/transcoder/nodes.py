@@ -15,13 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.transcoder.cuts import (
+    Listing,
+    Reads,
+    Splits,
+    Writes,
+    split_edges,
+)
+from circuit_tracer_qk.attribution.transcoder.hookpoints import read_ports
+from circuit_tracer_qk.attribution.transcoder.propagate import Carrier
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.carry import Carrier
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads, logit_directions, read_blocks
 from circuit_tracer_qk.model.run import FrozenRun, freeze
-from circuit_tracer_qk.ports import read_ports
-from circuit_tracer_qk.splits import Listing, Reads, Splits, Writes, split_edges
 
 
 class Source(NamedTuple):

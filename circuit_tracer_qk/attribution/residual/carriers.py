@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.edits import Head
-from circuit_tracer_qk.graph import ResidualGraph
 from circuit_tracer_qk.host import graph as host
 
 

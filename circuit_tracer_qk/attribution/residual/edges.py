@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.residual.decompose import FEATURE, Decomposition
 from circuit_tracer_qk.base.threads import Scratch
-from circuit_tracer_qk.components import FEATURE, Decomposition
 from circuit_tracer_qk.model.heads import AttentionBlock, Heads, MLPBlock
 
 TILE_BYTES = 1 << 21  # weighted by attention at once: what a processor's cache holds

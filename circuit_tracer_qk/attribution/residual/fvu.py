@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.components import Decomposition
+from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet, Units, like
 
 log = logging.getLogger(__name__)

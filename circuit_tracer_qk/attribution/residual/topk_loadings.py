@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.edges import BlockEdges, Run, Targets, at_write
+from circuit_tracer_qk.attribution.residual.edges import BlockEdges, Run, Targets, at_write
 
 SLACK = 1 + 1e-5  # bounds are rounded too
 TINY = 1e-30  # no loading is this small but 0

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_tracer_qk.base.threads import Crew
-from circuit_tracer_qk.components import (
+from circuit_tracer_qk.attribution.residual.decompose import (
     BIAS,
     EMBEDDING,
     ERROR,
@@ -30,7 +29,8 @@ from circuit_tracer_qk.components import (
     Decomposition,
     Group,
 )
-from circuit_tracer_qk.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
+from circuit_tracer_qk.attribution.residual.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
+from circuit_tracer_qk.base.threads import Crew
 from circuit_tracer_qk.model.heads import Heads, read_mlp
 
 if TYPE_CHECKING:

@@ -23,10 +23,16 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
+from circuit_tracer_qk.attribution.residual.decompose import (
+    BIAS,
+    FEATURE,
+    KINDS,
+    Component,
+    Decomposition,
+)
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.base.topk import largest
-from circuit_tracer_qk.components import BIAS, FEATURE, KINDS, Component, Decomposition
 from circuit_tracer_qk.model.heads import Heads
 
 WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype

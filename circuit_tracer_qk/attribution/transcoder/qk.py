@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.components import Component
-from circuit_tracer_qk.qk import Label, Place, QKTable, Scores
-from circuit_tracer_qk.splits import Writes, stream_bytes
-from circuit_tracer_qk.transcoders import TranscoderRun
+from circuit_tracer_qk.attribution.qk import Label, Place, QKTable, Scores
+from circuit_tracer_qk.attribution.residual.decompose import Component
+from circuit_tracer_qk.attribution.transcoder.cuts import Writes, stream_bytes
+from circuit_tracer_qk.attribution.transcoder.nodes import TranscoderRun
 
 UNSELECTED = "unselected features"
 WIDE_ROWS = 256  # so few images may cancel in a score: they are projected in float64

@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Splits
+from circuit_tracer_qk.attribution.transcoder.nodes import (
+    TranscoderRun,
+    read_transcoder_graph,
+    refuse_shared_rotary,
+)
+from circuit_tracer_qk.attribution.transcoder.qk import TranscoderQK
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
-from circuit_tracer_qk.graph import ExplainedGraph
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import check_patterns, refuse_attention
-from circuit_tracer_qk.splits import Listing, Splits
-from circuit_tracer_qk.transcoder_qk import TranscoderQK
-from circuit_tracer_qk.transcoders import TranscoderRun, read_transcoder_graph, refuse_shared_rotary
 
 AGREES = 1e-3  # of the largest edge: what our sweeps may differ from the host's backward passes
 AGREES_HALF = 5e-2  # the same for a model in half precision, whose own passes round

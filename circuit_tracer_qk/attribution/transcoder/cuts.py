@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_tracer_qk.carry import Carried, Carrier
+from circuit_tracer_qk.attribution.transcoder.propagate import Carried, Carrier
 
 
 class Writes(NamedTuple):

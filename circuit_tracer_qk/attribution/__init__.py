@@ -1,0 +1,1 @@
+"""What every kind of graph shares: components, scores, QK tables."""

@@ -1,0 +1,1 @@
+"""The residual graph: features of residual-stream dictionaries, one block an edge."""

@@ -1,0 +1,1 @@
+"""circuit-tracer's own graphs, explained: transcoders and cross-layer transcoders."""
