@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.base.errors import UserError
     from circuit_tracer_qk.base.precision import tf32
     from circuit_tracer_qk.dictionaries.load import load_dictionaries
-    from circuit_tracer_qk.edits import HeadEdit, QKEdit, swap
     from circuit_tracer_qk.export import create_graph_files
-    from circuit_tracer_qk.heads_needed import head_curve
     from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.plugin import disable, enable
     from circuit_tracer_qk.server import serve
-    from circuit_tracer_qk.steered_runs import SteeredRun
-    from circuit_tracer_qk.steering import generate, steer, sweep
+    from circuit_tracer_qk.steering.edits import HeadEdit, QKEdit, swap
+    from circuit_tracer_qk.steering.head_curve import head_curve
+    from circuit_tracer_qk.steering.results import SteeredRun
+    from circuit_tracer_qk.steering.steer import generate, steer, sweep
 
 _HOMES = {
     "attribute": "attribution.residual.attribution",
@@ -41,10 +41,10 @@ _HOMES = {
     "disable": "plugin",
     "carriers": "attribution.residual.carriers",
     "select_heads": "attribution.residual.carriers",
-    "head_curve": "heads_needed",
-    "HeadEdit": "edits",
-    "QKEdit": "edits",
-    "swap": "edits",
+    "head_curve": "steering.head_curve",
+    "HeadEdit": "steering.edits",
+    "QKEdit": "steering.edits",
+    "swap": "steering.edits",
     "UserError": "base.errors",
     "create_graph_files": "export",
     "Edge": "attribution.residual.graph",
@@ -56,10 +56,10 @@ _HOMES = {
     "load_model": "attribution.residual.model",
     "load_graph": "attribution.residual.graph",
     "serve": "server",
-    "SteeredRun": "steered_runs",
-    "generate": "steering",
-    "steer": "steering",
-    "sweep": "steering",
+    "SteeredRun": "steering.results",
+    "generate": "steering.steer",
+    "steer": "steering.steer",
+    "sweep": "steering.steer",
     "tf32": "base.precision",
 }
 

@@ -19,9 +19,9 @@ from circuit_tracer_qk.tables import Names, written_rows, written_tables
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution.residual.model import ResidualModel
-    from circuit_tracer_qk.edits import Edit
-    from circuit_tracer_qk.steered_runs import SteeredRun
-    from circuit_tracer_qk.steering import Session
+    from circuit_tracer_qk.steering.edits import Edit
+    from circuit_tracer_qk.steering.results import SteeredRun
+    from circuit_tracer_qk.steering.steer import Session
 
 LEADING = 3
 """Of the clean and of the steered predictions, how many tokens are compared."""
@@ -92,7 +92,7 @@ class LiveGraphs:
         """The graph's prompt with an edit, its clean run and matched controls.
 
         Returns:
-            JSON, :func:`~circuit_tracer_qk.steering_documents.run_document` of the leading tokens,
+            JSON, :func:`~circuit_tracer_qk.steering.to_json.run_document` of the leading tokens,
             clean ones first; its attention rows have ``scores_before`` and ``scores_after`` too.
 
         Raises:
@@ -134,7 +134,7 @@ class LiveGraphs:
 
     def _session(self, slug: str) -> Session:
         """The prompt as its model reads it, once."""
-        from circuit_tracer_qk.steering import Session
+        from circuit_tracer_qk.steering.steer import Session
 
         if slug not in self._sessions:
             self._sessions[slug] = Session(self._models[slug], self._graphs[slug].input_tokens)
@@ -172,7 +172,7 @@ def _check_model(slug: str, graph: ExplainedGraph | None, model: ResidualModel) 
 
 
 def _edit(request: SteerRequest) -> Edit:
-    from circuit_tracer_qk.edits import HeadEdit, QKEdit
+    from circuit_tracer_qk.steering.edits import HeadEdit, QKEdit
 
     if request.side is None or request.checkpoint is None:
         factor = 1.0 if request.factor is None else request.factor
@@ -189,8 +189,8 @@ def _edit(request: SteerRequest) -> Edit:
 
 
 def _document(run: SteeredRun, query: int) -> dict[str, Any]:
-    from circuit_tracer_qk.edits import parse_head
-    from circuit_tracer_qk.steering_documents import run_document
+    from circuit_tracer_qk.steering.edits import parse_head
+    from circuit_tracer_qk.steering.to_json import run_document
 
     leading = [i for r in (run.clean, run) for _, i, _ in r.top(LEADING)]
     document = run_document(run, list(dict.fromkeys(leading)), [query])

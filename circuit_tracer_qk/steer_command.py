@@ -13,8 +13,8 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_together
 
 if TYPE_CHECKING:
-    from circuit_tracer_qk.edit_text import HeadChoice
-    from circuit_tracer_qk.steered_runs import Generation, SteeredRun, Swept
+    from circuit_tracer_qk.steering.parse import HeadChoice
+    from circuit_tracer_qk.steering.results import Generation, SteeredRun, Swept
 
 DESCRIPTION = (
     "Scale, remove or inject features inside the QK circuit of chosen heads (or scale the heads' "
@@ -76,7 +76,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: no edit, a number out of range, or a file that is none.
     """
-    from circuit_tracer_qk.edit_text import EXAMPLE, parse_edit, read_edits
+    from circuit_tracer_qk.steering.parse import EXAMPLE, parse_edit, read_edits
 
     if not args.edit and args.edits is None:
         raise UserError(f'--edit is missing: give one such as --edit "{EXAMPLE}".')
@@ -121,10 +121,10 @@ def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
     Raises:
         UserError: an edit, token or position that does not exist.
     """
-    from circuit_tracer_qk.edit_text import parse_edit, read_edits
     from circuit_tracer_qk.host import graph as host
-    from circuit_tracer_qk.steered_runs import Swept
-    from circuit_tracer_qk.steering import Session, at_factor
+    from circuit_tracer_qk.steering.parse import parse_edit, read_edits
+    from circuit_tracer_qk.steering.results import Swept
+    from circuit_tracer_qk.steering.steer import Session, at_factor
 
     session = Session(model, prompt)
     choose = _chooser(prompt, model)
@@ -182,7 +182,7 @@ def _chooser(prompt: Any, model: Any) -> Callable[[HeadChoice], list[tuple[int, 
 def _document(
     run: SteeredRun, swept: Swept, continued: Generation | None, tokens: list[int]
 ) -> dict[str, Any]:
-    from circuit_tracer_qk.steering_documents import run_document
+    from circuit_tracer_qk.steering.to_json import run_document
 
     leading = [r.top(1)[0][1] for r in (run.clean, run, *swept.runs)]
     asked = tokens or list(dict.fromkeys(leading))  # the same tokens at every factor

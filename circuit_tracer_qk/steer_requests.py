@@ -1,7 +1,7 @@
 """What the page asks to have steered, read from the query of its address.
 
 Plain values, so that the server needs no torch to read them; what they mean for a model, and
-whether it has them, is :mod:`circuit_tracer_qk.steering`'s to say.
+whether it has them, is :mod:`circuit_tracer_qk.steering.steer`'s to say.
 """
 
 from __future__ import annotations

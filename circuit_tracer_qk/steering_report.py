@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 
-from circuit_tracer_qk.edits import QKEdit
-from circuit_tracer_qk.plans import Changed
 from circuit_tracer_qk.report import WIDTH, cut, cut_line, token_name, wrap
-from circuit_tracer_qk.steered_runs import Effect, Generation, Spread, SteeredRun, Swept
-from circuit_tracer_qk.steering_documents import head_name
+from circuit_tracer_qk.steering.edits import QKEdit
+from circuit_tracer_qk.steering.resolve import Changed
+from circuit_tracer_qk.steering.results import Effect, Generation, Spread, SteeredRun, Swept
+from circuit_tracer_qk.steering.to_json import head_name
 
 MOST_CHANGES = 12
 MOST_HEADS = 12

@@ -11,8 +11,8 @@ import torch
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import cli
-from circuit_tracer_qk.edit_text import HeadChoice, parse_edit, read_edit, read_edits
-from circuit_tracer_qk.steering_documents import run_document
+from circuit_tracer_qk.steering.parse import HeadChoice, parse_edit, read_edit, read_edits
+from circuit_tracer_qk.steering.to_json import run_document
 
 SALLY = cli.SALLY
 QUERY, KEY = 14, 6

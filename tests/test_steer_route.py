@@ -20,11 +20,11 @@ from test_server import Reply, ask
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError, cli, live, server
 from circuit_tracer_qk.answers import Refusal
-from circuit_tracer_qk.edits import parse_head
 from circuit_tracer_qk.live import LiveGraphs
 from circuit_tracer_qk.steer_requests import SteerRequest, read_request
-from circuit_tracer_qk.steering import Session
-from circuit_tracer_qk.steering_documents import run_document
+from circuit_tracer_qk.steering.edits import parse_head
+from circuit_tracer_qk.steering.steer import Session
+from circuit_tracer_qk.steering.to_json import run_document
 
 FEATURE, POSITION = 61, 6  # of checkpoint 1, at " Sally"
 EDIT = f"heads=L1H2&side=key&checkpoint=1&features={FEATURE}&positions={POSITION}&factor=0"
@@ -113,7 +113,7 @@ def test_one_session_and_each_answer_once(site, model, graph, monkeypatch):
             runs.append(threading.get_ident())
             return super().steer(*args, **options)
 
-    monkeypatch.setattr("circuit_tracer_qk.steering.Session", Counted)
+    monkeypatch.setattr("circuit_tracer_qk.steering.steer.Session", Counted)
     monkeypatch.setattr(live, "KEPT_ANSWERS", 2)
     graphs = LiveGraphs({"sally": graph}, {"sally": model})
     requests = [read_request(f"{EDIT}&controls=0&seed={seed}") for seed in (0, 1)] * 4

@@ -14,9 +14,9 @@ from steered_reference import SteeredReference, steered
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.controls import matched
-from circuit_tracer_qk.plans import Changed
-from circuit_tracer_qk.steering import Session
+from circuit_tracer_qk.steering.controls import matched
+from circuit_tracer_qk.steering.resolve import Changed
+from circuit_tracer_qk.steering.steer import Session
 
 ALL = list(ARCHITECTURES)
 MODES = [(f, n) for f in ("none", "patterns") for n in ("frozen", "live")]

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "miniature"))
 import corpus  # noqa: E402
 
 import circuit_tracer_qk as ctqk  # noqa: E402
-from circuit_tracer_qk.plans import active_at  # noqa: E402
-from circuit_tracer_qk.steered_runs import SteeredRun  # noqa: E402
-from circuit_tracer_qk.steering import Session  # noqa: E402
+from circuit_tracer_qk.steering.resolve import active_at  # noqa: E402
+from circuit_tracer_qk.steering.results import SteeredRun  # noqa: E402
+from circuit_tracer_qk.steering.steer import Session  # noqa: E402
 
 plt.rcParams.update(
     {

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.edits import Head
 from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.steering.edits import Head
 
 
 class Carrier(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from circuit_tracer_qk.edits import Edit, Head, HeadEdit
-from circuit_tracer_qk.plans import Changed
-from circuit_tracer_qk.steered_runs import Spread, SteeredRun
+from circuit_tracer_qk.steering.edits import Edit, Head, HeadEdit
+from circuit_tracer_qk.steering.resolve import Changed
+from circuit_tracer_qk.steering.results import Spread, SteeredRun
 
 
 def head_name(head: Head) -> str:

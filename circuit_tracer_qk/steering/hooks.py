@@ -27,11 +27,11 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
-from circuit_tracer_qk.edits import Head
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.run import alone
-from circuit_tracer_qk.plans import HeadSide, Plan, changed_vectors
+from circuit_tracer_qk.steering.edits import Head
+from circuit_tracer_qk.steering.resolve import HeadSide, Plan, changed_vectors
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -107,7 +107,7 @@ class Steered:
         """One pass over the prompt.
 
         Args:
-            plan: of :func:`circuit_tracer_qk.plans.resolve`.
+            plan: of :func:`circuit_tracer_qk.steering.resolve.resolve`.
             watch: heads whose patterns and scores are wanted.
             start: the first block to compute; those before are the clean run's.
         """

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.edits import Edit, Head
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.plans import Changed
-from circuit_tracer_qk.steered import Pass
+from circuit_tracer_qk.steering.edits import Edit, Head
+from circuit_tracer_qk.steering.hooks import Pass
+from circuit_tracer_qk.steering.resolve import Changed
 
 Freeze = Literal["none", "patterns"]
 Norms = Literal["live", "frozen"]

@@ -14,8 +14,8 @@ from random import Random
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
-from circuit_tracer_qk.edits import Head, QKEdit
-from circuit_tracer_qk.plans import Changed, HeadSide, Plan, active_at
+from circuit_tracer_qk.steering.edits import Head, QKEdit
+from circuit_tracer_qk.steering.resolve import Changed, HeadSide, Plan, active_at
 
 # (side, checkpoint, feature, position): the same edit in every head that it is made in
 _Item = tuple[str, int, int, int]

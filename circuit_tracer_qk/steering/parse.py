@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.edits import Edit, Head, HeadEdit, QKEdit
+from circuit_tracer_qk.steering.edits import Edit, Head, HeadEdit, QKEdit
 
 KEYS = ("side", "heads", "checkpoint", "features", "positions", "factor", "inject")
 EXAMPLE = "side=key heads=L1H2,L1H7 checkpoint=1 features=61,177 positions=6 factor=0"

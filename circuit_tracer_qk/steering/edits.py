@@ -1,7 +1,7 @@
 """What to change: features in the queries or keys of chosen heads, or what heads write.
 
 Plain values, checked while they are made and normalised to tuples; what they come to on a prompt is
-:mod:`circuit_tracer_qk.plans`'s to say (paper, "Induction" and "Antonyms"; method, section 5).
+:mod:`circuit_tracer_qk.steering.resolve`'s to say (paper, "Induction" and "Antonyms"; method, section 5).
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.edits import Edit, Head, HeadEdit, HeadLike, QKEdit, parse_head
-from circuit_tracer_qk.steered_runs import Norms
-from circuit_tracer_qk.steering import Session
+from circuit_tracer_qk.steering.edits import Edit, Head, HeadEdit, HeadLike, QKEdit, parse_head
+from circuit_tracer_qk.steering.results import Norms
+from circuit_tracer_qk.steering.steer import Session
 
 
 class HeadCurve(NamedTuple):

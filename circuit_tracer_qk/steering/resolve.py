@@ -22,7 +22,7 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.residual.decompose import FEATURE, KINDS, Decomposition
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
-from circuit_tracer_qk.edits import ALL, Edit, Head, HeadEdit, QKEdit
+from circuit_tracer_qk.steering.edits import ALL, Edit, Head, HeadEdit, QKEdit
 
 
 class Changed(NamedTuple):

@@ -17,13 +17,13 @@ from circuit_tracer_qk.attribution.residual.attribution import read
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
-from circuit_tracer_qk.controls import matched
-from circuit_tracer_qk.edits import Edit, Head, HeadEdit, QKEdit
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads, read_blocks
-from circuit_tracer_qk.plans import Plan, resolve
-from circuit_tracer_qk.steered import Pass, Steered
-from circuit_tracer_qk.steered_runs import (
+from circuit_tracer_qk.steering.controls import matched
+from circuit_tracer_qk.steering.edits import Edit, Head, HeadEdit, QKEdit
+from circuit_tracer_qk.steering.hooks import Pass, Steered
+from circuit_tracer_qk.steering.resolve import Plan, resolve
+from circuit_tracer_qk.steering.results import (
     Continued,
     Freeze,
     Generation,
