@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.base.errors import UserError
     from circuit_tracer_qk.base.precision import tf32
     from circuit_tracer_qk.dictionaries.load import load_dictionaries
-    from circuit_tracer_qk.export import create_graph_files
+    from circuit_tracer_qk.graph_files.create import create_graph_files
     from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.plugin import disable, enable
     from circuit_tracer_qk.server import serve
@@ -46,7 +46,7 @@ _HOMES = {
     "QKEdit": "steering.edits",
     "swap": "steering.edits",
     "UserError": "base.errors",
-    "create_graph_files": "export",
+    "create_graph_files": "graph_files.create",
     "Edge": "attribution.residual.graph",
     "ResidualGraph": "attribution.residual.graph",
     "LiveGraphs": "live",

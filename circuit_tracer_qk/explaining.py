@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from circuit_tracer_qk import export
 from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.transcoder.graph import (
     TranscoderGraph,
@@ -20,6 +19,7 @@ from circuit_tracer_qk.attribution.transcoder.graph import (
     explain_graph,
 )
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host.patching import (
     FUNCTIONS,
     graph_files_arguments,

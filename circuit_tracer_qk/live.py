@@ -12,10 +12,14 @@ from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.dictionaries.dictionary import indexed_feature
-from circuit_tracer_qk.feature_files import folder_name, stored_examples, without_examples
+from circuit_tracer_qk.graph_files.feature_files import (
+    folder_name,
+    stored_examples,
+    without_examples,
+)
+from circuit_tracer_qk.graph_files.tables import Names, written_rows, written_tables
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.steer_requests import SteerRequest
-from circuit_tracer_qk.tables import Names, written_rows, written_tables
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution.residual.model import ResidualModel

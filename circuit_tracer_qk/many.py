@@ -130,7 +130,7 @@ class ResidualMaker(Maker):
     def make(self, request: Request, args: Namespace) -> Made:
         from circuit_tracer_qk.attribution.residual.attribution import attribute
         from circuit_tracer_qk.attribution.residual.store import beside
-        from circuit_tracer_qk.export import write_graph_files
+        from circuit_tracer_qk.graph_files.create import write_graph_files
 
         graph = attribute(
             request.prompt,
@@ -170,9 +170,9 @@ class TranscoderMaker(Maker):
 
     def make(self, request: Request, args: Namespace) -> Made:
         from circuit_tracer_qk.explaining import explaining
+        from circuit_tracer_qk.graph_files.sidecars import remove_others
         from circuit_tracer_qk.host.cli import flags_of
         from circuit_tracer_qk.host.patching import run_command
-        from circuit_tracer_qk.sidecars import remove_others
 
         pages, saved = self.marks.pages, self.marks.saved
         # written aside: the command lists its graph, and does not write its .pt in one step, in

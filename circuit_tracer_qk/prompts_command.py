@@ -17,7 +17,7 @@ from circuit_tracer_qk import engines, many
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names
 from circuit_tracer_qk.finished import work_of
-from circuit_tracer_qk.listing import add_to_listing, read_listing
+from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 from circuit_tracer_qk.many import Outcome, Plan
 from circuit_tracer_qk.prompts_file import OPTIONS, Request, read_prompts
 

@@ -12,7 +12,7 @@ from random_dictionaries import write_sae, write_wcc
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.residual import batches as made
-from circuit_tracer_qk.tables import largest_terms
+from circuit_tracer_qk.graph_files.tables import largest_terms
 
 N_POS = 9
 

@@ -23,10 +23,10 @@ from circuit_tracer.graph import prune_graph
 from random_dictionaries import PRE, write_sae, write_wcc
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import export
 from circuit_tracer_qk.attribution.residual.graph import Edge, HeadLoadings
 from circuit_tracer_qk.base import files
 from circuit_tracer_qk.dictionaries.dictionary import feature_index
+from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.model.heads import Heads
 
 SCHEMA = json.loads((Path(export.__file__).parent / "graph.schema.json").read_bytes())

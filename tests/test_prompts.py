@@ -23,9 +23,10 @@ from conftest import Result
 from tiny_transcoders import make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, engines, listing, many
+from circuit_tracer_qk import cli, engines, many
 from circuit_tracer_qk.attribution.residual import model as residual_model
 from circuit_tracer_qk.finished import FOLDER
+from circuit_tracer_qk.graph_files import index as listing
 from circuit_tracer_qk.prompts_file import Request, read_prompts
 from circuit_tracer_qk.saving import Saver
 from circuit_tracer_qk.server import next_free_port
@@ -619,7 +620,7 @@ def test_writers_of_one_list_lose_nothing(tmp_path: Path):
 def locked(tmp_path: Path) -> Iterator[Path]:
     """A folder whose list another process writes."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom circuit_tracer_qk import listing\n"
+        "import sys, time\nfrom pathlib import Path\nfrom circuit_tracer_qk.graph_files import index as listing\n"
         "with listing._locked(Path(sys.argv[1])):\n    print('locked', flush=True)\n    time.sleep(60)"
     )
     other = subprocess.Popen(

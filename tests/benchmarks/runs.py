@@ -19,8 +19,8 @@ from circuit_tracer_qk.attribution.residual.attribution import attribute, read
 from circuit_tracer_qk.attribution.residual.decompose import decompose
 from circuit_tracer_qk.attribution.residual.influence import Sweep
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
+from circuit_tracer_qk.graph_files.nodes import prune
 from circuit_tracer_qk.model.run import freeze
-from circuit_tracer_qk.pruned import prune
 
 D_DICT = 4096
 TABLES = 512  # as many as a graph file holds

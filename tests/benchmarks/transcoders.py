@@ -34,7 +34,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.transcoder.cuts import Listing
-from circuit_tracer_qk.pruned import prune
+from circuit_tracer_qk.graph_files.nodes import prune
 
 N_LAYERS, D_MODEL, N_POS, VOCAB, D_DICT = 6, 512, 64, 1000, 512
 KEPT = 2000

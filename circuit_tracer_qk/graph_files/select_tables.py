@@ -17,8 +17,14 @@ from circuit_tracer_qk.attribution.residual.batches import BATCH_TERMS, RowPlace
 from circuit_tracer_qk.attribution.residual.decompose import Component
 from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.base.json_text import rounded, rounded_all
-from circuit_tracer_qk.pruned import Links
-from circuit_tracer_qk.tables import Names, Table, largest_terms, written_rows, written_tables
+from circuit_tracer_qk.graph_files.nodes import Links
+from circuit_tracer_qk.graph_files.tables import (
+    Names,
+    Table,
+    largest_terms,
+    written_rows,
+    written_tables,
+)
 
 PROJECTED = 10  # entries of each of a node's lists for Neuronpedia
 

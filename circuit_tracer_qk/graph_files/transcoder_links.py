@@ -12,7 +12,7 @@ from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Pairs, Splits
 from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph
 from circuit_tracer_qk.base.json_text import Encoded, encode, rest, rounded_all
-from circuit_tracer_qk.pruned import Kept, Links
+from circuit_tracer_qk.graph_files.nodes import Kept, Links
 
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
 DELIVERED = 8  # heads listed as having delivered an edge, or more while the file stays small:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from circuit_tracer_qk.attribution.qk import Place
-from circuit_tracer_qk.attributions import Attributions
 from circuit_tracer_qk.base.json_text import Encoded, encode
+from circuit_tracer_qk.graph_files.select_tables import Attributions
 
 FILE_BYTES = 40_000_000
 """How long a graph's file may become by its tables."""
