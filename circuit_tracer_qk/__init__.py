@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.base.errors import UserError
     from circuit_tracer_qk.base.precision import tf32
     from circuit_tracer_qk.dictionaries.load import load_dictionaries
+    from circuit_tracer_qk.frontend.server import serve
     from circuit_tracer_qk.graph_files.create import create_graph_files
     from circuit_tracer_qk.live import LiveGraphs
     from circuit_tracer_qk.plugin import disable, enable
-    from circuit_tracer_qk.server import serve
     from circuit_tracer_qk.steering.edits import HeadEdit, QKEdit, swap
     from circuit_tracer_qk.steering.head_curve import head_curve
     from circuit_tracer_qk.steering.results import SteeredRun
@@ -55,7 +55,7 @@ _HOMES = {
     "ResidualModel": "attribution.residual.model",
     "load_model": "attribution.residual.model",
     "load_graph": "attribution.residual.graph",
-    "serve": "server",
+    "serve": "frontend.server",
     "SteeredRun": "steering.results",
     "generate": "steering.steer",
     "steer": "steering.steer",

@@ -575,7 +575,7 @@ def _demo(args: argparse.Namespace) -> None:
     _probe_folder(folder)
     dictionaries = MINIATURES[args.dictionaries]
     if not args.no_serve:
-        from circuit_tracer_qk.server import next_free_port
+        from circuit_tracer_qk.frontend.server import next_free_port
 
         next_free_port(args.port, args.host)
         _check_page()
@@ -711,7 +711,7 @@ def _serve(
         slug, graph: the graph to open, which answers for any head and any pair of positions.
         model: what made it; with it the page can steer.
     """
-    from circuit_tracer_qk.server import is_public
+    from circuit_tracer_qk.frontend.server import is_public
 
     live, page = None, ""
     if slug is not None and graph is not None:
@@ -769,7 +769,7 @@ def _check_thresholds(args: argparse.Namespace) -> None:
 
 
 def _check_server(args: argparse.Namespace) -> None:
-    from circuit_tracer_qk.server import check_port
+    from circuit_tracer_qk.frontend.server import check_port
 
     check_port(args.port, args.host)
     _check_page()
@@ -777,7 +777,7 @@ def _check_server(args: argparse.Namespace) -> None:
 
 def _check_page() -> None:
     """Refuse a page that our panel does not fit into."""
-    from circuit_tracer_qk import page
+    from circuit_tracer_qk.frontend import page
     from circuit_tracer_qk.host import cli as host_cli
 
     page.read_page(host_cli.assets())

@@ -12,6 +12,7 @@ from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.dictionaries.dictionary import indexed_feature
+from circuit_tracer_qk.frontend.steer_requests import SteerRequest
 from circuit_tracer_qk.graph_files.feature_files import (
     folder_name,
     stored_examples,
@@ -19,7 +20,6 @@ from circuit_tracer_qk.graph_files.feature_files import (
 )
 from circuit_tracer_qk.graph_files.tables import Names, written_rows, written_tables
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.steer_requests import SteerRequest
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution.residual.model import ResidualModel

@@ -20,12 +20,12 @@ from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
-from circuit_tracer_qk import server
 from circuit_tracer_qk.attribution.residual import attribution
 from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
 from circuit_tracer_qk.attribution.residual.store import beside
 from circuit_tracer_qk.attribution.transcoder.graph import check_model, explain_graph
+from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host.patching import graph_files_arguments, replace, with_option
 from circuit_tracer_qk.live import LiveGraphs

@@ -20,8 +20,8 @@ import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError, cli, report
 from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.decompose import Component
+from circuit_tracer_qk.frontend.server import next_free_port
 from circuit_tracer_qk.host import cli as host_cli
-from circuit_tracer_qk.server import next_free_port
 
 MINIATURE = Path(ctqk.__file__).parent / "miniature"
 DEMO_HEADINGS = (

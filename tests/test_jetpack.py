@@ -23,8 +23,8 @@ from browsing import Watch, opened
 from playwright.sync_api import Locator, Page, expect
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.frontend.page import INDEX, LOCAL_SCRIPTS, panel_folder
 from circuit_tracer_qk.host import cli as host_cli
-from circuit_tracer_qk.page import INDEX, LOCAL_SCRIPTS, panel_folder
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 EMPTY_PAGE = """<!DOCTYPE html>

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from circuit_tracer_qk import UserError
-from circuit_tracer_qk.host import cli as host_cli
-from circuit_tracer_qk.page import (
+from circuit_tracer_qk.frontend.page import (
     EXAMPLE_HOSTS,
     INDEX,
     LAST_STOCK_SCRIPT,
@@ -21,6 +20,7 @@ from circuit_tracer_qk.page import (
     panel_folder,
     read_page,
 )
+from circuit_tracer_qk.host import cli as host_cli
 
 LOADED = re.compile(r"<(?:script|link)\b[^>]*?(?:src|href)=['\"]?([^'\" >]+)")
 

@@ -24,7 +24,7 @@ from browsing import NARROW, Watch, opened
 from playwright.sync_api import Locator, Page, expect
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import server
+from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.live import LiveGraphs
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"

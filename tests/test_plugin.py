@@ -17,8 +17,8 @@ from architectures import prompt_ids, save_tiny
 from random_transcoders import replacement_model
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.frontend.server import next_free_port
 from circuit_tracer_qk.host.patching import FUNCTIONS, METHODS
-from circuit_tracer_qk.server import next_free_port
 
 OPTIONS: dict[str, Any] = {"max_n_logits": 2, "max_feature_nodes": 30, "batch_size": 16}
 

@@ -26,10 +26,10 @@ import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import cli, engines, many
 from circuit_tracer_qk.attribution.residual import model as residual_model
 from circuit_tracer_qk.finished import FOLDER
+from circuit_tracer_qk.frontend.saving import Saver
+from circuit_tracer_qk.frontend.server import next_free_port
 from circuit_tracer_qk.graph_files import index as listing
 from circuit_tracer_qk.prompts_file import Request, read_prompts
-from circuit_tracer_qk.saving import Saver
-from circuit_tracer_qk.server import next_free_port
 
 Run = Callable[..., Result]
 SMALL = ("--max_feature_nodes", 30, "--max_n_logits", 2)
@@ -330,7 +330,7 @@ def test_other_dictionaries_are_other_work(
 
 
 def test_what_the_page_saved_stays(run: Run, again: Again):
-    from circuit_tracer_qk.contents import Folder
+    from circuit_tracer_qk.frontend.static import Folder
 
     saver = Saver(Folder(again.pages, {".json": "application/json"}))
     saver.save("sally", json.dumps({"qParams": {"pinnedIds": ["1_2_3"], "nodes": []}}).encode())

@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 import pytest
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, addresses, contents, listener, server
-from circuit_tracer_qk.handler import Handler
+from circuit_tracer_qk import UserError
+from circuit_tracer_qk.frontend import addresses, listener, server
+from circuit_tracer_qk.frontend import static as contents
+from circuit_tracer_qk.frontend.handler import Handler
+from circuit_tracer_qk.frontend.page import panel_folder, read_page
+from circuit_tracer_qk.frontend.steer_requests import SteerRequest
 from circuit_tracer_qk.host import cli as host_cli
-from circuit_tracer_qk.page import panel_folder, read_page
-from circuit_tracer_qk.steer_requests import SteerRequest
 
 SECRET = "the secret beside the folder"
 GRAPH = {"metadata": {"slug": "sally", "prompt": "Aunt “Sally” 🙂"}, "qParams": {"pinnedIds": []}}
@@ -761,7 +763,7 @@ def test_concurrent_saves_leave_one_of_them_whole(site, data_dir):
 
 SERVER_TO_KILL = """
 import sys, time
-from circuit_tracer_qk.server import next_free_port, serve
+from circuit_tracer_qk.frontend.server import next_free_port, serve
 port = next_free_port(int(sys.argv[2]))
 serve(sys.argv[1], port)
 print(port, flush=True)
@@ -903,7 +905,9 @@ def test_process_ends_although_a_server_runs(data_dir):
 
 
 def test_serving_loads_no_torch(data_dir):
-    program = "import sys\nimport circuit_tracer_qk.server\nassert 'torch' not in sys.modules"
+    program = (
+        "import sys\nimport circuit_tracer_qk.frontend.server\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

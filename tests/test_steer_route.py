@@ -18,10 +18,11 @@ from test_panel import PROMPT
 from test_server import Reply, ask
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, cli, live, server
-from circuit_tracer_qk.answers import Refusal
+from circuit_tracer_qk import UserError, cli, live
+from circuit_tracer_qk.frontend import server
+from circuit_tracer_qk.frontend.answers import Refusal
+from circuit_tracer_qk.frontend.steer_requests import SteerRequest, read_request
 from circuit_tracer_qk.live import LiveGraphs
-from circuit_tracer_qk.steer_requests import SteerRequest, read_request
 from circuit_tracer_qk.steering.edits import parse_head
 from circuit_tracer_qk.steering.steer import Session
 from circuit_tracer_qk.steering.to_json import run_document
@@ -265,5 +266,5 @@ def test_a_graph_of_transcoders_and_models_of_other_graphs(graph, model):
 
 def test_requests_are_read_without_torch():
     """The server of plain files starts at once."""
-    code = "import sys, circuit_tracer_qk.routes; sys.exit('torch' in sys.modules)"
+    code = "import sys, circuit_tracer_qk.frontend.routes; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(live.__file__).parents[1])

@@ -12,10 +12,10 @@ import threading
 from socketserver import BaseRequestHandler, TCPServer, ThreadingMixIn
 from typing import Any
 
-from circuit_tracer_qk import addresses
-from circuit_tracer_qk.contents import Zipped
-from circuit_tracer_qk.routes import Site
-from circuit_tracer_qk.saving import Saver
+from circuit_tracer_qk.frontend import addresses
+from circuit_tracer_qk.frontend.routes import Site
+from circuit_tracer_qk.frontend.saving import Saver
+from circuit_tracer_qk.frontend.static import Zipped
 
 log = logging.getLogger(__name__)
 

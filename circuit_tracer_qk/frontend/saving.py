@@ -10,11 +10,11 @@ import threading
 from http import HTTPStatus
 from typing import Any
 
-from circuit_tracer_qk.answers import Refusal, not_found
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names, write_atomically
 from circuit_tracer_qk.base.json_text import encode, to_bytes
-from circuit_tracer_qk.contents import Folder
+from circuit_tracer_qk.frontend.answers import Refusal, not_found
+from circuit_tracer_qk.frontend.static import Folder
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from circuit_tracer_qk.answers import JSON, TEXT, Answer, Refusal, not_found
+from circuit_tracer_qk.frontend.answers import JSON, TEXT, Answer, Refusal, not_found
 
 DATA_KINDS = {".json": JSON, ".gz": "application/gzip"}
 ASSET_KINDS = {

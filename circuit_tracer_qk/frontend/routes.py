@@ -10,13 +10,13 @@ from http import HTTPStatus
 from typing import Protocol
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from circuit_tracer_qk.answers import Refusal, not_found
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.base.package import __version__
-from circuit_tracer_qk.contents import ASSET_KINDS, Content, Folder, made
-from circuit_tracer_qk.page import INDEX, Page
-from circuit_tracer_qk.steer_requests import SteerRequest, read_request
+from circuit_tracer_qk.frontend.answers import Refusal, not_found
+from circuit_tracer_qk.frontend.page import INDEX, Page
+from circuit_tracer_qk.frontend.static import ASSET_KINDS, Content, Folder, made
+from circuit_tracer_qk.frontend.steer_requests import SteerRequest, read_request
 
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")  # the last two mean more on Windows
 _QUERY_NUMBER = re.compile(r"[0-9]{1,9}")

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from circuit_tracer_qk.answers import Refusal
+from circuit_tracer_qk.frontend.answers import Refusal
 
 MOST_HEADS, MOST_FEATURES, MOST_POSITIONS, MOST_CONTROLS = 256, 256, 1024, 50
 LARGEST_FACTOR, LARGEST_ACTIVATION = 100, 1_000_000

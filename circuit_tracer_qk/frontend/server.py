@@ -1,9 +1,9 @@
 """The page that shows graph files, served to browsers on this machine.
 
 Files are read from three folders: the data folder, circuit-tracer's page and our panel
-(:mod:`~circuit_tracer_qk.routes`); one kind of request writes, saving what the page shows of a
-graph into its file (:mod:`~circuit_tracer_qk.saving`). Who may ask is decided in
-:mod:`~circuit_tracer_qk.handler`.
+(:mod:`~circuit_tracer_qk.frontend.routes`); one kind of request writes, saving what the page shows of a
+graph into its file (:mod:`~circuit_tracer_qk.frontend.saving`). Who may ask is decided in
+:mod:`~circuit_tracer_qk.frontend.handler`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from circuit_tracer_qk.addresses import (
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.frontend.addresses import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     LAST_PORT,
@@ -21,13 +22,18 @@ from circuit_tracer_qk.addresses import (
     next_free_port,
     refused,
 )
-from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.contents import ASSET_KINDS, DATA_KINDS, FEATURE_KINDS, PANEL_KINDS, Folder
-from circuit_tracer_qk.handler import Handler
+from circuit_tracer_qk.frontend.handler import Handler
+from circuit_tracer_qk.frontend.listener import Listener
+from circuit_tracer_qk.frontend.page import panel_folder, read_page
+from circuit_tracer_qk.frontend.routes import Live, Site
+from circuit_tracer_qk.frontend.static import (
+    ASSET_KINDS,
+    DATA_KINDS,
+    FEATURE_KINDS,
+    PANEL_KINDS,
+    Folder,
+)
 from circuit_tracer_qk.host import cli as host_cli
-from circuit_tracer_qk.listener import Listener
-from circuit_tracer_qk.page import panel_folder, read_page
-from circuit_tracer_qk.routes import Live, Site
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from circuit_tracer_qk.answers import Answer, Refusal, json_answer, not_found
-from circuit_tracer_qk.contents import negotiated, part_of
-from circuit_tracer_qk.listener import Listener
-from circuit_tracer_qk.routes import split_target
-from circuit_tracer_qk.saving import BODY_BYTES
+from circuit_tracer_qk.frontend.answers import Answer, Refusal, json_answer, not_found
+from circuit_tracer_qk.frontend.listener import Listener
+from circuit_tracer_qk.frontend.routes import split_target
+from circuit_tracer_qk.frontend.saving import BODY_BYTES
+from circuit_tracer_qk.frontend.static import negotiated, part_of
 
 log = logging.getLogger(__name__)
 

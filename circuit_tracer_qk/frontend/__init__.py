@@ -1,0 +1,1 @@
+"""circuit-tracer's page with the QK panel, served."""
