@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.dictionaries.load import load_dictionaries
     from circuit_tracer_qk.frontend.server import serve
     from circuit_tracer_qk.graph_files.create import create_graph_files
-    from circuit_tracer_qk.live import LiveGraphs
-    from circuit_tracer_qk.plugin import disable, enable
+    from circuit_tracer_qk.plugin.enable import disable, enable
+    from circuit_tracer_qk.plugin.live import LiveGraphs
     from circuit_tracer_qk.steering.edits import HeadEdit, QKEdit, swap
     from circuit_tracer_qk.steering.head_curve import head_curve
     from circuit_tracer_qk.steering.results import SteeredRun
@@ -37,8 +37,8 @@ _HOMES = {
     "TranscoderGraph": "attribution.transcoder.graph",
     "Component": "attribution.residual.decompose",
     "load_dictionaries": "dictionaries.load",
-    "enable": "plugin",
-    "disable": "plugin",
+    "enable": "plugin.enable",
+    "disable": "plugin.enable",
     "carriers": "attribution.residual.carriers",
     "select_heads": "attribution.residual.carriers",
     "head_curve": "steering.head_curve",
@@ -49,7 +49,7 @@ _HOMES = {
     "create_graph_files": "graph_files.create",
     "Edge": "attribution.residual.graph",
     "ResidualGraph": "attribution.residual.graph",
-    "LiveGraphs": "live",
+    "LiveGraphs": "plugin.live",
     "QKRow": "attribution.qk",
     "QKTable": "attribution.qk",
     "ResidualModel": "attribution.residual.model",

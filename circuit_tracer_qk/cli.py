@@ -371,9 +371,9 @@ def _attribute_prompts(args: argparse.Namespace) -> None:
 
 def _attribute_transcoders(args: argparse.Namespace, files: tuple[str, str] | None) -> None:
     """circuit-tracer's own command, and its graph explained."""
-    from circuit_tracer_qk.explaining import explaining
     from circuit_tracer_qk.host.cli import flags_of
     from circuit_tracer_qk.host.patching import run_command
+    from circuit_tracer_qk.plugin.host_command import explaining
 
     explain = args.qk and files is not None
     flags = flags_of("attribute", args, leave_out=("server", "port"))
@@ -430,8 +430,8 @@ def _explained(args: argparse.Namespace, path: Path) -> Any:
     """A saved graph of circuit-tracer's, explained with the model and transcoders named."""
     import torch
 
-    from circuit_tracer_qk import explaining
     from circuit_tracer_qk.host import graph as host
+    from circuit_tracer_qk.plugin import host_command as explaining
 
     if args.transcoder_set is None:
         raise UserError(
@@ -718,7 +718,7 @@ def _serve(
         from circuit_tracer_qk import demo
         from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
         from circuit_tracer_qk.host import graph as host
-        from circuit_tracer_qk.live import LiveGraphs
+        from circuit_tracer_qk.plugin.live import LiveGraphs
 
         if isinstance(graph, ResidualGraph):
             look = demo.first_look(graph, host.edge_influence(graph))

@@ -169,10 +169,10 @@ class TranscoderMaker(Maker):
         self._loaded: dict[str, Any] = {}
 
     def make(self, request: Request, args: Namespace) -> Made:
-        from circuit_tracer_qk.explaining import explaining
         from circuit_tracer_qk.graph_files.sidecars import remove_others
         from circuit_tracer_qk.host.cli import flags_of
         from circuit_tracer_qk.host.patching import run_command
+        from circuit_tracer_qk.plugin.host_command import explaining
 
         pages, saved = self.marks.pages, self.marks.saved
         # written aside: the command lists its graph, and does not write its .pt in one step, in

@@ -21,7 +21,7 @@ import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import cli, demo
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.live import LiveGraphs
+from circuit_tracer_qk.plugin.live import LiveGraphs
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -13,9 +13,10 @@ from conftest import Result
 from tiny_transcoders import make_clt, make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, explaining
+from circuit_tracer_qk import cli
 from circuit_tracer_qk.host import cli as host_cli
 from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.plugin import host_command as explaining
 
 Run = Callable[..., Result]
 

@@ -15,7 +15,7 @@ from circuit_tracer_qk import UserError, demo
 from circuit_tracer_qk.dictionaries.dictionary import feature_index, indexed_feature
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.live import LiveGraphs
+from circuit_tracer_qk.plugin.live import LiveGraphs
 
 SCHEMA = json.loads((Path(export.__file__).parent / "graph.schema.json").read_bytes())
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"

@@ -25,7 +25,7 @@ from playwright.sync_api import Locator, Page, expect
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.frontend import server
-from circuit_tracer_qk.live import LiveGraphs
+from circuit_tracer_qk.plugin.live import LiveGraphs
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 LAST_ROWS = 500

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect
 from test_panel import PROMPT, Served, part, selection, serve, values
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.live import LiveGraphs
+from circuit_tracer_qk.plugin.live import LiveGraphs
 
 PLACE = "L1H2:q14:k6"
 FEATURE = 61  # of checkpoint 1, at " Sally"

@@ -16,8 +16,8 @@ from test_panel import PROMPT, Served, number, part, serve, values
 from tiny_transcoders import make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import explaining
-from circuit_tracer_qk.live import LiveGraphs
+from circuit_tracer_qk.plugin import host_command as explaining
+from circuit_tracer_qk.plugin.live import LiveGraphs
 
 
 @pytest.fixture(scope="module")

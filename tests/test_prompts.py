@@ -432,7 +432,7 @@ def test_serving_at_the_end(
 
 
 def test_transcoders(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from circuit_tracer_qk import explaining
+    from circuit_tracer_qk.plugin import host_command as explaining
 
     loaded: list[Any] = []
     real = explaining.load_transformer

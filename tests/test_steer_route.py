@@ -18,11 +18,12 @@ from test_panel import PROMPT
 from test_server import Reply, ask
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, cli, live
+from circuit_tracer_qk import UserError, cli
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.frontend.answers import Refusal
 from circuit_tracer_qk.frontend.steer_requests import SteerRequest, read_request
-from circuit_tracer_qk.live import LiveGraphs
+from circuit_tracer_qk.plugin import live
+from circuit_tracer_qk.plugin.live import LiveGraphs
 from circuit_tracer_qk.steering.edits import parse_head
 from circuit_tracer_qk.steering.steer import Session
 from circuit_tracer_qk.steering.to_json import run_document

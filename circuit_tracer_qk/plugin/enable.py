@@ -28,7 +28,7 @@ from circuit_tracer_qk.attribution.transcoder.graph import check_model, explain_
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host.patching import graph_files_arguments, replace, with_option
-from circuit_tracer_qk.live import LiveGraphs
+from circuit_tracer_qk.plugin.live import LiveGraphs
 
 _lock = Lock()
 _put_back: Callable[[], None] | None = None

@@ -1,0 +1,1 @@
+"""Entry points: which graph is made, circuit-tracer with qk=True, graphs in memory."""
