@@ -2,6 +2,6 @@
 
 import sys
 
-from circuit_tracer_qk.cli import main
+from circuit_tracer_qk.cli.main import main
 
 sys.exit(main())

@@ -18,7 +18,8 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, demo
+from circuit_tracer_qk.cli import demo
+from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.plugin.live import LiveGraphs

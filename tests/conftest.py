@@ -16,7 +16,7 @@ import browsing
 import pytest
 from architectures import ARCHITECTURES
 
-from circuit_tracer_qk import cli
+from circuit_tracer_qk.cli import main as cli
 
 worst_errors: dict[tuple[str, str], float] = {}
 

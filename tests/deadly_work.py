@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from circuit_tracer_qk import many
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.cli.prompts import many
 
 
 def die() -> None:

@@ -17,9 +17,11 @@ import pytest
 import torch
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, cli, report
+from circuit_tracer_qk import UserError
 from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.decompose import Component
+from circuit_tracer_qk.cli import main as cli
+from circuit_tracer_qk.cli import text as report
 from circuit_tracer_qk.frontend.server import next_free_port
 from circuit_tracer_qk.host import cli as host_cli
 
@@ -52,7 +54,7 @@ def saved(place, tmp_path_factory) -> Path:
 
 def test_help_is_quick_and_loads_no_torch():
     program = (
-        "import sys\nfrom circuit_tracer_qk.cli import main\n"
+        "import sys\nfrom circuit_tracer_qk.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     times = []
@@ -65,7 +67,7 @@ def test_help_is_quick_and_loads_no_torch():
 
 def test_parsing_attribute_loads_no_torch():
     program = (
-        "import sys\nfrom circuit_tracer_qk.cli import main\n"
+        "import sys\nfrom circuit_tracer_qk.cli.main import main\n"
         "assert main(['attribute', '-p', 'x', '-t', 'y']) == 2\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

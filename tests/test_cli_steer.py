@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli
+from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.steering.parse import HeadChoice, parse_edit, read_edit, read_edits
 from circuit_tracer_qk.steering.to_json import run_document
 

@@ -13,7 +13,7 @@ from conftest import Result
 from tiny_transcoders import make_clt, make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli
+from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.host import cli as host_cli
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.plugin import host_command as explaining

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, feature_collection, feature_examples
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.cli import main as cli
+from circuit_tracer_qk.cli.features import collection as feature_collection
+from circuit_tracer_qk.cli.features import examples as feature_examples
+from circuit_tracer_qk.cli.features.collection import AFTER, BEFORE, WINDOW, Corpus, collect
+from circuit_tracer_qk.cli.features.command import read_texts
+from circuit_tracer_qk.cli.features.examples import build_features
 from circuit_tracer_qk.dictionaries.dictionary import SAE, Dictionary, DictionarySet, feature_index
-from circuit_tracer_qk.feature_collection import AFTER, BEFORE, WINDOW, Corpus, collect
-from circuit_tracer_qk.feature_examples import build_features
-from circuit_tracer_qk.features_command import read_texts
 
 MINIATURE = Path(ctqk.__file__).parent / "miniature"
 TEXTS = [
@@ -229,7 +231,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     script = """
 import os, signal, sys
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import feature_collection, feature_examples as f
+from circuit_tracer_qk.cli.features import collection as feature_collection
+from circuit_tracer_qk.cli.features import examples as f
 from pathlib import Path
 import json, torch
 torch.set_num_threads(1)

@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli
+from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.dictionaries import files as dictionary_files
 from circuit_tracer_qk.dictionaries import tensors as weight_files
 from circuit_tracer_qk.dictionaries.dictionary import Dictionary, Units

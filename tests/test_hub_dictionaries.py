@@ -27,7 +27,7 @@ from layout_files import (
 from random_dictionaries import write_sae
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli
+from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.dictionaries import catalogue
 
 NAMED = {f"{chosen.name}/{chosen.variant}": chosen for chosen in catalogue.every()}

@@ -19,7 +19,7 @@ from transformer_lens import HookedTransformerConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli
+from circuit_tracer_qk.cli import main as cli
 
 MODEL = "someone/tiny"
 MINIATURE = Path(ctqk.__file__).parent / "miniature"

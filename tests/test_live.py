@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, demo
+from circuit_tracer_qk import UserError
+from circuit_tracer_qk.cli import demo
 from circuit_tracer_qk.dictionaries.dictionary import feature_index, indexed_feature
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host

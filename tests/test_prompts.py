@@ -23,13 +23,14 @@ from conftest import Result
 from tiny_transcoders import make_set
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import cli, engines, many
 from circuit_tracer_qk.attribution.residual import model as residual_model
-from circuit_tracer_qk.finished import FOLDER
+from circuit_tracer_qk.cli import main as cli
+from circuit_tracer_qk.cli.prompts import engines, many
+from circuit_tracer_qk.cli.prompts.file import Request, read_prompts
+from circuit_tracer_qk.cli.prompts.finished import FOLDER
 from circuit_tracer_qk.frontend.saving import Saver
 from circuit_tracer_qk.frontend.server import next_free_port
 from circuit_tracer_qk.graph_files import index as listing
-from circuit_tracer_qk.prompts_file import Request, read_prompts
 
 Run = Callable[..., Result]
 SMALL = ("--max_feature_nodes", 30, "--max_n_logits", 2)

@@ -18,7 +18,8 @@ from test_panel import PROMPT
 from test_server import Reply, ask
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk import UserError, cli
+from circuit_tracer_qk import UserError
+from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.frontend.answers import Refusal
 from circuit_tracer_qk.frontend.steer_requests import SteerRequest, read_request

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from measuring import Row, seconds
 
-CALL = "import sys; from circuit_tracer_qk.cli import main; sys.exit(main(sys.argv[1:]))"
+CALL = "import sys; from circuit_tracer_qk.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def _run(*arguments: str) -> None:

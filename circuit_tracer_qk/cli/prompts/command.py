@@ -13,13 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from circuit_tracer_qk import engines, many
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names
-from circuit_tracer_qk.finished import work_of
+from circuit_tracer_qk.cli.prompts import engines, many
+from circuit_tracer_qk.cli.prompts.file import OPTIONS, Request, read_prompts
+from circuit_tracer_qk.cli.prompts.finished import work_of
+from circuit_tracer_qk.cli.prompts.many import Outcome, Plan
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
-from circuit_tracer_qk.many import Outcome, Plan
-from circuit_tracer_qk.prompts_file import OPTIONS, Request, read_prompts
 
 LISTED_EVERY = 5.0  # seconds between two writings of the list of graphs
 IRRELEVANT = (

@@ -1,7 +1,7 @@
 """The command line: ``circuit-tracer-qk demo | attribute | augment | qk | steer | dictionaries |
 convert | features | start-server``.
 
-Arguments, order of work and exit status; the text is :mod:`circuit_tracer_qk.report`'s. Whatever
+Arguments, order of work and exit status; the text is :mod:`circuit_tracer_qk.cli.text`'s. Whatever
 can be refused without the model is refused before it is loaded, and parsing imports no torch.
 """
 
@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import circuit_tracer_qk
-from circuit_tracer_qk import features_command, prompts_command, steer_command
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LISTING, check_folder, check_names
+from circuit_tracer_qk.cli import steer as steer_command
+from circuit_tracer_qk.cli.features import command as features_command
+from circuit_tracer_qk.cli.output import hushed, noise
+from circuit_tracer_qk.cli.prompts import command as prompts_command
 from circuit_tracer_qk.host.cli import DTYPES
-from circuit_tracer_qk.quiet import hushed, noise
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution.qk import Scores
@@ -512,7 +514,7 @@ def _qk(args: argparse.Namespace) -> None:
         raise UserError("a saved graph has its own model and prompt: leave out -m, -d and -p.")
     qk, tokens = _opened(args) if args.graph is not None else _run(args, layer)
 
-    from circuit_tracer_qk import report
+    from circuit_tracer_qk.cli import text as report
 
     n = len(tokens)
     query = n - 1 if query is None else _position("query", query, n)
@@ -583,7 +585,7 @@ def _demo(args: argparse.Namespace) -> None:
     with hushed():
         graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)
 
-    from circuit_tracer_qk import report
+    from circuit_tracer_qk.cli import text as report
 
     _show([f"the bundled miniature with its dictionaries {dictionaries}", ""])
     _show(report.story_lines(graph, model.tokenizer.decode))
@@ -715,8 +717,8 @@ def _serve(
 
     live, page = None, ""
     if slug is not None and graph is not None:
-        from circuit_tracer_qk import demo
         from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
+        from circuit_tracer_qk.cli import demo
         from circuit_tracer_qk.host import graph as host
         from circuit_tracer_qk.plugin.live import LiveGraphs
 

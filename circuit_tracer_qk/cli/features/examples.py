@@ -24,6 +24,7 @@ from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, write_atomically
+from circuit_tracer_qk.cli.features.collection import AFTER, BEFORE, Corpus, Peaks, collect
 from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries.dictionary import (
     DictionarySet,
@@ -31,7 +32,6 @@ from circuit_tracer_qk.dictionaries.dictionary import (
     indexed_feature,
     like,
 )
-from circuit_tracer_qk.feature_collection import AFTER, BEFORE, Corpus, Peaks, collect
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import contraction_dtype
 

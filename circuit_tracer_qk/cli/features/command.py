@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, load: Callable[..., ResidualModel]) -> list[st
             raise UserError(f"--max-texts is {args.max_texts}: it must be at least 1.")
         texts = texts[: args.max_texts]
 
-    from circuit_tracer_qk.feature_examples import build_features, check_sizes, check_target
+    from circuit_tracer_qk.cli.features.examples import build_features, check_sizes, check_target
 
     check_sizes(args.examples, args.context, args.batch)
     if args.output is not None:

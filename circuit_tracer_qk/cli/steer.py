@@ -210,7 +210,8 @@ def _lines(
     tokens: list[int],
     label: Callable[[int, int], str],
 ) -> list[str]:
-    from circuit_tracer_qk import report, steering_report
+    from circuit_tracer_qk.cli import steering_text as steering_report
+    from circuit_tracer_qk.cli import text as report
 
     leading = [i for r in (run.clean, run) for _, i, _ in r.top(3)]
     shown = list(dict.fromkeys([*tokens, *leading]))

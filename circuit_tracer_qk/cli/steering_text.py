@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 
-from circuit_tracer_qk.report import WIDTH, cut, cut_line, token_name, wrap
+from circuit_tracer_qk.cli.text import WIDTH, cut, cut_line, token_name, wrap
 from circuit_tracer_qk.steering.edits import QKEdit
 from circuit_tracer_qk.steering.resolve import Changed
 from circuit_tracer_qk.steering.results import Effect, Generation, Spread, SteeredRun, Swept

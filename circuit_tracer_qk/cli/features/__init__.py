@@ -1,0 +1,1 @@
+"""features: examples and labels of a set from a text file."""

@@ -1,0 +1,1 @@
+"""attribute --prompts: one model for many prompts."""
