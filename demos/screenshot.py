@@ -73,7 +73,7 @@ def main() -> None:
 
 def draw_transcoders(folder: Path, output: Path) -> None:
     """Save the panel of a transcoder graph, made by the command line as the README says."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parent))
     tiny = import_module("tiny_transcoders").make_set(folder / "tiny")
     flags = ["-t", str(tiny), "-p", PROMPT, "--slug", "sally"]
     cli.main(["attribute", *flags, "--graph_file_dir", str(folder / "graphs"), "--qk"])

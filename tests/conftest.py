@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
@@ -12,20 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import browsing
 import pytest
-from architectures import ARCHITECTURES
+from helpers import browsing
+from helpers.architectures import ARCHITECTURES
+from helpers.commands import Result
+from helpers.errors import record_error, worst_errors
 
 from circuit_tracer_qk.cli import main as cli
-
-worst_errors: dict[tuple[str, str], float] = {}
-
-
-def record_error(identity: str, architecture: str, error: float) -> None:
-    """Keep the worst error of an identity on an architecture for the table after the run."""
-    key = identity, architecture
-    errors = error, worst_errors.get(key, 0.0)
-    worst_errors[key] = max(errors, key=lambda e: (math.isnan(e), e))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -58,21 +50,6 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs {folder.name}/ beside the repository")
     return folder
-
-
-class Result:
-    """What one command left behind."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-    @property
-    def refusal(self) -> str:
-        """The message of a mistake, checked to be one line with status 2 and nothing else."""
-        assert (self.status, self.out) == (cli.MISTAKE, "")
-        [line] = self.err.splitlines()
-        assert line.startswith("circuit-tracer-qk: error: ")
-        return line
 
 
 @pytest.fixture

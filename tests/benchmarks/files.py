@@ -234,7 +234,7 @@ def measure_writing(
 
 def measure_opening(name: str, folder: Path, repeats: int) -> list[Row]:
     """Rows of the page opened anew, each time in a context without a cache."""
-    from browsing import launched
+    from helpers.browsing import launched
 
     document = json.loads((folder / f"{SLUG}.json").read_bytes())
     traced = [node for node in document["nodes"] if "qk_tracing_results" in node]

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the package of this checko
 
 import circuit_tracer
 import torch
-from random_transcoders import Tokenizer, random_transcoders
+from helpers.random_transcoders import Tokenizer, random_transcoders
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_tracer_qk as ctqk

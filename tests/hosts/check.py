@@ -85,8 +85,8 @@ def check_signatures() -> list[str]:
 def check_runs(folder: Path, tree: Path | None) -> list[str]:
     """Both command lines on tiny transcoders of either kind; what differs, in words."""
     import jsonschema
-    import stock_runs
     import torch
+    from helpers import stock_runs
 
     import circuit_tracer_qk
 

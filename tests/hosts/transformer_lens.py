@@ -18,7 +18,15 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-FILES = ("models", "hub_models", "identities", "graph", "formats", "steering", "transcoder_qk")
+FILES = (
+    "model/test_models.py",
+    "model/test_hub_models.py",
+    "attribution/test_identities.py",
+    "attribution/residual/test_graph.py",
+    "attribution/transcoder/test_qk.py",
+    "dictionaries/test_layouts.py",
+    "steering/test_steer.py",
+)
 VERSIONS = ("2.16.1", "3.2.1")
 COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected)")
 
@@ -36,9 +44,18 @@ def run(version: str) -> tuple[int, str]:
         ).stdout
         if not where.startswith(folder):
             raise SystemExit(f"TransformerLens {version} is not the one that is imported: {where}")
-        tests = [str(TESTS / f"test_{name}.py") for name in FILES]
+        tests = [str(TESTS / name) for name in FILES]
         leave = [] if int(version.split(".")[0]) > 2 else ["-k", "not gemma3"]
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", *tests, *leave]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-o",
+            "addopts=--import-mode=importlib",
+            "-q",
+            *tests,
+            *leave,
+        ]
         done = subprocess.run(
             command, cwd=TESTS.parent, env=environment, capture_output=True, text=True
         )

@@ -1,0 +1,1 @@
+"""What several tests use: stand-ins, references, pages."""
