@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from circuit_tracer_qk.base.package import __version__ as __version__
 
 if TYPE_CHECKING:
+    from circuit_tracer_qk.attribution.component import Component
     from circuit_tracer_qk.attribution.qk import QKRow, QKTable
-    from circuit_tracer_qk.attribution.residual.attribution import attribute, explain
+    from circuit_tracer_qk.attribution.residual.attribution import explain
     from circuit_tracer_qk.attribution.residual.carriers import carriers, select_heads
-    from circuit_tracer_qk.attribution.residual.decompose import Component
     from circuit_tracer_qk.attribution.residual.graph import Edge, ResidualGraph, load_graph
     from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
     from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph, explain_graph
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.dictionaries.load import load_dictionaries
     from circuit_tracer_qk.frontend.server import serve
     from circuit_tracer_qk.graph_files.create import create_graph_files
+    from circuit_tracer_qk.plugin.attribute import attribute
     from circuit_tracer_qk.plugin.enable import disable, enable
     from circuit_tracer_qk.plugin.live import LiveGraphs
     from circuit_tracer_qk.steering.edits import HeadEdit, QKEdit, swap
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.steering.steer import generate, steer, sweep
 
 _HOMES = {
-    "attribute": "attribution.residual.attribution",
+    "attribute": "plugin.attribute",
     "explain": "attribution.residual.attribution",
     "explain_graph": "attribution.transcoder.graph",
     "TranscoderGraph": "attribution.transcoder.graph",
-    "Component": "attribution.residual.decompose",
+    "Component": "attribution.component",
     "load_dictionaries": "dictionaries.load",
     "enable": "plugin.enable",
     "disable": "plugin.enable",

@@ -29,8 +29,8 @@ from circuit_tracer_qk.cli.prompts import command as prompts_command
 from circuit_tracer_qk.host.cli import DTYPES
 
 if TYPE_CHECKING:
+    from circuit_tracer_qk.attribution.graph import ExplainedGraph
     from circuit_tracer_qk.attribution.qk import Scores
-    from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
     from circuit_tracer_qk.attribution.residual.model import ResidualModel
 
 log = logging.getLogger(__name__)

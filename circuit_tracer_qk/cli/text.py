@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
-from circuit_tracer_qk.attribution.residual.decompose import Component
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.cli.demo import (
     StrongEdge,

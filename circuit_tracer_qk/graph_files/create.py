@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph, ResidualGraph, load_graph
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.residual.graph import ResidualGraph, load_graph
 from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, check_names, write_together

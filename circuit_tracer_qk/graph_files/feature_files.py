@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.base.files import check_folder, write_together
 from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.dictionaries.dictionary import FeatureExamples, feature_index

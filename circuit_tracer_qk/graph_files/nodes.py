@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.qk import Place
-from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.base.json_text import Encoded, rounded
 from circuit_tracer_qk.graph_files.tables import Names
 from circuit_tracer_qk.host import graph as host

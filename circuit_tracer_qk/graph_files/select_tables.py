@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.attribution.batches import BATCH_TERMS, RowPlace, Terms
+from circuit_tracer_qk.attribution.component import Component
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.qk import Place
-from circuit_tracer_qk.attribution.residual.batches import BATCH_TERMS, RowPlace, Terms, batches
-from circuit_tracer_qk.attribution.residual.decompose import Component
-from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
 from circuit_tracer_qk.base.json_text import rounded, rounded_all
 from circuit_tracer_qk.graph_files.nodes import Links
 from circuit_tracer_qk.graph_files.tables import (
@@ -134,7 +134,7 @@ def _each(
 ) -> Iterator[tuple[Place, Terms]]:
     """Tables one by one, by block and query; ``made`` gets them as they are written."""
     with tqdm(total=len(places), desc="QK attributions", delay=2, disable=None) as progress:
-        for batch in batches(graph, places):
+        for batch in graph.batches(places):
             tables = written_tables(batch, names, top_terms)
             made.tables.update(zip(batch.places, tables, strict=True))
             made.rows.update(written_rows(batch.rows))

@@ -20,14 +20,14 @@ from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
-from circuit_tracer_qk.attribution.residual import attribution
-from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
 from circuit_tracer_qk.attribution.residual.store import beside
 from circuit_tracer_qk.attribution.transcoder.graph import check_model, explain_graph
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host.patching import graph_files_arguments, replace, with_option
+from circuit_tracer_qk.plugin.attribute import attribute as attribute_any
 from circuit_tracer_qk.plugin.live import LiveGraphs
 
 _lock = Lock()
@@ -74,7 +74,7 @@ def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(prompt, model, *args, **options)
         qk = options.pop("qk", False)
         if isinstance(model, ResidualModel):
-            return attribution.attribute(prompt, model, *args, **options)
+            return attribute_any(prompt, model, *args, **options)
         if qk:
             check_model(model)  # before the work
         graph = original(prompt, model, *args, **options)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.transcoder.graph import (
     TranscoderGraph,
     check_model,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from circuit_tracer_qk.attribution.residual.batches import Batch
-from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.batches import Batch
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.dictionaries.dictionary import indexed_feature

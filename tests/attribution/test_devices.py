@@ -27,10 +27,10 @@ FACTORIES: set[Callable[..., Any]] = {
 # (module, function): made on the CPU and meant to be
 ON_THE_CPU = {
     ("heads", "check_exact"),  # random tokens, the same on every device, then moved
-    ("host", "decode"),  # ids of a model without a tokenizer, as text
-    ("host", "tokenize"),  # moved when it is known to be good
-    ("models", "run"),  # Hugging Face's model, which stays there
-    ("plans", "_vector"),  # an index, moved to where the decoder lies
+    ("graph", "decode"),  # ids of a model without a tokenizer, as text
+    ("graph", "tokenize"),  # moved when it is known to be good
+    ("load", "run"),  # Hugging Face's model, which stays there
+    ("resolve", "_vector"),  # an index, moved to where the decoder lies
 }
 
 

@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.attribution.qk import QK, Place
+from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.residual.attribution import read
 from circuit_tracer_qk.attribution.residual.influence import Sweep
+from circuit_tracer_qk.attribution.residual.qk import QK
 
 PACKAGE = str(Path(ctqk.__file__).parent)
 WAITING = (

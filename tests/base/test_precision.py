@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.attribution import qk
-from circuit_tracer_qk.attribution.residual import influence
-from circuit_tracer_qk.attribution.residual.batches import Batch
+from circuit_tracer_qk.attribution.batches import Batch
+from circuit_tracer_qk.attribution.residual import influence, qk
 from circuit_tracer_qk.attribution.residual.edges import Run, Targets
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.graph_files import select_tables as attributions

@@ -15,12 +15,13 @@ from measuring import Ceilings, Row, ratios, timed
 from shapes import SHAPES, VOCAB, random_dictionaries, random_model
 
 from circuit_tracer_qk.attribution.qk import Place
-from circuit_tracer_qk.attribution.residual.attribution import attribute, read
+from circuit_tracer_qk.attribution.residual.attribution import read
 from circuit_tracer_qk.attribution.residual.decompose import decompose
 from circuit_tracer_qk.attribution.residual.influence import Sweep
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.graph_files.nodes import prune
 from circuit_tracer_qk.model.run import freeze
+from circuit_tracer_qk.plugin.attribute import attribute
 
 D_DICT = 4096
 TABLES = 512  # as many as a graph file holds

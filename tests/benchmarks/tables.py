@@ -11,7 +11,8 @@ from measuring import Ceilings, Row, ratios, timed
 from shapes import random_decomposition, random_model
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.qk import QK, Place, TopTerms
+from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
 
 LAYER, HEADS = 1, 4
 TOP = 50

@@ -18,8 +18,8 @@ import torch
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
+from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.qk import QKRow, QKTable
-from circuit_tracer_qk.attribution.residual.decompose import Component
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.cli import text as report
 from circuit_tracer_qk.frontend.server import next_free_port

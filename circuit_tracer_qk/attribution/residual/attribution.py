@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.qk import QK
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition, decompose
 from circuit_tracer_qk.attribution.residual.fvu import check
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.attribution.residual.influence import Sweep
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
+from circuit_tracer_qk.attribution.residual.qk import QK
 from circuit_tracer_qk.attribution.residual.store import Record
-from circuit_tracer_qk.attribution.transcoder.graph import (
-    TranscoderGraph,
-    check_model,
-    explain_graph,
-)
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE, DictionarySet
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads, logit_directions, read_blocks
 from circuit_tracer_qk.model.run import freeze
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments of :func:`attribute`."""
-
-    attribution_targets: Any
-    max_n_logits: int
-    desired_logit_prob: float
-    batch_size: int
-    max_feature_nodes: int | None
-    offload: str | None
-    verbose: bool
-    update_interval: int
-    qk: bool
 
 
 def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
@@ -107,77 +85,27 @@ def read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomp
     return parts, Heads(read_blocks(model.transformer, run.n_pos), run)
 
 
-@overload
-def attribute(
-    prompt: str | Tensor | list[int], model: ResidualModel, **options: Unpack[Options]
-) -> ResidualGraph: ...
-
-
-@overload
-def attribute(
-    prompt: str | Tensor | list[int], model: Any, **options: Unpack[Options]
-) -> TranscoderGraph | host.Graph: ...
-
-
 @exactly
 @torch.no_grad()
-def attribute(
+def attribute_residual(
     prompt: str | Tensor | list[int],
-    model: Any,
+    model: ResidualModel,
     *,
     attribution_targets: Any = None,
     max_n_logits: int = 10,
     desired_logit_prob: float = 0.95,
     batch_size: int = 512,
     max_feature_nodes: int | None = None,
-    offload: str | None = None,
     verbose: bool = False,
-    update_interval: int = 4,
-    qk: bool = True,
-) -> host.Graph:
-    """Attribute a prompt's logits to features, with heads (paper, "Head loadings").
+) -> ResidualGraph:
+    """The residual graph of a prompt; arguments as in :func:`circuit_tracer_qk.attribute`.
 
-    Args:
-        prompt: text, token ids or a tensor of them.
-        model: of :func:`circuit_tracer_qk.load_model`; or a replacement model of circuit-tracer's,
-            whose graph is circuit-tracer's own, then explained (:func:`explain_graph`).
-        attribution_targets: which logits, as in ``circuit_tracer.attribute``.
-        max_n_logits, desired_logit_prob: how many logits when they are not named.
-        batch_size: target rows taken at once; bounds memory.
-        max_feature_nodes: keep the features of the largest influence; None or 0 keeps all.
-        offload: accepted as in ``circuit_tracer.attribute``; there is no backward pass through
-            the sequence, so nothing needs to be offloaded.
-        verbose: show progress.
-        update_interval: accepted as in ``circuit_tracer.attribute``; influence is one exact sweep
-            here, so no ranking needs updating.
-        qk: explain circuit-tracer's own graphs; a residual graph always knows its heads.
-
-    Returns:
-        A genuine ``circuit_tracer.Graph``; the sum of a target's edges over features, decoder
-        biases, errors and positions is <gradient, residual stream> (completeness).
+    Identity: the sum of a target's edges over features, decoder biases, errors and positions is
+    <gradient, residual stream> (completeness).
 
     Raises:
         UserError: a prompt, targets or dictionaries that cannot be attributed exactly.
     """
-    if not isinstance(model, ResidualModel) and hasattr(model, "transcoders"):
-        if qk:
-            check_model(model)  # before the work
-        # which circuit-tracer's backward passes need
-        with torch.inference_mode(False), torch.enable_grad():
-            made = host.attribute_transcoders(
-                prompt,
-                model,
-                attribution_targets=attribution_targets,
-                max_n_logits=max_n_logits,
-                desired_logit_prob=desired_logit_prob,
-                batch_size=batch_size,
-                max_feature_nodes=max_feature_nodes,
-                offload=offload,
-                verbose=verbose,
-                update_interval=update_interval,
-            )
-        return explain_graph(made, model) if qk else made
-    del offload, update_interval
     if batch_size < 1 or (max_feature_nodes or 1) < 0:
         raise UserError("batch_size must be at least 1 and max_feature_nodes not negative.")
     if isinstance(model, ResidualModel):

@@ -15,26 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.component import (
+    BIAS,
+    EMBEDDING,
+    ERROR,
+    FEATURE,
+    POSITION,
+)
 from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
 from circuit_tracer_qk.model.run import FrozenRun
-
-KINDS = ("feature", "bias", "error", "embedding", "position")
-FEATURE, BIAS, ERROR, EMBEDDING, POSITION = range(5)
-
-
-class Component(NamedTuple):
-    """One named part of the residual stream at one position.
-
-    ``checkpoint`` is the one that the feature reads; for the other kinds, the one decomposed.
-    ``feature`` and ``activation`` are None for everything but features.
-    """
-
-    kind: str
-    checkpoint: int
-    feature: int | None
-    position: int
-    activation: float | None
-    label: str
 
 
 @dataclass(frozen=True, eq=False)

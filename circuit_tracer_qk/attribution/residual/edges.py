@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.residual.decompose import FEATURE, Decomposition
+from circuit_tracer_qk.attribution.component import FEATURE
+from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.threads import Scratch
 from circuit_tracer_qk.model.heads import AttentionBlock, Heads, MLPBlock
 

@@ -7,7 +7,6 @@ head's score can be taken apart at the block's checkpoint (section 2).
 from __future__ import annotations
 
 import io
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.qk import QK, QKRow, QKTable, Scores, TopTerms, check_count
-from circuit_tracer_qk.attribution.residual.decompose import EMBEDDING, ERROR, FEATURE, Checkpoint
+from circuit_tracer_qk.attribution.batches import Batch
+from circuit_tracer_qk.attribution.component import EMBEDDING, ERROR, FEATURE
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.qk import Place, check_count
+from circuit_tracer_qk.attribution.residual.batches import ResidualBatches
+from circuit_tracer_qk.attribution.residual.decompose import Checkpoint
 from circuit_tracer_qk.attribution.residual.edges import (
     BlockEdges,
     Parts,
@@ -26,13 +29,13 @@ from circuit_tracer_qk.attribution.residual.edges import (
     edge_parts,
     runs_of,
 )
+from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
 from circuit_tracer_qk.attribution.residual.store import Record, beside, load_record, record_bytes
 from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_together
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.model.run import FrozenRun
 
 
 class HeadLoadings(NamedTuple):
@@ -112,79 +115,6 @@ class StrongestLoadings(NamedTuple):
     skipped: float
 
 
-class ExplainedGraph(host.Graph, ABC):
-    """A ``circuit_tracer.Graph`` whose scores can be taken apart, of either kind.
-
-    Attributes:
-        kind: "residual" or "transcoder".
-    """
-
-    kind: str
-
-    @property
-    @abstractmethod
-    def scores(self) -> Scores:
-        """Scores of the graph's run."""
-
-    @property
-    @abstractmethod
-    def token_strings(self) -> list[str]:
-        """The prompt's tokens as text."""
-
-    @property
-    @abstractmethod
-    def first_error_layer(self) -> int:
-        """The layer, as nodes have it, that the first error slot stands for."""
-
-    @property
-    @abstractmethod
-    def dictionary_folder(self) -> str | None:
-        """Where feature examples lie; None if nowhere."""
-
-    @property
-    def neuronpedia(self) -> dict[int, str]:
-        """checkpoint -> Neuronpedia's id of its dictionary, such as "gpt2-small/3-res-jb"."""
-        return {}
-
-    @abstractmethod
-    def label(self, checkpoint: int, feature: int) -> str:
-        """A feature's label, "" without one."""
-
-    @property
-    def run(self) -> FrozenRun:
-        """The frozen run of the prompt."""
-        return self.scores.heads.run
-
-    @property
-    def n_features(self) -> int:
-        """How many feature nodes the graph has."""
-        return len(self.selected_features)
-
-    @property
-    def positions(self) -> Tensor:
-        """(n_nodes,) token position of every node, in adjacency order."""
-        features = self.active_features[self.selected_features, 1]
-        everywhere = torch.arange(self.n_pos, device=features.device)
-        logits = features.new_full((len(self.logit_targets),), self.n_pos - 1)
-        return torch.cat([features, everywhere.repeat(self.run.n_layers + 1), logits])
-
-    def qk(self, layer: int, head: int, query: int, key: int) -> QKTable:
-        """QK attributions of any head at any pair of positions, in the graph or not.
-
-        Raises:
-            UserError: an index out of range, or key > query.
-        """
-        return self.scores.table(layer, head, query, key)
-
-    def qk_row(self, layer: int, head: int, query: int) -> QKRow:
-        """Scores and pattern of one head's query over keys ``0..query``.
-
-        Raises:
-            UserError: an index out of range.
-        """
-        return self.scores.row(layer, head, query)
-
-
 class ResidualGraph(ExplainedGraph):
     """A ``circuit_tracer.Graph`` between residual-stream features of neighbouring checkpoints.
 
@@ -239,6 +169,9 @@ class ResidualGraph(ExplainedGraph):
         host.save_stock(self, stock)
         record = record_bytes(self.record, _fingerprint(self))
         write_together({beside(path): record, Path(path): stock.getbuffer()})
+
+    def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
+        return ResidualBatches(self.scores).batches(places)
 
     @property
     def bias_edges(self) -> Tensor:

@@ -19,16 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_tracer_qk.attribution.residual.decompose import (
-    BIAS,
-    EMBEDDING,
-    ERROR,
-    FEATURE,
-    POSITION,
-    Checkpoint,
-    Decomposition,
-    Group,
-)
+from circuit_tracer_qk.attribution.component import BIAS, EMBEDDING, ERROR, FEATURE, POSITION
+from circuit_tracer_qk.attribution.residual.decompose import Checkpoint, Decomposition, Group
 from circuit_tracer_qk.attribution.residual.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
 from circuit_tracer_qk.base.threads import Crew
 from circuit_tracer_qk.model.heads import Heads, read_mlp

@@ -6,14 +6,16 @@ at every block (method, section 4), and QK attributions over the graph's own nod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.residual.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.batches import Batch, one_by_one
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Splits
 from circuit_tracer_qk.attribution.transcoder.nodes import (
     TranscoderRun,
@@ -73,6 +75,9 @@ class TranscoderGraph(ExplainedGraph):
     def label(self, checkpoint: int, feature: int) -> str:
         """Features of transcoders have no labels here: the page finds them by scan and index."""
         return ""
+
+    def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
+        return one_by_one(self.scores, places)
 
     @exactly
     def split(

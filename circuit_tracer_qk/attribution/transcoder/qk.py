@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.qk import Label, Place, QKTable, Scores
-from circuit_tracer_qk.attribution.residual.decompose import Component
 from circuit_tracer_qk.attribution.transcoder.cuts import Writes, stream_bytes
 from circuit_tracer_qk.attribution.transcoder.nodes import TranscoderRun
 

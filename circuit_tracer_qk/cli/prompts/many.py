@@ -128,9 +128,9 @@ class ResidualMaker(Maker):
         check_graph_set(self.model.dictionaries, self.model.cfg.n_layers)
 
     def make(self, request: Request, args: Namespace) -> Made:
-        from circuit_tracer_qk.attribution.residual.attribution import attribute
         from circuit_tracer_qk.attribution.residual.store import beside
         from circuit_tracer_qk.graph_files.create import write_graph_files
+        from circuit_tracer_qk.plugin.attribute import attribute
 
         graph = attribute(
             request.prompt,

@@ -49,7 +49,7 @@ def test_batches_are_the_single_tables(
     if wide is not None:
         monkeypatch.setattr(made, "WIDE_TERMS", wide)
     found, rows, worst = {}, {}, 0.0
-    for batch in made.batches(graph, reversed(places)):
+    for batch in graph.batches(reversed(places)):
         assert size > 1 or len(batch.places) == 1
         assert not set(rows) & set(batch.rows)
         rows |= batch.rows
@@ -74,7 +74,7 @@ def test_batches_are_the_single_tables(
 
 
 def test_places_in_order_of_query(graph: ctqk.ResidualGraph):
-    order = [place for batch in made.batches(graph, visible(graph)) for place in batch.places]
+    order = [place for batch in graph.batches(visible(graph)) for place in batch.places]
     assert order == sorted(order, key=lambda p: (p.layer, p.query, p.key, p.head))
 
 
@@ -94,4 +94,4 @@ def test_the_largest_terms(shape: tuple[int, int, int], of_sign: int):
 
 
 def test_no_places(graph: ctqk.ResidualGraph, tmp_path: Path):
-    assert list(made.batches(graph, [])) == []
+    assert list(graph.batches([])) == []

@@ -19,7 +19,8 @@ from helpers.cases import Case, build
 from helpers.random_dictionaries import POST, PRE, write_sae, write_wcc
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.attribution.qk import QK, Place
+from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.residual.qk import QK
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,95 @@
+"""A ``circuit_tracer.Graph`` whose scores can be taken apart, whatever its kind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from circuit_tracer_qk.attribution.batches import Batch
+from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
+from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.model.run import FrozenRun
+
+
+class ExplainedGraph(host.Graph, ABC):
+    """A ``circuit_tracer.Graph`` whose scores can be taken apart, of either kind.
+
+    Attributes:
+        kind: "residual" or "transcoder".
+    """
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def scores(self) -> Scores:
+        """Scores of the graph's run."""
+
+    @property
+    @abstractmethod
+    def token_strings(self) -> list[str]:
+        """The prompt's tokens as text."""
+
+    @property
+    @abstractmethod
+    def first_error_layer(self) -> int:
+        """The layer, as nodes have it, that the first error slot stands for."""
+
+    @property
+    @abstractmethod
+    def dictionary_folder(self) -> str | None:
+        """Where feature examples lie; None if nowhere."""
+
+    @property
+    def neuronpedia(self) -> dict[int, str]:
+        """checkpoint -> Neuronpedia's id of its dictionary, such as "gpt2-small/3-res-jb"."""
+        return {}
+
+    @abstractmethod
+    def label(self, checkpoint: int, feature: int) -> str:
+        """A feature's label, "" without one."""
+
+    @abstractmethod
+    def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
+        """The tables of many places, side by side, by layer and query.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+
+    @property
+    def run(self) -> FrozenRun:
+        """The frozen run of the prompt."""
+        return self.scores.heads.run
+
+    @property
+    def n_features(self) -> int:
+        """How many feature nodes the graph has."""
+        return len(self.selected_features)
+
+    @property
+    def positions(self) -> Tensor:
+        """(n_nodes,) token position of every node, in adjacency order."""
+        features = self.active_features[self.selected_features, 1]
+        everywhere = torch.arange(self.n_pos, device=features.device)
+        logits = features.new_full((len(self.logit_targets),), self.n_pos - 1)
+        return torch.cat([features, everywhere.repeat(self.run.n_layers + 1), logits])
+
+    def qk(self, layer: int, head: int, query: int, key: int) -> QKTable:
+        """QK attributions of any head at any pair of positions, in the graph or not.
+
+        Raises:
+            UserError: an index out of range, or key > query.
+        """
+        return self.scores.table(layer, head, query, key)
+
+    def qk_row(self, layer: int, head: int, query: int) -> QKRow:
+        """Scores and pattern of one head's query over keys ``0..query``.
+
+        Raises:
+            UserError: an index out of range.
+        """
+        return self.scores.row(layer, head, query)
