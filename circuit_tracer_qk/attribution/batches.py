@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.component import Component
-from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
-
-RowPlace = tuple[int, int, int]
-"""(layer, head, query) of an attention row."""
-
+from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, RowPlace, Scores
 
 BATCH_TERMS = 1 << 18  # padded terms contracted at once: they stay in the processor's cache
 

@@ -2,7 +2,7 @@
 
     T[u, u'] = q(u) . k(u') / attn_scale,   sum over all u, u' of T = score
 
-(method, section 2; paper, "QK attributions"). The table is never approximated; the score is
+(attribution/README.md, section 2; paper, "QK attributions"). The table is never approximated; the score is
 before soft-cap and mask. Bias and error components are rows and columns like any other.
 """
 
@@ -12,22 +12,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from operator import index
+from itertools import groupby
+from operator import index, itemgetter
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from circuit_tracer_qk.attribution.component import KINDS, Component
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.model.attention import KEY, QUERY
 from circuit_tracer_qk.model.heads import Heads
 
 WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype
 
 Label = Callable[[int, int], str]
 """(checkpoint, feature) -> a short label, "" where there is none."""
+
+
+RowPlace = tuple[int, int, int]
+"""(layer, head, query) of an attention row."""
 
 
 class Place(NamedTuple):
@@ -137,7 +144,7 @@ class Scores(ABC):
         residual = heads.run.residual
         self.wide = residual.dtype if residual.device.type == "mps" else torch.float64
         # whole q and k of a layer serve every pair of its positions
-        self._whole = lru_cache(maxsize=4)(partial(heads.whole, dtype=self.wide))
+        self._whole = lru_cache(maxsize=8)(partial(heads.whole, dtype=self.wide))
         self._exact = lru_cache(maxsize=256)(self._image)
         self._listed = lru_cache(maxsize=1024)(self._list)
 
@@ -174,8 +181,8 @@ class Scores(ABC):
         """
         self.check(layer, head, query, key)
         block = self.heads.block(layer)
-        q = self._exact(layer, head, query, side=0)
-        k = self._exact(layer, block.group(head), key, side=1)
+        q = self._exact(layer, head, query, side=QUERY)
+        k = self._exact(layer, block.group(head), key, side=KEY)
         return self._made(layer, head, query, key, q, k)
 
     def tables(self, places: Iterable[Place]) -> Iterator[QKTable]:
@@ -203,8 +210,8 @@ class Scores(ABC):
             score=float(score),
             score_capped=float(block.cap(score)),
             masked=key < block.first_key(query),
-            query=self.components(layer, query, side=0),
-            key=self.components(layer, key, side=1),
+            query=self.components(layer, query, side=QUERY),
+            key=self.components(layer, key, side=KEY),
             terms=terms.to(self.heads.run.residual.dtype),
         )
 
@@ -216,13 +223,39 @@ class Scores(ABC):
             UserError: an index out of range.
         """
         self.check(layer, head, query)
-        block = self.heads.block(layer)
-        device = self.heads.run.residual.device
-        raw = self._scores(layer, head, query, torch.arange(query + 1, device=device))
-        scores = block.cap(raw).clone()
-        scores[: block.first_key(query)] = -torch.inf
-        pattern = self.heads.run.pattern[layer, head, query, : query + 1].clone()
-        return QKRow(scores.to(pattern.dtype), pattern, raw.to(pattern.dtype))
+        whole = self._whole(layer, QUERY), self._whole(layer, KEY)
+        return self.rows(layer, [(head, query)], *whole)[layer, head, query]
+
+    def rows(
+        self,
+        layer: int,
+        wanted: Iterable[tuple[int, int]],
+        q: Float[Tensor, "n_pos n_heads d_head"],
+        k: Float[Tensor, "n_pos n_kv d_head"],
+        device: torch.device | None = None,
+    ) -> dict[RowPlace, QKRow]:
+        """Attention rows by (layer, head, query), all of a head together.
+
+        Args:
+            layer: the block.
+            wanted: (head, query) of each.
+            q, k: of the whole residual stream, at least for the heads and positions wanted.
+            device: where the rows go; where the run lies if left out.
+        """
+        block, pattern = self.heads.block(layer), self.heads.run.pattern[layer]
+        pattern = pattern.to(device or pattern.device)
+        rows = {}
+        for head, of_head in groupby(sorted(wanted), key=itemgetter(0)):
+            queries = [query for _, query in of_head]
+            raw = q[queries, head] @ k[:, block.group(head)].T / block.attn_scale
+            capped, raw = (scores.to(pattern) for scores in (block.cap(raw), raw))
+            capped = capped.clone()
+            for i, query in enumerate(queries):
+                capped[i, : block.first_key(query)] = -torch.inf
+                seen = slice(query + 1)
+                row = QKRow(capped[i, seen], pattern[head, query, seen], raw[i, seen])
+                rows[layer, head, query] = row
+        return rows
 
     def components(self, layer: int, position: int, side: int) -> list[Component]:
         """The components of checkpoint ``layer`` at a position, the map's constant last."""
@@ -238,8 +271,24 @@ class Scores(ABC):
 
     def _scores(self, layer: int, head: int, query: int, keys: Tensor) -> Tensor:
         block = self.heads.block(layer)
-        q, k = self._whole(layer)
+        q, k = self._whole(layer, QUERY), self._whole(layer, KEY)
         return k[keys.to(k.device), block.group(head)] @ q[query, head] / block.attn_scale
+
+    def _with_constant(
+        self, images: Tensor, layer: int, head: int, position: int, side: int
+    ) -> Float[Tensor, "n_components d_head"]:
+        """Images of one position, and of the map's constant where it has one."""
+        if not self.heads.has_constants(layer):
+            return images
+        at = torch.tensor([position], device=images.device)
+        return torch.cat([images, self.heads.constants(layer, at, head, side, images.dtype)])
+
+    def _constant_component(self, layer: int, position: int, side: int) -> list[Component]:
+        """What names the row of that constant."""
+        if not self.heads.has_constants(layer):
+            return []
+        label = ("b_Q + b_ln W_Q", "b_K + b_ln W_K")[side]
+        return [Component("bias", layer, None, position, None, label)]
 
 
 def check_count(n: int, name: str = "n") -> None:

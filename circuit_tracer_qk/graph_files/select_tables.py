@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_tracer_qk.attribution.batches import BATCH_TERMS, RowPlace, Terms
+from circuit_tracer_qk.attribution.batches import BATCH_TERMS, Terms
 from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
-from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.qk import Place, RowPlace
 from circuit_tracer_qk.base.json_text import rounded, rounded_all
 from circuit_tracer_qk.graph_files.nodes import Links
 from circuit_tracer_qk.graph_files.tables import (

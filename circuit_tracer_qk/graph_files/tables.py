@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from circuit_tracer_qk.attribution.batches import Batch, RowPlace
+from circuit_tracer_qk.attribution.batches import Batch
 from circuit_tracer_qk.attribution.component import KINDS, Component
-from circuit_tracer_qk.attribution.qk import QKRow
+from circuit_tracer_qk.attribution.qk import QKRow, RowPlace
 from circuit_tracer_qk.base.json_text import (
     not_finite,
     numbers,

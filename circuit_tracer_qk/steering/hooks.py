@@ -99,7 +99,7 @@ class Steered:
         device = heads.run.residual.device
         # deltas are differences: in float64 where the device has it, whatever the model's dtype
         self.wide = torch.float64 if device.type != "mps" else torch.float32
-        self.whole = lru_cache(maxsize=8)(lambda layer: heads.whole(layer, self.wide))
+        self.whole = lru_cache(maxsize=8)(lambda layer, side: heads.whole(layer, side, self.wide))
         self.rotary = heads.blocks[0].cos is not None
 
     @torch.no_grad()
@@ -262,7 +262,7 @@ class _Hooks:
         known = at < run.n_pos
         base = torch.cat(
             [
-                self.steered.whole(layer)[side][at[known], number].to(wide),
+                self.steered.whole(layer, side)[at[known], number].to(wide),
                 block.live(x[~known], at[~known], number, side),
             ]
         )
@@ -271,11 +271,12 @@ class _Hooks:
             here = rows & (known == clean)
             if bool(here.any()):
                 by = (
-                    self.heads.frozen(layer, at[here], number, side)
+                    self.heads.denominators(layer, at[here], number, side)
                     if clean
                     else block.denominators(x[here], number, side)
                 )
-                moved[here] = block.image(dx[here], at[here], number, side, by)
+                normed = block.ln1.at(by.scale.to(wide))(dx[here])
+                moved[here] = block.project(normed, at[here], number, side, by.tau)
         return _Side(base, moved)
 
     def _moved(self, place: HeadSide, offset: int, n: int) -> Tensor:

@@ -18,7 +18,8 @@ from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.model.heads import Heads, read_blocks
+from circuit_tracer_qk.model.heads import Heads
+from circuit_tracer_qk.model.supported import read_blocks
 from circuit_tracer_qk.steering.controls import matched
 from circuit_tracer_qk.steering.edits import Edit, Head, HeadEdit, QKEdit
 from circuit_tracer_qk.steering.hooks import Pass, Steered

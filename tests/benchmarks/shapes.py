@@ -9,8 +9,9 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition, decompose
 from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet
-from circuit_tracer_qk.model.heads import Heads, read_blocks
+from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.run import freeze
+from circuit_tracer_qk.model.supported import read_blocks
 
 VOCAB = 100
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
+from circuit_tracer_qk.model.attention import KEY, QUERY
 
 LAYER, HEADS = 1, 4
 TOP = 50
@@ -44,8 +45,8 @@ def measure(n_components: int, d_head: int, ceilings: Ceilings, repeats: int) ->
     vectors = checkpoint.vectors()
     images: dict[tuple[int, int, int], Tensor] = {}
     for head in range(HEADS):
-        q = heads.queries(LAYER, vectors, checkpoint.position, head)
-        k = heads.keys(LAYER, vectors, checkpoint.position, head)
+        q = heads.image(LAYER, vectors, checkpoint.position, head, QUERY)
+        k = heads.image(LAYER, vectors, checkpoint.position, head, KEY)
         for p in range(TOKENS):
             images[0, head, p] = q[checkpoint.at(p)].contiguous()
             images[1, head, p] = k[checkpoint.at(p)].contiguous()

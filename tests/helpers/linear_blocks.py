@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.transcoder.hookpoints import READS, WRITES, read_ports
-from circuit_tracer_qk.attribution.transcoder.propagate import Carrier
-from circuit_tracer_qk.model.heads import Heads, read_blocks
+from circuit_tracer_qk.attribution.transcoder.hookpoints import READS, WRITES, read_hook_points
+from circuit_tracer_qk.attribution.transcoder.propagate import FrozenBlocks
+from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.load import load_transformer
 from circuit_tracer_qk.model.run import FrozenRun, freeze
+from circuit_tracer_qk.model.supported import read_blocks
 from helpers.architectures import prompt_ids, save_tiny
 from helpers.reference import Norm, Reference, Run
 
@@ -27,7 +28,7 @@ class Case(NamedTuple):
 
     reference: Reference
     run: Run
-    carrier: Carrier
+    blocks: FrozenBlocks
     reads: str
     writes: str
     skips: list[Tensor | None]
@@ -56,9 +57,9 @@ class Cases:
                 torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
                 for _ in range(n_layers)
             ]
-        ports = read_ports(model.blocks, frozen, reads, writes, skips)
+        points = read_hook_points(model.blocks, frozen, reads, writes, skips)
         heads = Heads(read_blocks(model, N), frozen)
-        return Case(reference, run, Carrier(heads, ports), reads, writes, skips)
+        return Case(reference, run, FrozenBlocks(heads, points), reads, writes, skips)
 
 
 @cache

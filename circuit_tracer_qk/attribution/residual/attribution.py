@@ -18,8 +18,9 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE, DictionarySet
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.model.heads import Heads, logit_directions, read_blocks
+from circuit_tracer_qk.model.heads import Heads, logit_directions
 from circuit_tracer_qk.model.run import freeze
+from circuit_tracer_qk.model.supported import read_blocks
 
 
 def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.batches import BATCH_TERMS, Batch, RowPlace
-from circuit_tracer_qk.attribution.qk import WIDE_TERMS, Place, QKRow
+from circuit_tracer_qk.attribution.batches import BATCH_TERMS, Batch
+from circuit_tracer_qk.attribution.qk import WIDE_TERMS, Place
 from circuit_tracer_qk.attribution.residual.qk import QK
 
 
@@ -62,7 +62,8 @@ class ResidualBatches:
         at_query = [(p.head, p.query) for p in places]
         at_key = [(block.group(p.head), p.key) for p in places]
         queries, keys, whole_q, whole_k = self._images(layer, at_query, at_key)
-        rows = self._rows(layer, {(p.head, p.query) for p in places}, whole_q, whole_k)
+        wanted = {(p.head, p.query) for p in places}
+        rows = self.qk.rows(layer, wanted, whole_q, whole_k, device=torch.device("cpu"))
         named = [
             {p: self.qk.components(layer, p, side) for p in {place[2 + side] for place in places}}
             for side in (0, 1)
@@ -92,29 +93,6 @@ class ResidualBatches:
                 terms=((q / block.attn_scale) @ k.transpose(1, 2)).to(dtype).cpu(),
                 rows={p[:3]: rows.pop(p[:3]) for p in some if p[:3] in rows},
             )
-
-    def _rows(
-        self, layer: int, wanted: set[tuple[int, int]], q: Tensor, k: Tensor
-    ) -> dict[RowPlace, QKRow]:
-        """Attention rows by (layer, head, query): as :meth:`Scores.row`, all of a head together.
-
-        Args:
-            wanted: (head, query) of each.
-            q, k: of the whole residual stream.
-        """
-        block, pattern = self.heads.block(layer), self.heads.run.pattern[layer].cpu()
-        rows = {}
-        for head, some in groupby(sorted(wanted), key=lambda at: at[0]):
-            queries = [query for _, query in some]
-            raw = q[queries, head] @ k[:, block.group(head)].T / block.attn_scale
-            capped, raw = (scores.to(pattern.dtype).cpu() for scores in (block.cap(raw), raw))
-            capped = capped.clone()
-            for i, query in enumerate(queries):
-                capped[i, : block.first_key(query)] = -torch.inf
-                seen = slice(0, query + 1)
-                row = QKRow(capped[i, seen], pattern[head, query, seen], raw[i, seen])
-                rows[layer, head, query] = row
-        return rows
 
     def _end(
         self,
@@ -147,20 +125,20 @@ class ResidualBatches:
             d_head) and (n_pos, n_kv, d_head), of the queries and of the key-value heads named.
         """
         checkpoint, stream = self.qk.parts.at(layer), self.heads.run.residual[layer]
-        everywhere = torch.arange(len(stream), device=stream.device)
         positions = sorted({p for _, p in (*at_query, *at_key)})
         parts = [checkpoint.at(p) for p in positions]
         vectors = torch.cat([*(checkpoint.vectors(range(p, p + 1)) for p in positions), stream])
-        here = torch.cat([checkpoint.position[part] for part in parts] + [everywhere])
+        here = torch.cat([checkpoint.position[part] for part in parts] + [self.heads.everywhere])
         normed = self.heads.normed(layer, vectors.to(self.qk.wide), here)
         n_rows = [part.stop - part.start for part in parts]
         *own_rows, whole_rows = torch.arange(len(here)).split([*n_rows, len(stream)])
         rows = dict(zip(positions, own_rows, strict=True))
         has_constants = self.heads.has_constants(layer)
-        constants = self.heads.constants(layer, everywhere, self.qk.wide)
+        everywhere = self.heads.everywhere
         sides, wholes = [], []
         for side, wanted in enumerate((at_query, at_key)):
-            whole = constants[side].clone()
+            constants = self.heads.constants(layer, everywhere, None, side, self.qk.wide)
+            whole = constants.clone()
             pieces, start, count, n = [], {}, {}, 0
             for head, some in groupby(sorted(set(wanted)), key=lambda at: at[0]):
                 some = [p for _, p in some]
@@ -172,7 +150,7 @@ class ResidualBatches:
                 for p, images in zip(some, own, strict=True):
                     pieces.append(images)
                     if has_constants:
-                        pieces.append(constants[side][p, head][None])
+                        pieces.append(constants[p, head][None])
                     start[head, p], count[head, p] = n, len(images) + has_constants
                     n += count[head, p]
             nothing = normed.new_zeros(1, pieces[0].shape[1])

@@ -24,7 +24,9 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.component import FEATURE
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.threads import Scratch
-from circuit_tracer_qk.model.heads import AttentionBlock, Heads, MLPBlock
+from circuit_tracer_qk.model.attention import AttentionBlock
+from circuit_tracer_qk.model.heads import Heads
+from circuit_tracer_qk.model.mlp import MLPBlock
 
 TILE_BYTES = 1 << 21  # weighted by attention at once: what a processor's cache holds
 TILE_BYTES_ELSEWHERE = 1 << 26  # few calls
@@ -150,7 +152,7 @@ class BlockMLP:
                 g.addmm_(sloped, reader.T)
             else:
                 torch.mm(sloped, reader.T, out=g)
-        return self.mlp.ln2.pull(g, self.scale[positions])
+        return self.mlp.ln2.at(self.scale[positions]).vjp(g)
 
 
 class BlockEdges:
@@ -186,14 +188,16 @@ class BlockEdges:
             if group.kind == FEATURE:
                 decoder = features.decoders[group.read, self.sources.checkpoint]
                 if recurs(len(decoder), n, width * out.element_size()):
-                    shared = self.heads.values(self.layer, decoder.to(out.dtype), None).flatten(1)
+                    undivided = self.heads.value_path(self.layer, None)
+                    shared = undivided(decoder.to(out.dtype)).flatten(1)
                     mine = slice(group.first, group.first + n)
                     weight = features.activation[mine] / scale[features.position[mine]]
                     image = shared[features.row[mine]].mul_(weight[:, None])
                     out.index_copy_(0, group.at, image)
                     continue
             vectors, at = self.sources.of(group, slice(0, n)), self.sources.position[group.at]
-            out.index_copy_(0, group.at, self.heads.values(self.layer, vectors, at).flatten(1))
+            values = self.heads.value_path(self.layer, at)(vectors)
+            out.index_copy_(0, group.at, values.flatten(1))
         return out.unflatten(1, (block.n_kv, -1))
 
     def rows(self, targets: Targets, runs: list[Run]) -> Tensor:
@@ -211,7 +215,7 @@ class BlockEdges:
         pattern = self.heads.run.pattern[self.layer]
         local = targets.y + targets.m
         u = targets.y if block.parallel else local
-        z = self.heads.pull_output(self.layer, u, targets.positions).flatten(1)
+        z = self.heads.output_path(self.layer, targets.positions).vjp(u).flatten(1)
         out = z.new_empty(len(z), len(self.vectors))
         for p, first, last in runs:
             rows = slice(first, last)
@@ -289,17 +293,16 @@ def edge_parts(
         The parts, (n,) and (n, n_heads).
     """
     block = heads.block(layer)
-    z_total = heads.pull_output(layer, at_write(block, targets), targets.positions)
-    z_direct = z_total
-    if not block.parallel:
-        z_direct = heads.pull_output(layer, targets.y, targets.positions)
-    values = heads.values(layer, vectors, positions)
+    output = heads.output_path(layer, targets.positions)
+    z_total = output.vjp(at_write(block, targets))
+    z_direct = z_total if block.parallel else output.vjp(targets.y)
+    values = heads.value_path(layer, positions)(vectors)
     done: list[tuple[Tensor, ...]] = []
     for t, s in zip(target_row.split(chunk), source_row.split(chunk), strict=True):
         p_t, p_s = targets.positions[t], positions[s]
         same = (p_t == p_s).to(vectors.dtype)
         pattern = heads.run.pattern[layer][:, p_t, p_s].T
-        v = block.expand(values[s])
+        v = block.shared(values[s])
         done.append(
             (
                 same * (targets.y[t] * vectors[s]).sum(1),

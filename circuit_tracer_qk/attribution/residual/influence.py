@@ -23,7 +23,8 @@ from circuit_tracer_qk.attribution.component import BIAS, EMBEDDING, ERROR, FEAT
 from circuit_tracer_qk.attribution.residual.decompose import Checkpoint, Decomposition, Group
 from circuit_tracer_qk.attribution.residual.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
 from circuit_tracer_qk.base.threads import Crew
-from circuit_tracer_qk.model.heads import Heads, read_mlp
+from circuit_tracer_qk.model.heads import Heads
+from circuit_tracer_qk.model.mlp import read_mlp
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

@@ -16,9 +16,10 @@ from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.model.heads import check_exact, refuse_unsupported
+from circuit_tracer_qk.model.check import check_exact
 from circuit_tracer_qk.model.load import load_transformer
 from circuit_tracer_qk.model.run import contraction_dtype
+from circuit_tracer_qk.model.supported import refuse_unsupported
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

@@ -25,6 +25,7 @@ from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.base.topk import largest
+from circuit_tracer_qk.model.attention import KEY, QUERY
 from circuit_tracer_qk.model.heads import Heads
 
 BATCH_BYTES = 3 << 20  # of tables whose largest terms are looked for at once
@@ -71,8 +72,9 @@ class QK(Scores):
         self.parts = parts
         self.label = label
         self.keep_bytes = keep_bytes
-        everywhere = torch.arange(heads.run.n_pos, device=heads.run.residual.device)
-        self._constants = lru_cache(maxsize=4)(lambda layer: heads.constants(layer, everywhere))
+        self._constants = lru_cache(maxsize=256)(
+            lambda layer, head, side: heads.constants(layer, heads.everywhere, head, side)
+        )
         self._lock = RLock()
         self._projected: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
         self._kept_bytes = 0
@@ -129,7 +131,7 @@ class QK(Scores):
             queries, group = list(queries), self.heads.block(layer).group(head)
             wanted = sorted({key for at in queries for key in by_query[at]})
             with exactly:
-                images = self._images(layer, group, wanted, side=1)
+                images = self._images(layer, group, wanted, side=KEY)
                 of_key = dict(zip(wanted, images, strict=True))
             for at in queries:
                 stop = start + len(by_query[at])
@@ -143,7 +145,7 @@ class QK(Scores):
         """One query's terms; ``told`` (3, n_keys): each key's row of the result, itself, its size."""
         layer, head, query = at
         to, key, size = told
-        q = self._images(layer, head, [query], side=0)[0] / self.heads.block(layer).attn_scale
+        q = self._images(layer, head, [query], side=QUERY)[0] / self.heads.block(layer).attn_scale
         values, index = _largest_terms(q, keys, to, size, n)
         scores = torch.empty_like(values[:, 0])
         scores[to] = self._scores(layer, head, query, key).to(values.dtype)
@@ -177,21 +179,14 @@ class QK(Scores):
             else:
                 label = "b_dec" if code == BIAS else KINDS[code]
                 listed.append(Component(KINDS[code], layer, None, position, None, label))
-        if self.heads.has_constants(layer):
-            label = ("b_Q + b_ln W_Q", "b_K + b_ln W_K")[side]
-            listed.append(Component("bias", layer, None, position, None, label))
-        return listed
+        return listed + self._constant_component(layer, position, side)
 
     def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
         checkpoint = self.parts.at(layer)
-        vectors = checkpoint.vectors(range(position, position + 1))
-        vectors = vectors.to(self.wide)
-        project = (self.heads.queries, self.heads.keys)[side]
-        image = project(layer, vectors, checkpoint.position[checkpoint.at(position)], head)
-        if not self.heads.has_constants(layer):
-            return image
-        at = torch.tensor([position], device=image.device)
-        return torch.cat([image, self.heads.constants(layer, at, self.wide)[side][:, head]])
+        vectors = checkpoint.vectors(range(position, position + 1)).to(self.wide)
+        at = checkpoint.position[checkpoint.at(position)]
+        image = self.heads.image(layer, vectors, at, head, side)
+        return self._with_constant(image, layer, head, position, side)
 
     def _images(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         """Projected components of several positions, each (n_components, d_head), kept."""
@@ -212,13 +207,13 @@ class QK(Scores):
 
     def _project(self, positions: list[int], layer: int, head: int, side: int) -> None:
         checkpoint = self.parts.at(layer)
-        project = (self.heads.queries, self.heads.keys)[side]
         constants = None
         if self.heads.has_constants(layer):
-            constants = self._constants(layer)[side][:, head]
+            constants = self._constants(layer, head, side)
         for run in _runs(positions):
             part = slice(checkpoint.starts[run.start], checkpoint.starts[run.stop])
-            images = project(layer, checkpoint.vectors(run), checkpoint.position[part], head)
+            vectors, at = checkpoint.vectors(run), checkpoint.position[part]
+            images = self.heads.image(layer, vectors, at, head, side)
             for p in run:
                 here = checkpoint.at(p)
                 image = images[here.start - part.start : here.stop - part.start]

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.decompose import ActiveFeatures, Decomposition
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.model.heads import AttentionBlock, Heads, Norm
+from circuit_tracer_qk.model.attention import AttentionBlock
+from circuit_tracer_qk.model.heads import Heads
+from circuit_tracer_qk.model.norm import Norm
 from circuit_tracer_qk.model.run import FrozenRun
 
 FORMAT = "circuit-tracer-qk graph, version 2"

@@ -66,7 +66,7 @@ def strongest(
     """
     heads, layer, sources = block.heads, block.layer, block.sources
     attention, pattern = heads.block(layer), heads.run.pattern[layer]
-    z = heads.pull_output(layer, at_write(attention, targets), targets.positions)
+    z = heads.output_path(layer, targets.positions).vjp(at_write(attention, targets))
     device, n_heads = z.device, attention.n_heads
     group = torch.arange(n_heads, device=device) // (n_heads // attention.n_kv)
     sizes = block.values.norm(dim=2)  # (n_sources, n_kv)

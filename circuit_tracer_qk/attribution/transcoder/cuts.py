@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_tracer_qk.attribution.transcoder.propagate import Carried, Carrier
+from circuit_tracer_qk.attribution.transcoder.propagate import Carried, FrozenBlocks
 
 
 class Writes(NamedTuple):
@@ -185,7 +185,7 @@ def gradient_bytes(device: torch.device) -> int:
 
 @torch.no_grad()
 def split_edges(
-    carrier: Carrier,
+    blocks: FrozenBlocks,
     writes: Writes,
     reads: Reads,
     source: Tensor,
@@ -198,7 +198,7 @@ def split_edges(
     Memory is bounded: targets are carried back, and sources forward, some at a time.
 
     Args:
-        carrier: the frozen blocks.
+        blocks: the frozen blocks.
         writes: of all sources.
         reads: of all targets.
         source, target: (n,) ends of each edge, as ``writes.source`` and rows of ``reads``.
@@ -208,9 +208,9 @@ def split_edges(
     Returns:
         In the order of the edges.
     """
-    run = carrier.heads.run
-    n, zeros, d_head = len(source), run.residual.new_zeros, carrier.heads.blocks[0].W_Q.shape[2]
-    n_heads = carrier.heads.blocks[0].n_heads
+    run = blocks.heads.run
+    n, zeros, d_head = len(source), run.residual.new_zeros, blocks.heads.blocks[0].W_Q.shape[2]
+    n_heads = blocks.heads.blocks[0].n_heads
     shape = n, run.n_layers, n_heads
     between = torch.zeros(n, run.n_layers, dtype=torch.bool, device=source.device)
     out = Splits(zeros(n), zeros(shape), zeros(shape), zeros(n), between)
@@ -228,7 +228,7 @@ def split_edges(
             local = torch.full_like(reads.layer, -1)
             local[mine] = torch.arange(len(mine), device=mine.device)
             group = Reads(*(part[mine] for part in reads))
-            back, free = _sweep_back(carrier, group)
+            back, free = _sweep_back(blocks, group)
             edges = (causal & (local[target] >= 0)).nonzero().flatten()
             of_group = source[edges]
             ends = of_group.unique()
@@ -242,7 +242,7 @@ def split_edges(
                 at = edges[row[of_group] >= 0]
                 t = local[target[at]]
                 these = _Edges(at, row[source[at]], t, group.layer[t], group.position[t])
-                found += _sweep(carrier, chosen, group, back, free, these, out, listing)
+                found += _sweep(blocks, chosen, group, back, free, these, out, listing)
                 bar.update(len(at))
     if listing is None:
         return out
@@ -260,7 +260,7 @@ def _by_source(writes: Writes, values: Tensor) -> Tensor:
 
 
 def _sweep(
-    carrier: Carrier,
+    blocks: FrozenBlocks,
     writes: Writes,
     reads: Reads,
     back: list[_Back],
@@ -270,7 +270,7 @@ def _sweep(
     listing: Listing | None,
 ) -> list[Pairs]:
     """Carry some sources forward, those written first in front, and split their edges."""
-    run = carrier.heads.run
+    run = blocks.heads.run
     start, end = int(writes.position.min()), int(reads.position.max()) + 1
     position, first = (_by_source(writes, values) for values in (writes.position, writes.layer))
     n_sources, d_model = len(position), run.residual.shape[2]
@@ -293,9 +293,9 @@ def _sweep(
 
     write(-1)
     for layer in range(run.n_layers):
-        parallel = carrier.heads.block(layer).parallel
+        parallel = blocks.heads.block(layer).parallel
         begun = int((first < layer).sum())  # sources are in this order: those after are zero
-        carried = carrier.carry(layer, x[:begun], start)
+        carried = blocks.carry(layer, x[:begun], start)
         ends_later = edges.target_layer > layer if parallel else edges.target_layer >= layer
         crossing = edges.only((first[edges.source] < layer) & ends_later)
         if len(crossing.at):
@@ -410,14 +410,14 @@ def _read(x: Tensor, reads: Reads, edges: _Edges, start: int) -> Tensor:
     return _dots(x.flatten(0, 1), at, reads.row, edges.target)
 
 
-def _sweep_back(carrier: Carrier, reads: Reads) -> tuple[list[_Back], list[Tensor]]:
+def _sweep_back(blocks: FrozenBlocks, reads: Reads) -> tuple[list[_Back], list[Tensor]]:
     """Carry targets back.
 
     Returns:
         For every block, its heads' gradients; for every checkpoint, (n_targets, d_model) gradients
         at the target's position along paths without attention.
     """
-    run = carrier.heads.run
+    run = blocks.heads.run
     n_layers, n_targets, d_model = run.n_layers, len(reads.layer), reads.row.shape[1]
     order = reads.layer.argsort(descending=True, stable=True)  # later ones first: rows are added
     layer_of, position, row = reads.layer[order], reads.position[order], reads.row[order]
@@ -435,10 +435,10 @@ def _sweep_back(carrier: Carrier, reads: Reads) -> tuple[list[_Back], list[Tenso
     back: list[_Back] = []
     for layer in reversed(range(n_layers)):
         first, n = n, int((layer_of >= layer).sum())
-        pulled = [carrier.pull(layer, g), carrier.pull_mid(layer, placed(first, n))]
+        pulled = [blocks.pull(layer, g), blocks.pull_mid(layer, placed(first, n))]
         at = [
-            carrier.pull_here(layer, local, position[:first]),
-            carrier.pull_mid_here(layer, row[first:n], position[first:n]),
+            blocks.pull_here(layer, local, position[:first]),
+            blocks.pull_mid_here(layer, row[first:n], position[first:n]),
         ]
         where = torch.full_like(reads.layer, -1)
         where[order[:n]] = torch.arange(n, device=where.device)

@@ -26,7 +26,8 @@ from circuit_tracer_qk.attribution.transcoder.qk import TranscoderQK
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.model.heads import check_patterns, refuse_attention
+from circuit_tracer_qk.model.check import check_patterns
+from circuit_tracer_qk.model.supported import refuse_attention
 
 AGREES = 1e-3  # of the largest edge: what our sweeps may differ from the host's backward passes
 AGREES_HALF = 5e-2  # the same for a model in half precision, whose own passes round
@@ -156,7 +157,7 @@ def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
     columns = (W_U[:, ids] - W_U.mean(1, keepdim=True)).T
     parts = read_transcoder_graph(model, graph, columns)
     exact = model.cfg.dtype in (torch.float32, torch.float64)
-    check_patterns(parts.carrier.heads, str(model.cfg.model_name), exact)
+    check_patterns(parts.blocks.heads, str(model.cfg.model_name), exact)
     decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
     explained = TranscoderGraph(
         parts,

@@ -1,4 +1,4 @@
-"""Where transcoders read from a block and write to it, as frozen linear maps (method, section 4).
+"""Where transcoders read from a block and write to it, as frozen linear maps (attribution/README.md, section 4).
 
 A transcoder stands in for an MLP: it reads the stream that the MLP's norm reads and writes where
 the MLP writes. The host's hooks name the exact places; the norms between are frozen.
@@ -7,14 +7,15 @@ the MLP writes. The host's hooks name the exact places; the norms between are fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.model.heads import Norm
+from circuit_tracer_qk.model.linear import LinearMap, Matrix
+from circuit_tracer_qk.model.norm import Norm, cast
 from circuit_tracer_qk.model.run import FrozenRun
 
 READS = ("mlp.hook_in", "ln2.hook_normalized", "hook_resid_mid")
@@ -22,7 +23,7 @@ WRITES = ("mlp.hook_out", "hook_mlp_out")
 
 
 @dataclass(frozen=True, eq=False)
-class Port:
+class HookPoint:
     """One block's transcoder input and output on one frozen run.
 
     Attributes:
@@ -39,46 +40,32 @@ class Port:
     post_scale: Tensor
     skip: Tensor | None
 
-    def written(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """(..., d_model): what output vectors at ``positions`` (...) add to the stream."""
-        return self.post.linear(vectors, self.post_scale[positions])
+    def reading(self, positions: Tensor | slice) -> LinearMap:
+        """From the stream to the transcoder's input, at positions."""
+        return self.ln2.at(self.ln2_scale[positions])
 
-    def pull_read(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """(..., d_model): encoder rows as gradients at the stream, <row, input(x)> = <pulled, x>."""
-        return self.ln2.pull(rows, self.ln2_scale[positions])
+    def writing(self, positions: Tensor | slice) -> LinearMap:
+        """From the transcoder's output to what is added to the stream, at positions."""
+        return self.post.at(self.post_scale[positions])
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor | None:
-        """(n, m, d_model): the skip's write for streams at positions from ``start`` on."""
+    def skipping(self, positions: Tensor | slice) -> LinearMap | None:
+        """From the stream through the skip back to the stream; None without a skip."""
         if self.skip is None:
             return None
-        here = slice(start, start + x.shape[1])
-        read = self.ln2.linear(x, self.ln2_scale[here].expand(x.shape[:2]))
-        return self.post.linear(read @ self.skip, self.post_scale[here].expand(x.shape[:2]))
+        return self.writing(positions) @ Matrix(self.skip) @ self.reading(positions)
 
     def constant(self, n_pos: int) -> Tensor:
         """(n_pos, d_model): what the skip writes for the bias of the norm before it."""
         assert self.skip is not None
         zero = self.ln2_scale.new_zeros(n_pos, self.skip.shape[0])
         read = zero if self.ln2.b is None else zero + self.ln2.b
-        return self.post.linear(read @ self.skip, self.post_scale)
-
-    def pull(self, g: Tensor) -> Tensor | None:
-        """The transpose of :meth:`forward`: (n, m, d_model) gradients at positions from 0 on."""
-        positions = torch.arange(g.shape[1], device=g.device)
-        return self.pull_at(g, positions.expand(g.shape[:2]))
-
-    def pull_at(self, g: Tensor, positions: Tensor) -> Tensor | None:
-        """As :meth:`pull`, for gradients (..., d_model) at ``positions`` (...)."""
-        if self.skip is None:
-            return None
-        write = self.post.pull(g, self.post_scale[positions])
-        return self.ln2.pull(write @ self.skip.T, self.ln2_scale[positions])
+        return self.writing(slice(None))(read @ self.skip)
 
 
-def read_ports(
+def read_hook_points(
     blocks: Sequence[Any], run: FrozenRun, reads: str, writes: str, skips: Sequence[Tensor | None]
-) -> list[Port]:
-    """The ports of every block.
+) -> list[HookPoint]:
+    """The hook points of every block.
 
     Args:
         blocks: TransformerLens blocks.
@@ -99,13 +86,10 @@ def read_ports(
     dtype = run.residual.dtype
 
     def norm(module: Any, bare: bool = False) -> Norm:
-        found = Norm.read(module)
-        if bare:
-            return Norm(None, None, centred=found.centred, present=found.present)
-        weight, bias = (None if t is None else t.to(dtype) for t in (found.w, found.b))
-        return Norm(weight, bias, centred=found.centred, present=found.present)
+        read = cast(Norm.read(module), dtype)
+        return replace(read, w=None, b=None) if bare else read
 
-    ports = []
+    hook_points = []
     for layer, block in enumerate(blocks):
         ln2 = absent
         if reads != "hook_resid_mid":
@@ -113,8 +97,8 @@ def read_ports(
             ln2 = norm(block.ln2, bare=bare)
         post = norm(getattr(block, "ln2_post", None)) if writes == "mlp.hook_out" else absent
         skip = skips[layer]
-        ports.append(
-            Port(
+        hook_points.append(
+            HookPoint(
                 ln2=ln2,
                 ln2_scale=run.scale("ln2", layer),
                 post=post,
@@ -122,7 +106,7 @@ def read_ports(
                 skip=None if skip is None else skip.to(dtype),
             )
         )
-    return ports
+    return hook_points
 
 
 @torch.no_grad()
@@ -140,6 +124,3 @@ def _hooked_before_gain(ln: Any) -> bool:
     finally:
         handle.remove()
     return not torch.allclose(seen[0], out)
-
-
-__all__ = ["READS", "WRITES", "Port", "read_ports"]

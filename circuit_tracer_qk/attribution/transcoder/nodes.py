@@ -22,12 +22,13 @@ from circuit_tracer_qk.attribution.transcoder.cuts import (
     Writes,
     split_edges,
 )
-from circuit_tracer_qk.attribution.transcoder.hookpoints import read_ports
-from circuit_tracer_qk.attribution.transcoder.propagate import Carrier
+from circuit_tracer_qk.attribution.transcoder.hookpoints import read_hook_points
+from circuit_tracer_qk.attribution.transcoder.propagate import FrozenBlocks
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.model.heads import Heads, logit_directions, read_blocks
+from circuit_tracer_qk.model.heads import Heads, logit_directions
 from circuit_tracer_qk.model.run import FrozenRun, freeze
+from circuit_tracer_qk.model.supported import read_blocks
 
 
 class Source(NamedTuple):
@@ -56,7 +57,7 @@ class TranscoderRun:
 
     Attributes:
         run: the frozen run.
-        carrier: the blocks without MLPs.
+        blocks: the blocks without MLPs.
         writes: of every source: the graph's nodes by their index in adjacency order (logits write
             nothing), then the active features that the graph left out, then what is no node.
         reads: of every target: the graph's features, then its logits.
@@ -66,7 +67,7 @@ class TranscoderRun:
     """
 
     run: FrozenRun
-    carrier: Carrier
+    blocks: FrozenBlocks
     writes: Writes
     reads: Reads
     sources: list[Source | None]
@@ -84,7 +85,7 @@ class TranscoderRun:
         n_logits = len(self.reads.layer) - self.n_features
         first_logit = self.n_nodes - n_logits
         row = torch.where(target < self.n_features, target, target - first_logit + self.n_features)
-        return split_edges(self.carrier, self.writes, self.reads, source, row, listing, progress)
+        return split_edges(self.blocks, self.writes, self.reads, source, row, listing, progress)
 
 
 @torch.no_grad()
@@ -113,17 +114,19 @@ def read_transcoder_graph(model: Any, graph: host.Graph, columns: Tensor) -> Tra
             "not theirs; name the ones that it was made with."
         )
     run = freeze(model, tokens)
-    ports = read_ports(model.blocks, run, *host.transcoder_hooks(model), host.skip_weights(model))
-    carrier = Carrier(Heads(read_blocks(model, run.n_pos), run), ports)
+    points = read_hook_points(
+        model.blocks, run, *host.transcoder_hooks(model), host.skip_weights(model)
+    )
+    blocks = FrozenBlocks(Heads(read_blocks(model, run.n_pos), run), points)
     selected = graph.selected_features.to(run.residual.device)
     n_nodes = len(graph.adjacency_matrix)
-    sources, writes = _nodes(nodes, carrier, selected, n_nodes)
-    extra, more = _others(model, carrier, writes, len(sources))
+    sources, writes = _nodes(nodes, blocks, selected, n_nodes)
+    extra, more = _others(model, blocks, writes, len(sources))
     return TranscoderRun(
         run=run,
-        carrier=carrier,
+        blocks=blocks,
         writes=_joined([writes, more]),
-        reads=_reads(model, nodes, carrier, selected, columns),
+        reads=_reads(model, nodes, blocks, selected, columns),
         sources=sources + extra,
         n_features=len(selected),
         n_nodes=n_nodes,
@@ -131,10 +134,10 @@ def read_transcoder_graph(model: Any, graph: host.Graph, columns: Tensor) -> Tra
 
 
 def _nodes(
-    nodes: host.TranscoderNodes, carrier: Carrier, selected: Tensor, n_nodes: int
+    nodes: host.TranscoderNodes, blocks: FrozenBlocks, selected: Tensor, n_nodes: int
 ) -> tuple[list[Source | None], Writes]:
     """Features, errors and tokens: in the graph, then features that it left out."""
-    run = carrier.heads.run
+    run = blocks.heads.run
     dtype, device = run.residual.dtype, run.residual.device
     n_layers, n_pos, n_features = run.n_layers, run.n_pos, len(selected)
     active = [
@@ -175,17 +178,17 @@ def _nodes(
     )
     for at in range(n_layers):
         here = written.layer == at
-        vectors = carrier.ports[at].written(written.vector[here], written.position[here])
+        vectors = blocks.hook_points[at].writing(written.position[here])(written.vector[here])
         written.vector[here] = vectors
     tokens = n_features + n_layers * n_pos + places, torch.full_like(places, -1), places
     return sources, _joined([written, Writes(*tokens, nodes.tokens.to(dtype))])
 
 
 def _others(
-    model: Any, carrier: Carrier, writes: Writes, first: int
+    model: Any, blocks: FrozenBlocks, writes: Writes, first: int
 ) -> tuple[list[Source], Writes]:
     """What flows without being a node: positions, biases, and MLPs where features are dropped."""
-    run = carrier.heads.run
+    run = blocks.heads.run
     places = torch.arange(run.n_pos, device=run.residual.device)
     sources: list[Source] = []
     parts: list[Writes] = []
@@ -200,15 +203,15 @@ def _others(
     biases = host.transcoder_biases(model).to(run.residual)
     dropped = places[model.zero_positions]
     for layer in range(run.n_layers):
-        port = carrier.ports[layer]
-        add("bias", layer, port.written(biases[layer].expand(run.n_pos, -1), places), "b_dec")
-        attention, skipped = carrier.constant(layer)
+        b_dec = blocks.hook_points[layer].writing(places)(biases[layer].expand(run.n_pos, -1))
+        add("bias", layer, b_dec, "b_dec")
+        attention, skipped = blocks.constant(layer)
         if bool(attention.any()):
             add("bias", layer, attention, "attention biases")
         if bool(skipped.any()):
             add("bias", layer, skipped, "biases through the skip")
         # the MLP's write at positions without features is what the rest does not explain there
-        out = carrier.carry(layer, run.residual[layer][None]).out[0]
+        out = blocks.block(layer)(run.residual[layer][None])[0]
         for known in (writes, *parts):
             here = known.layer == layer
             out.index_add_(0, known.position[here], known.vector[here])
@@ -222,14 +225,14 @@ def _joined(parts: list[Writes]) -> Writes:
 
 
 def _reads(
-    model: Any, nodes: host.TranscoderNodes, carrier: Carrier, selected: Tensor, columns: Tensor
+    model: Any, nodes: host.TranscoderNodes, blocks: FrozenBlocks, selected: Tensor, columns: Tensor
 ) -> Reads:
-    run = carrier.heads.run
+    run = blocks.heads.run
     layer, position = nodes.active[selected, 0], nodes.active[selected, 1]
     row = nodes.encoders[selected].to(run.residual.dtype)
     for at in range(run.n_layers):
         here = layer == at
-        row[here] = carrier.ports[at].pull_read(row[here], position[here])
+        row[here] = blocks.hook_points[at].reading(position[here]).vjp(row[here])
     logits = logit_directions(model, run, columns.to(run.residual.device))
     of_logits = layer.new_full((len(logits),), run.n_layers)
     at_end = position.new_full((len(logits),), run.n_pos - 1)

@@ -5,7 +5,7 @@ With MLPs cut out (transcoders stand in for them) and patterns and norms frozen,
     write = post1(sum_h A_h V_h O_h x)        mid = x + write        (mid = x in parallel blocks)
     out   = x + write + skip(mid)
 
-The skip is that of skip transcoders, absent otherwise (method, section 4).
+The skip is that of skip transcoders, absent otherwise (attribution/README.md, section 4).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.transcoder.hookpoints import Port
+from circuit_tracer_qk.attribution.transcoder.hookpoints import HookPoint
 from circuit_tracer_qk.model.heads import Heads
+from circuit_tracer_qk.model.linear import LinearMap, Mix
 
 
 class Carried(NamedTuple):
@@ -62,7 +63,7 @@ class PulledHere(NamedTuple):
     bypass: Tensor
 
 
-class Carrier:
+class FrozenBlocks:
     """A model's blocks without MLPs, on one frozen run.
 
     Law: ``<g, carry(x).out> = <pull(g).whole, x> = <pull(g).bypass, x> + <pull(g).z, carry(x).z>``
@@ -70,12 +71,16 @@ class Carrier:
 
     Args:
         heads: the attention heads of the run.
-        ports: where the transcoders read and write, by block.
+        hook_points: where the transcoders read and write, by block.
     """
 
-    def __init__(self, heads: Heads, ports: Sequence[Port]) -> None:
+    def __init__(self, heads: Heads, hook_points: Sequence[HookPoint]) -> None:
         self.heads = heads
-        self.ports = ports
+        self.hook_points = hook_points
+
+    def block(self, layer: int, start: int = 0) -> LinearMap:
+        """The whole block as one map of (n, m, d_model) streams at positions from ``start`` on."""
+        return _WholeBlock(self, layer, start)
 
     def carry(self, layer: int, x: Tensor, start: int = 0) -> Carried:
         """Vectors through block ``layer``.
@@ -85,17 +90,13 @@ class Carrier:
             x: (n, m, d_model) streams at positions ``start`` to ``start + m - 1``; zero before.
             start: their first position.
         """
-        run, block, port = self.heads.run, self.heads.block(layer), self.ports[layer]
-        here = slice(start, start + x.shape[1])
-        normed = block.ln1.linear(x, run.scale("ln1", layer)[here].expand(x.shape[:2]))
-        values = block.expand(torch.einsum("nkd,gde->nkge", normed, block.W_V))
-        z = torch.einsum("hqk,nkhe->nqhe", run.pattern[layer][:, here, here], values)
-        write = z.flatten(2) @ block.W_O.flatten(0, 1)
-        write = block.post.linear(write, run.scale("ln1_post", layer)[here].expand(x.shape[:2]))
-        mid = x if block.parallel else x + write
-        skip = port.forward(mid, start)
+        values, mix, output, skip = self._maps(layer, slice(start, start + x.shape[1]))
+        at_keys = values(x)
+        z = mix(at_keys)
+        write = output(z)
+        mid = x if self.heads.block(layer).parallel else x + write
         out = x + write
-        return Carried(values, z, mid, out if skip is None else out + skip)
+        return Carried(at_keys, z, mid, out if skip is None else out + skip(mid))
 
     def constant(self, layer: int) -> tuple[Tensor, Tensor]:
         """What the block's attention writes whatever it reads, and what the skip makes of it.
@@ -104,53 +105,73 @@ class Carrier:
             (n_pos, d_model) each: ``post1((b_ln1 W_V + b_V) W_O + b_O)``, since a pattern's row
             sums to one; and the skip's write for it and for the bias of its norm.
         """
-        run, block, port = self.heads.run, self.heads.block(layer), self.ports[layer]
-        z = block.expand(self.heads.value_bias(layer))
+        run, block, point = self.heads.run, self.heads.block(layer), self.hook_points[layer]
+        z = block.shared(block.value_bias())
         write = torch.einsum("he,hed->d", z, block.W_O) + block.b_O
         write = block.post.apply(write.expand(run.n_pos, -1), run.scale("ln1_post", layer))
         skipped = torch.zeros_like(write)
-        if port.skip is not None:
+        skip = point.skipping(slice(None))
+        if skip is not None:
             mid = torch.zeros_like(write) if block.parallel else write
-            skip = port.forward(mid[None])
-            assert skip is not None
-            skipped = skip[0] + port.constant(run.n_pos)
+            skipped = skip(mid) + point.constant(run.n_pos)
         return write, skipped
 
-    def pull(self, layer: int, g: Tensor) -> Pulled:
+    def pull(self, layer: int, g: Tensor, start: int = 0) -> Pulled:
         """Gradients through block ``layer``.
 
         Args:
             layer: the block.
-            g: (n, m, d_model) gradients at its output at positions ``0`` to ``m - 1``; zero after.
+            g: (n, m, d_model) gradients at its output at positions ``start`` to ``start + m - 1``;
+                zero after.
+            start: their first position.
         """
-        block, skip = self.heads.block(layer), self.ports[layer].pull(g)
-        past = g if skip is None else g + skip
-        return self._pull(layer, g if block.parallel else past, past)
+        here = slice(start, start + g.shape[1])
+        block, skip = self.heads.block(layer), self.hook_points[layer].skipping(here)
+        past = g if skip is None else g + skip.vjp(g)
+        return self._pull(layer, g if block.parallel else past, past, here)
 
     def pull_mid(self, layer: int, g: Tensor) -> Pulled:
         """As :meth:`pull`, for gradients at what the block's transcoder reads."""
         block = self.heads.block(layer)
-        return self._pull(layer, torch.zeros_like(g) if block.parallel else g, g)
+        here = slice(g.shape[1])
+        return self._pull(layer, torch.zeros_like(g) if block.parallel else g, g, here)
 
     def pull_here(self, layer: int, g: Tensor, positions: Tensor) -> PulledHere:
         """Gradients (n, d_model) at the block's output at ``positions`` (n,), without attention."""
-        skip = self.ports[layer].pull_at(g, positions)
-        past = g if skip is None else g + skip
+        skip = self.hook_points[layer].skipping(positions)
+        past = g if skip is None else g + skip.vjp(g)
         at_write = g if self.heads.block(layer).parallel else past
-        return PulledHere(self.heads.pull_output(layer, at_write, positions), past)
+        return PulledHere(self.heads.output_path(layer, positions).vjp(at_write), past)
 
     def pull_mid_here(self, layer: int, g: Tensor, positions: Tensor) -> PulledHere:
         """As :meth:`pull_here`, for gradients at what the block's transcoder reads."""
         at_write = torch.zeros_like(g) if self.heads.block(layer).parallel else g
-        return PulledHere(self.heads.pull_output(layer, at_write, positions), g)
+        return PulledHere(self.heads.output_path(layer, positions).vjp(at_write), g)
 
-    def _pull(self, layer: int, at_write: Tensor, past: Tensor) -> Pulled:
-        run, block = self.heads.run, self.heads.block(layer)
-        n, m, _ = past.shape
-        g = block.post.pull(at_write, run.scale("ln1_post", layer)[:m].expand(n, m))
-        z = (g @ block.W_O.flatten(0, 1).T).unflatten(2, (block.n_heads, -1))
-        at_values = torch.einsum("hqk,nqhe->nkhe", run.pattern[layer][:, :m, :m], z)
-        grouped = at_values.unflatten(2, (block.n_kv, -1)).sum(3)
-        normed = torch.einsum("nkge,gde->nkd", grouped, block.W_V)
-        through = block.ln1.pull(normed, run.scale("ln1", layer)[:m].expand(n, m))
-        return Pulled(z, past, past + through)
+    def _pull(self, layer: int, at_write: Tensor, past: Tensor, here: slice) -> Pulled:
+        values, mix, output, _ = self._maps(layer, here)
+        z = output.vjp(at_write)
+        return Pulled(z, past, past + values.vjp(mix.vjp(z)))
+
+    def _maps(
+        self, layer: int, here: slice
+    ) -> tuple[LinearMap, LinearMap, LinearMap, LinearMap | None]:
+        """The block's values, attention, output and skip, for streams at the same positions."""
+        heads, pattern = self.heads, self.heads.run.pattern[layer]
+        return (
+            heads.block(layer).shared @ heads.value_path(layer, here),
+            Mix(pattern[:, here, here]),
+            heads.output_path(layer, here),
+            self.hook_points[layer].skipping(here),
+        )
+
+
+class _WholeBlock(LinearMap):
+    def __init__(self, blocks: FrozenBlocks, layer: int, start: int) -> None:
+        self.blocks, self.layer, self.start = blocks, layer, start
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.blocks.carry(self.layer, x, self.start).out
+
+    def vjp(self, g: Tensor) -> Tensor:
+        return self.blocks.pull(self.layer, g, self.start).whole

@@ -39,7 +39,7 @@ class TranscoderQK(Scores):
     """
 
     def __init__(self, parts: TranscoderRun, label: Label, rounded: bool = False) -> None:
-        super().__init__(parts.carrier.heads)
+        super().__init__(parts.blocks.heads)
         self.parts = parts
         self.label = label
         self.rounded = rounded
@@ -124,10 +124,7 @@ class TranscoderQK(Scores):
             listed.append(component)
         if self.rounded:
             listed.append(Component("error", layer, None, position, None, ROUNDING))
-        if self.heads.has_constants(layer):
-            label = ("b_Q + b_ln W_Q", "b_K + b_ln W_K")[side]
-            listed.append(Component("bias", layer, None, position, None, label))
-        return listed
+        return listed + self._constant_component(layer, position, side)
 
     @torch.no_grad()
     def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
@@ -136,8 +133,7 @@ class TranscoderQK(Scores):
         dtype = self.wide
         eye = torch.eye(run.residual.shape[2], dtype=dtype, device=self._row.device)
         at = torch.full((len(eye),), position, device=eye.device)
-        project = (self.heads.queries, self.heads.keys)[side]
-        rows = project(layer, eye, at, head).T  # (d_head, d_model), gradients at the stream
+        rows = self.heads.image(layer, eye, at, head, side).T  # (d_head, d_model), at the stream
         out = rows.new_zeros(len(self._components), len(rows))
         g = rows.new_zeros(len(rows), position + 1, len(eye))
         g[:, position] = rows
@@ -148,22 +144,18 @@ class TranscoderQK(Scores):
                 images = writes.vector[i].to(g.dtype) @ g[:, p].T
                 out.index_add_(0, writes.source[i], images.to(dtype))
             if block:
-                g = self.parts.carrier.pull(block - 1, g.to(run.residual.dtype)).whole
+                g = self.parts.blocks.block(block - 1).vjp(g.to(run.residual.dtype))
         return self._finished(out[self._reaching(layer, position)], layer, head, position, side)
 
     def _finished(self, images: Tensor, layer: int, head: int, position: int, side: int) -> Tensor:
         """The rows' images, and those of what is added at the position itself."""
-        at = torch.tensor([position], device=images.device)
         images = images.to(self.wide)
-        added = []
         if self.rounded:
-            whole = (self.heads.queries, self.heads.keys)[side](
-                layer, self.parts.run.residual[layer][at].to(images.dtype), at, head
-            )
-            added.append(whole - images.sum(0))
-        if self.heads.has_constants(layer):
-            added.append(self.heads.constants(layer, at, images.dtype)[side][:, head])
-        return torch.cat([images, *added]) if added else images
+            at = torch.tensor([position], device=images.device)
+            stream = self.parts.run.residual[layer][at].to(images.dtype)
+            whole = self.heads.image(layer, stream, at, head, side)
+            images = torch.cat([images, whole - images.sum(0)])
+        return self._with_constant(images, layer, head, position, side)
 
     @torch.no_grad()
     def tables(self, places: Iterable[Place]) -> Iterator[QKTable]:
@@ -205,7 +197,7 @@ class TranscoderQK(Scores):
             for rows, start, x in streams:
                 if layer:
                     begun = int((block[rows] < layer).sum())  # those after are still zero
-                    x[:begun] = self.parts.carrier.carry(layer - 1, x[:begun], start).out
+                    x[:begun] = self.parts.blocks.block(layer - 1, start)(x[:begun])
                 place.fill_(-1)
                 place[rows] = torch.arange(len(rows), device=place.device)
                 now = (writes.layer == layer - 1) & (place[writes.source] >= 0)
@@ -246,8 +238,7 @@ class _Images:
             if len(vectors) < WIDE_ROWS:
                 vectors = vectors.to(self.qk.wide)
             at = torch.full((len(vectors),), position, device=vectors.device)
-            heads = self.qk.heads
-            images = (heads.queries, heads.keys)[side](self.layer, vectors, at, head)
+            images = self.qk.heads.image(self.layer, vectors, at, head, side)
             self._made[key] = self.qk._finished(images, self.layer, head, position, side)
         return self._made[key]
 

@@ -88,7 +88,7 @@ def test_every_cut_is_what_goes_missing_without_the_head(
     source, target = (position[:, None] <= reads.position).nonzero(as_tuple=True)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
     source, target = source[order], target[order]
-    found = split_edges(case.carrier, writes, reads, source, target)
+    found = split_edges(case.blocks, writes, reads, source, target)
     worst = float((found.weight - whole[source, target]).abs().max()) / scale
     for layer in range(n_layers):
         for head in range(n_heads):
@@ -121,7 +121,7 @@ def test_last_is_checked_by_removing_later_attention(cases):
     case = cases("llama", *KINDS[0])
     writes, reads = random_ends(case, False)
     source, target = torch.tensor([0, 1, 4]), torch.tensor([8, 8, 7])
-    found = split_edges(case.carrier, writes, reads, source, target)
+    found = split_edges(case.blocks, writes, reads, source, target)
     for e, (s, t) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
         for at in range(case.reference.n_layers):
             for head in range(case.reference.n_heads):
@@ -164,7 +164,7 @@ def test_pairs_are_what_goes_missing_without_one_entry_of_a_pattern(cases, recor
     writes, reads = random_ends(case, False)
     source, target = torch.tensor([0, 1, 4, 3, 2]), torch.tensor([8, 6, 8, 7, 9])
     listing = Listing(heads=case.reference.n_heads, share=1.0, pairs=N * N)
-    found = split_edges(case.carrier, writes, reads, source, target, listing)
+    found = split_edges(case.blocks, writes, reads, source, target, listing)
     assert found.pairs is not None
     rows = zip(*(field.tolist() for field in found.pairs), strict=True)
     whole = reference_edges(case, writes, reads)
@@ -192,10 +192,10 @@ def test_some_at_a_time_gives_the_same(cases, monkeypatch):
     n_sources, n_targets = int(writes.source.max()) + 1, len(reads.layer)
     source = torch.arange(n_sources).repeat(n_targets)
     target = torch.arange(n_targets).repeat_interleave(n_sources)
-    at_once = split_edges(case.carrier, writes, reads, source, target, Listing())
+    at_once = split_edges(case.blocks, writes, reads, source, target, Listing())
     monkeypatch.setattr(splits, "gradient_bytes", lambda device: 1)
     monkeypatch.setattr(splits, "stream_bytes", lambda device: 1)
-    one_by_one = split_edges(case.carrier, writes, reads, source, target, Listing())
+    one_by_one = split_edges(case.blocks, writes, reads, source, target, Listing())
     assert at_once.pairs is not None and one_by_one.pairs is not None
     for a, b in zip(at_once[:5], one_by_one[:5], strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-12)

@@ -53,7 +53,7 @@ def test_sources_sum_to_the_residual_stream(tmp_path, record_error, name, kind):
     worst = 0.0
     for layer in range(-1, run.run.n_layers):
         if layer >= 0:
-            x = run.carrier.carry(layer, x[None]).out[0]
+            x = run.blocks.carry(layer, x[None]).out[0]
         now = run.writes.layer == layer
         x = x.index_add(0, run.writes.position[now], run.writes.vector[now])
         expected = run.run.residual[layer + 1]

@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens.components.layer_norm import LayerNorm
 
 from circuit_tracer_qk import UserError
-from circuit_tracer_qk.attribution.transcoder.hookpoints import READS, WRITES, read_ports
+from circuit_tracer_qk.attribution.transcoder.hookpoints import READS, WRITES, read_hook_points
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_blocks_are_the_linear_maps_they_should_be(cases, record_error, name, re
             x[start:] = torch.randn(N - start, d, generator=generator, dtype=torch.float64)
             x.requires_grad_()
             mid, out = linear_block(case, layer, x)
-            carried = case.carrier.carry(layer, x.detach()[None, start:], start)
+            carried = case.blocks.carry(layer, x.detach()[None, start:], start)
             worst = max(
                 worst, error(carried.mid[0], mid[start:]), error(carried.out[0], out[start:])
             )
@@ -45,10 +45,10 @@ def test_blocks_are_the_linear_maps_they_should_be(cases, record_error, name, re
             end = 7
             g = torch.zeros(N, d, dtype=torch.float64)
             g[:end] = torch.randn(end, d, generator=generator, dtype=torch.float64)
-            pulled = case.carrier.pull(layer, g[None, :end])
+            pulled = case.blocks.pull(layer, g[None, :end])
             (expected,) = torch.autograd.grad((g * out).sum(), x, retain_graph=True)
             worst = max(worst, error(pulled.whole[0, start:], expected[start:end]))
-            at_mid = case.carrier.pull_mid(layer, g[None, :end])
+            at_mid = case.blocks.pull_mid(layer, g[None, :end])
             (expected,) = torch.autograd.grad((g * mid).sum(), x)
             worst = max(worst, error(at_mid.whole[0, start:], expected[start:end]))
 
@@ -75,13 +75,13 @@ def error(ours: Tensor, theirs: Tensor, scale: Tensor | None = None) -> float:
 def test_unknown_hooks_are_refused(cases):
     case = cases("gpt2", READS[0], WRITES[0], False)
     with pytest.raises(UserError, match="hook_resid_post"):
-        read_ports([], case.carrier.heads.run, "hook_resid_post", WRITES[0], [])
+        read_hook_points([], case.blocks.heads.run, "hook_resid_post", WRITES[0], [])
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the gain", "after it"])
 def test_where_a_norms_hook_lies_is_asked_of_the_norm(cases, monkeypatch, before):
     """TransformerLens' LayerNorm has had ``hook_normalized`` on either side of its gain."""
-    run = cases("gpt2", READS[0], WRITES[0], False).carrier.heads.run
+    run = cases("gpt2", READS[0], WRITES[0], False).blocks.heads.run
 
     def forward(self: LayerNorm, x: Tensor) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
@@ -98,7 +98,7 @@ def test_where_a_norms_hook_lies_is_asked_of_the_norm(cases, monkeypatch, before
     torch.nn.init.normal_(ln.w)
     blocks = [SimpleNamespace(ln2=ln, ln2_post=None)] * run.n_layers
     none = [None] * run.n_layers
-    (port, *_) = read_ports(blocks, run, "ln2.hook_normalized", "hook_mlp_out", none)
-    assert (port.ln2.w is None) == before
-    (port, *_) = read_ports(blocks, run, "mlp.hook_in", "hook_mlp_out", none)
-    assert port.ln2.w is not None
+    (point, *_) = read_hook_points(blocks, run, "ln2.hook_normalized", "hook_mlp_out", none)
+    assert (point.ln2.w is None) == before
+    (point, *_) = read_hook_points(blocks, run, "mlp.hook_in", "hook_mlp_out", none)
+    assert point.ln2.w is not None

@@ -36,7 +36,7 @@ def build(folder: Path, name: str, kind: str) -> tuple[TranscoderQK, Case]:
     run = read_transcoder_graph(model, graph, columns_of(model, graph))
     reference = Reference(hf_model)
     skips = [None if s is None else s.double() for s in host.skip_weights(model)]
-    case = Case(reference, reference.run(ids), run.carrier, reads, writes, skips)
+    case = Case(reference, reference.run(ids), run.blocks, reads, writes, skips)
     return TranscoderQK(run, lambda checkpoint, feature: f"{checkpoint}:{feature}"), case
 
 
