@@ -8,6 +8,7 @@ head loading and every QK table bit for bit, without the model.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -178,7 +179,7 @@ def _block_out(block: AttentionBlock) -> tuple[dict[str, Tensor], dict[str, Any]
     for f in fields(block):
         value = getattr(block, f.name)
         if isinstance(value, Norm):
-            plain[f.name] = {"centred": value.centred, "present": value.present}
+            plain[f.name] = {name: getattr(value, name) for name in ("centred", "present", "eps")}
             pairs = {f"{f.name}.w": value.w, f"{f.name}.b": value.b}
             tensors |= {name: t for name, t in pairs.items() if t is not None}
         elif isinstance(value, Tensor):
@@ -192,7 +193,8 @@ def _block_in(tensors: dict[str, Tensor], plain: dict[str, Any]) -> AttentionBlo
     values: dict[str, Any] = {}
     for name, value in plain.items():
         if isinstance(value, dict):
-            value = Norm(tensors.pop(f"{name}.w", None), tensors.pop(f"{name}.b", None), **value)
+            weights = tensors.pop(f"{name}.w", None), tensors.pop(f"{name}.b", None)
+            value = Norm(*weights, **({"eps": math.nan} | value))  # older files do not have it
         values[name] = value
     values |= tensors
     return AttentionBlock(**values)

@@ -504,6 +504,9 @@ def test_a_saved_graph_comes_back_bit_for_bit(tmp_path: Path) -> None:
     ):
         assert torch.equal(a, b)
     assert torch.equal(back.bias_edges, case.graph.bias_edges)
+    blocks = zip(back.scores.heads.blocks, case.graph.scores.heads.blocks, strict=True)
+    for ours, theirs in blocks:
+        assert ours.ln1.eps == theirs.ln1.eps > 0 and ours.post.eps == theirs.post.eps
     stock = circuit_tracer.Graph.from_pt(str(path))
     assert type(stock) is circuit_tracer.Graph
     assert torch.equal(stock.adjacency_matrix, back.adjacency_matrix)
