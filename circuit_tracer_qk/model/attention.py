@@ -157,8 +157,11 @@ class AttentionBlock:
             side: QUERY or KEY.
             tau: what the QK-norm divides by; None without QK-norm.
         """
-        W = self._weight(side)[slice(None) if head is None else head].to(normed.dtype)
-        image = torch.einsum("nd,...de->n...e", normed, W)
+        W = self._weight(side)
+        if head is None:
+            image = torch.einsum("nd,hde->nhe", normed, W.to(normed.dtype))
+        else:
+            image = normed @ W[head].to(normed.dtype)
         return self._after_projection(image, positions, side, tau)
 
     def constant(

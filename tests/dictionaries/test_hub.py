@@ -27,11 +27,12 @@ from helpers.layout_files import (
 from helpers.random_dictionaries import write_sae
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.dictionaries import catalogue
 
 NAMED = {f"{chosen.name}/{chosen.variant}": chosen for chosen in catalogue.every()}
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+README = (ROOT / "dictionaries" / "README.md").read_text("utf-8")
 TABLE = re.findall(r"^\| .* \| `((?:attribute|qk) .*)` \|$", README, re.MULTILINE)
 # architecture and number of layers of the real models, with the tests' width
 MODELS = {
