@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import torch
 
+from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.residual.graph import EdgeParts, ResidualGraph
 from circuit_tracer_qk.base.json_text import (
@@ -16,7 +17,6 @@ from circuit_tracer_qk.base.json_text import (
     to_bytes,
     to_text,
 )
-from circuit_tracer_qk.graph_files.nodes import Kept, Links
 
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from circuit_tracer_qk.attribution.batches import BATCH_TERMS, RowPlace, Terms
 from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.links import Links
 from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.base.json_text import rounded, rounded_all
-from circuit_tracer_qk.graph_files.nodes import Links
 from circuit_tracer_qk.graph_files.tables import (
     Names,
     Table,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Pairs, Splits
 from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph
 from circuit_tracer_qk.base.json_text import Encoded, encode, rest, rounded_all
-from circuit_tracer_qk.graph_files.nodes import Kept, Links
 
 LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
 DELIVERED = 8  # heads listed as having delivered an edge, or more while the file stays small:
