@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph, load_graph
+from circuit_tracer_qk.attribution.residual.links import residual_links
 from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph
+from circuit_tracer_qk.attribution.transcoder.links import transcoder_links
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, check_names, write_together
 from circuit_tracer_qk.base.json_text import Encoded, encode, without_collection
@@ -20,7 +22,6 @@ from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.graph_files.feature_files import folder_name, write_features
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 from circuit_tracer_qk.graph_files.nodes import mention_nodes, prune
-from circuit_tracer_qk.graph_files.residual_links import residual_links
 from circuit_tracer_qk.graph_files.select_tables import Attributions, Limits, attributions
 from circuit_tracer_qk.graph_files.sidecars import (
     FILE_BYTES,
@@ -30,7 +31,6 @@ from circuit_tracer_qk.graph_files.sidecars import (
     sidecars_of,
 )
 from circuit_tracer_qk.graph_files.tables import TOP_TERMS, Names
-from circuit_tracer_qk.graph_files.transcoder_links import transcoder_links
 from circuit_tracer_qk.host import graph as host
 
 LIMITS = Limits(tables=512, size=24 << 20, terms=TOP_TERMS)
