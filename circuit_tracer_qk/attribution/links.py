@@ -10,6 +10,8 @@ from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.base.json_text import Encoded
 from circuit_tracer_qk.host import graph as host
 
+LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
+
 
 class Kept(NamedTuple):
     """What pruning left of a graph.
