@@ -52,6 +52,11 @@ class ExplainedGraph(host.Graph, ABC):
         """checkpoint -> Neuronpedia's id of its dictionary, such as "gpt2-small/3-res-jb"."""
         return {}
 
+    @property
+    def feature_hook(self) -> str | None:
+        """ "resid_pre" where each dictionary was trained at the input of the block after its layer."""
+        return None
+
     @abstractmethod
     def label(self, checkpoint: int, feature: int) -> str:
         """A feature's label, "" without one."""

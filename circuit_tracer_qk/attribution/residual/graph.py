@@ -142,6 +142,10 @@ class ResidualGraph(ExplainedGraph):
     def neuronpedia(self) -> dict[int, str]:
         return self.record.neuronpedia
 
+    @property
+    def feature_hook(self) -> str | None:
+        return "resid_pre" if self.record.resid_pre else None
+
     def label(self, checkpoint: int, feature: int) -> str:
         return self.record.names(checkpoint, feature)
 
