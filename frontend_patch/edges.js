@@ -59,7 +59,7 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
     titleSel.append('b').text('Edges ')
     titleSel.append('span').text(
       tokens ? `from ${utilQk.tokenName(data, tokens[0])} to ${utilQk.tokenName(data, tokens[1])}` :
-      node ? `into ${utilQk.nodeGlyph(node)} ${utilQk.nodeName(node)} ${utilQk.nodeLabel(node)} (${utilQk.tokenName(data, node.ctx_idx)})` : '')
+      node ? `into ${utilQk.nodeGlyph(node)} ${utilQk.nodeTitle(data, node)} ${utilQk.nodeLabel(node)} (${utilQk.tokenName(data, node.ctx_idx)})` : '')
 
     var all = qk.data.edges(qk.state)
     var words = filterSel.property('value').trim().toLowerCase()
@@ -100,7 +100,7 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
         rowSel.append('span').text('→')
         utilQk.addText(rowSel, 'span.qk-label', d => utilQk.nodeLabel(d.link.targetNode))
       }
-      rowSel.append('span.qk-name').text(d => utilQk.nodeName(d.link.sourceNode))
+      rowSel.append('span.qk-name').text(d => utilQk.nodeName(d.link.sourceNode)).at({title: d => utilQk.nodeTitle(data, d.link.sourceNode)})
       rowSel.call(addStrip, maxTotal)
       rowSel.append('span.qk-value').text(d => utilQk.signed(d.link.weight, nDigits))
     })

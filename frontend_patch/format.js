@@ -2,6 +2,10 @@
 window.utilQk = (function(){
   var glyphs = {feature: '●', bias: '▬', error: '◆', embedding: '■', position: '▲'}
 
+  // The columns of numbers in a table's lists, as COLUMNS in attribution/columns.py has them: name in
+  // the file and in the CSV, header on the page.
+  var columns = [{name: 'activation', header: 'act.'}]
+
   // Decimals with which every number of a list is written, so that what is seen adds up.
   function digits(values){
     var max = d3.max(values, d => Math.abs(d)) || 1
@@ -46,9 +50,25 @@ window.utilQk = (function(){
     return token === undefined ? `${position}` : `${position} “${isolate(token)}”`
   }
 
-  // Features are named as in the rest of the page: by the layer whose output they read.
+  // As base/feature_names.py: features are named by the layer whose output they read.
   function featureName({checkpoint, feature}){
-    return checkpoint ? `L${checkpoint - 1}/${feature}` : `L0 input/${feature}`
+    return `${checkpoint ? `L${checkpoint - 1}` : 'in'}/${feature}`
+  }
+
+  // What titles say of a feature beside its name, where its dictionary was trained at resid_pre of
+  // the next block: the same stream by another name
+  function hookNote(data, checkpoint){
+    return data.qk?.feature_hook == 'resid_pre' ? `= resid_pre of block ${checkpoint}` : ''
+  }
+
+  // A feature's name with that note, "" for what is no feature
+  function componentTitle(data, component){
+    return component.kind == 'feature' ? `${featureName(component)} ${hookNote(data, component.checkpoint)}`.trim() : ''
+  }
+
+  function nodeTitle(data, node){
+    if (node.feature_type != 'cross layer transcoder') return nodeName(node)
+    return `${nodeName(node)} ${hookNote(data, +node.layer + 1)}`.trim()
   }
 
   // An error of a transcoder graph is one layer's; the layer's name tells several apart.
@@ -117,6 +137,7 @@ window.utilQk = (function(){
 
   return {
     glyphs,
+    columns,
     digits,
     signed,
     percent,
@@ -127,9 +148,11 @@ window.utilQk = (function(){
     tokenName,
     featureName,
     componentName,
+    componentTitle,
     neuronpedia,
     isCarried,
     nodeName,
+    nodeTitle,
     nodeLabel,
     nodeGlyph,
     componentLabel,

@@ -32,11 +32,13 @@ window.initQkSave = function({data, cgSel, qk}){
 
   function saveCsv(){
     var {place, answer: {table}} = qk.state
-    var columns = ['what', 'value', 'query_kind', 'query_checkpoint', 'query_feature', 'query_position', 'query_activation', 'query_label',
-      'key_kind', 'key_checkpoint', 'key_feature', 'key_position', 'key_activation', 'key_label']
-    var fields = c => c ? [c.kind, c.checkpoint, c.feature, c.position, c.activation, c.label] : Array(6).fill(null)
-    var line = (what, value, query, key) => [what, value, ...fields(query), ...fields(key)]
-    var lines = [columns]
+    var fields = {kind: d => d.kind, checkpoint: d => d.checkpoint, feature: d => d.feature, position: d => d.position}
+    utilQk.columns.forEach(({name}) => fields[name] = d => d[name])
+    fields = Object.entries({...fields, label: d => d.label, name: d => utilQk.componentName(data, d)})
+    var header = ['query', 'key'].flatMap(side => fields.map(([name]) => `${side}_${name}`))
+    var cells = component => fields.map(([, fn]) => component ? fn(component) : null)
+    var line = (what, value, query, key) => [what, value, ...cells(query), ...cells(key)]
+    var lines = [['what', 'value', ...header]]
       .concat(table.terms.map(([i, j, value]) => line('term', value, table.query_components[i], table.key_components[j])))
       .concat([line('rest of terms', table.rest), line('score', table.score)])
       .concat(table.query_components.map(d => line('query marginal', d.marginal, d)))

@@ -27,7 +27,7 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
     var rest = table[`${side}_rest`] + d3.sum(hidden, d => d.value)
 
     var listSel = addList(`${side[0].toUpperCase() + side.slice(1)} side, at ${utilQk.tokenName(data, table[side])}`,
-      `what each component adds to the score, all ${side == 'query' ? 'key' : 'query'} components summed`, true)
+      `what each component adds to the score, all ${side == 'query' ? 'key' : 'query'} components summed`, utilQk.columns)
     var nDigits = utilQk.digits(shown.map(d => d.value).concat(table.score))
     var rowSel = listSel.appendMany('div.qk-row', shown.filter(d => !isPinned(d)))
     // below the list that scrolls, so that they are always in view
@@ -35,8 +35,8 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
       .appendMany('div.qk-row', shown.filter(isPinned))
     ;[rowSel, otherSel].forEach(sel => {
       sel.call(addRow, `${side}-term`).call(addComponent, d => d.component, table[side])
-      sel.append('span.qk-activation').at({title: 'activation'})
-        .text(({component}) => component.activation == null ? '' : d3.format('.3~g')(component.activation))
+      utilQk.columns.forEach(({name}) => sel.append('span.qk-activation').at({title: name})
+        .text(({component}) => component[name] == null ? '' : d3.format('.3~g')(component[name])))
       sel.call(addValue, shown, table, nDigits)
     })
     addFoot(listSel, side, table, rest, shown, nDigits)
@@ -46,7 +46,7 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
     var shown = table.terms.map(([i, j, value]) => ({
       i, j, value, query: table.query_components[i], key: table.key_components[j],
     }))
-    var listSel = addList('Pairs: query component × key component', 'the largest terms by size; one pair alone can mislead, see the marginals', false)
+    var listSel = addList('Pairs: query component × key component', 'the largest terms by size; one pair alone can mislead, see the marginals', [])
     var nDigits = utilQk.digits(shown.map(d => d.value).concat(table.score))
     var rowSel = listSel.appendMany('div.qk-row', shown).call(addRow, 'pair-term')
     rowSel.call(addComponent, d => d.query, table.query)
@@ -56,11 +56,11 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
     addFoot(listSel, 'pairs', table, table.rest, shown, nDigits)
   }
 
-  function addList(title, note, hasActivation){
+  function addList(title, note, columns){
     var blockSel = sel.append('div.qk-block')
     var titleSel = blockSel.append('div.qk-title.qk-columns').at({title: note})
     titleSel.append('b.qk-label').text(title)
-    if (hasActivation) titleSel.append('span.qk-activation').text('act.')
+    titleSel.appendMany('span.qk-activation', columns).text(d => d.header).at({title: d => d.name})
     titleSel.append('span.qk-bar')
     titleSel.append('span.qk-value').text('adds')
     titleSel.append('span.qk-share').text('share')
@@ -91,7 +91,8 @@ window.initQkTerms = function({visState, renderAll, data, cgSel, qk}){
     // in transcoder graphs attention may have carried a component from an earlier position
     utilQk.addText(rowSel.filter(d => utilQk.isCarried(toComponent(d), position)), 'span.qk-token.qk-from', d => `from ${utilQk.tokenName(data, toComponent(d).position)}`)
     var name = d => utilQk.componentName(data, toComponent(d))
-    rowSel.append('span.qk-name').text(name).classed('is-kind', d => name(d) == toComponent(d).kind)
+    rowSel.append('span.qk-name').text(name).at({title: d => utilQk.componentTitle(data, toComponent(d)) || null})
+      .classed('is-kind', d => name(d) == toComponent(d).kind)
     rowSel.filter(d => utilQk.neuronpedia(data, toComponent(d))).append('a.qk-np').text('↗')
       .at({target: '_blank', rel: 'noopener noreferrer', tabindex: -1})
       .at({href: d => utilQk.neuronpedia(data, toComponent(d)), title: 'this feature on Neuronpedia'})

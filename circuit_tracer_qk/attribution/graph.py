@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.batches import Batch
+from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import FrozenRun
 
 
 class ExplainedGraph(host.Graph, ABC):
-    """A ``circuit_tracer.Graph`` whose scores can be taken apart, of either kind.
+    """A ``circuit_tracer.Graph`` whose scores can be taken apart: what every kind of graph gives.
 
     Attributes:
-        kind: "residual" or "transcoder".
+        kind: its name in graph files, "residual" or "transcoder".
+        writes_examples: examples of its features are written beside its file; circuit-tracer's page
+            finds those of other kinds by the graph's scan.
     """
 
     kind: str
+    writes_examples: bool
 
     @property
     @abstractmethod
@@ -41,12 +45,17 @@ class ExplainedGraph(host.Graph, ABC):
     @property
     @abstractmethod
     def dictionary_folder(self) -> str | None:
-        """Where feature examples lie; None if nowhere."""
+        """The folder of dictionaries whose examples are written; None if there is none."""
 
     @property
     def neuronpedia(self) -> dict[int, str]:
         """checkpoint -> Neuronpedia's id of its dictionary, such as "gpt2-small/3-res-jb"."""
         return {}
+
+    @property
+    def feature_hook(self) -> str | None:
+        """ "resid_pre" where each dictionary was trained at the input of the block after its layer."""
+        return None
 
     @abstractmethod
     def label(self, checkpoint: int, feature: int) -> str:
@@ -58,6 +67,14 @@ class ExplainedGraph(host.Graph, ABC):
 
         Raises:
             UserError: an index out of range, or key > query.
+        """
+
+    @abstractmethod
+    def links(self, kept: Kept) -> Links:
+        """The links that pruning left, with what carried them, and the tables that they want.
+
+        Raises:
+            UserError: a link holds NaN or infinite numbers.
         """
 
     @property

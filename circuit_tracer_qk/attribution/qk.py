@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-from circuit_tracer_qk.attribution.component import KINDS, Component
+from circuit_tracer_qk.attribution.blocks import block_totals, blocks_by_kind
+from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.model.attention import KEY, QUERY
@@ -86,16 +86,8 @@ class QKTable:
         All nine pairs of feature, bias and error where the checkpoint has a dictionary; the kinds
         present elsewhere. The totals sum to the score.
         """
-        rows, columns = (
-            one_hot(torch.tensor([KINDS.index(c.kind) for c in side]), len(KINDS)).to(self.terms)
-            for side in (self.query, self.key)
-        )
-        totals = (rows.T @ self.terms @ columns).tolist()
-        present = {c.kind for c in (*self.query, *self.key)}
-        if not present & {"embedding", "position"}:
-            present |= {"feature", "bias", "error"}
-        kinds = [k for k in KINDS if k in present]
-        return {(a, b): totals[KINDS.index(a)][KINDS.index(b)] for a in kinds for b in kinds}
+        totals = block_totals([self.query], [self.key], self.terms.cpu()[None])
+        return blocks_by_kind(self.query, self.key, totals[0].tolist())
 
     def top(self, n: int) -> list[tuple[Component, Component, float]]:
         """The ``n`` terms largest by absolute value, signed, largest first.

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.columns import column_values
 from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
+from circuit_tracer_qk.base.feature_names import checkpoint_name, feature_name
 from circuit_tracer_qk.cli.demo import (
     StrongEdge,
     predictions,
@@ -28,14 +30,14 @@ CANCELLED = 0.1
 """A score below this part of its terms' absolute sum has no meaningful shares."""
 
 FOOTNOTE = [
-    "c4/17: feature 17 of the dictionary that reads checkpoint 4, the residual stream entering block",
-    "L4 (layer 3 in circuit-tracer's node ids). b_dec: the dictionary's bias. error: what it misses.",
+    "L3/17: feature 17 of layer 3 (circuit-tracer's node 3_17), of the dictionary that reads checkpoint",
+    "4, the residual stream entering block L4. b_dec: the dictionary's bias. error: what it misses.",
     "A part of the score that is the same for every key does not change where the head looks.",
 ]
 
 
 TRANSCODER_FOOTNOTE = [
-    "c2/17: feature 17 of layer 1's transcoder (circuit-tracer's node 1_17). from 5: its node is at",
+    "L1/17: feature 17 of layer 1's transcoder (circuit-tracer's node 1_17). from 5: its node is at",
     "position 5, and attention carried it here. bias: of every earlier block, carried too.",
     "A part of the score that is the same for every key does not change where the head looks.",
 ]
@@ -72,11 +74,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def feature_name(component: Component) -> str:
-    """``c4/17`` for a feature, "" for the kinds of which there is one per position."""
-    return "" if component.feature is None else f"c{component.checkpoint}/{component.feature}"
-
-
 def component_name(component: Component, position: int | None = None) -> str:
     """A component in one phrase: the feature and its label, or the label of another kind.
 
@@ -85,7 +82,8 @@ def component_name(component: Component, position: int | None = None) -> str:
         position: where it is looked at; said where it comes from another.
     """
     came = "" if position in (None, component.position) else f" from {component.position}"
-    return f"{feature_name(component)} {component.label}".strip() + came
+    name = "" if component.feature is None else component.name
+    return f"{name} {component.label}".strip() + came
 
 
 # A QK table ---------------------------------------------------------------------------------------
@@ -172,6 +170,7 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
     """
     components = (table.query, table.key)[side]
     values = (table.query_marginal, table.key_marginal)[side].tolist()
+    columns = column_values(components, (table.terms, table.terms.T)[side])
     order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
     own, other = ("query", "key") if side == 0 else ("key", "query")
     own_position = (table.query_position, table.key_position)[side]
@@ -184,18 +183,24 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
     noun = "feature" if all(components[i].kind == "feature" for i in left_out) else "component"
     lines = [
         f"{own} side: what each component at the {own} adds (all components at the {other} summed)",
-        "       value   share  kind       feature   activation  label",
+        "       value   share  kind       feature   "
+        + "".join(f"{name:>{_column_width(name)}}  " for name in columns)
+        + "label",
     ]
     share = _share(table.score, sum(map(abs, values)))
     for i in order:
         if i in left_out:
             continue
         c = components[i]
-        activation = "" if c.activation is None else f"{c.activation:.3f}"
-        line = f"  {values[i]:+10.3f}  {share(values[i])}  {c.kind:9}  {feature_name(c):8}"
+        name = "" if c.feature is None else c.name
+        line = f"  {values[i]:+10.3f}  {share(values[i])}  {c.kind:9}  {name:8}"
+        for column, numbers in columns.items():
+            number = numbers[i]
+            text = "" if number is None else f"{number:.3f}"
+            line += f"  {text:>{_column_width(column)}}"
         label = c.label if c.label != c.kind else ""
         came = f"from {c.position}  " if came_from(i) else ""
-        lines.append(cut_line(f"{line}  {activation:>10}  {came}{label}"))
+        lines.append(cut_line(f"{line}  {came}{label}"))
     if left_out:
         rest = sum(values[i] for i in left_out)
         lines.append(
@@ -203,6 +208,10 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
         )
     total = sum(values)
     return [*lines, f"  {total:+10.3f}  {share(total)}  sum = score"]
+
+
+def _column_width(name: str) -> int:
+    return max(10, len(name))
 
 
 def pair_lines(table: QKTable, top: int) -> list[str]:
@@ -284,11 +293,12 @@ def node_name(graph: ResidualGraph, node: int) -> str:
     if node < 0:
         selected = int(graph.selected_features[node])
         layer, position, feature = graph.active_features[selected].tolist()
-        what = f"c{layer + 1}/{feature} {record.names(layer + 1, feature)}"
-        return f"{token_name(tokens, position)} {what}"
+        name, label = feature_name(layer + 1, feature), record.names(layer + 1, feature)
+        return f"{token_name(tokens, position)} {name} {label}"
     slot, position = divmod(node, n_pos)
     if slot < graph.cfg.n_layers:
-        return f"{token_name(tokens, position)} c{slot + (not record.resid_pre)} error"
+        checkpoint = slot + (not record.resid_pre)
+        return f"{token_name(tokens, position)} {checkpoint_name(checkpoint)} error"
     if slot == graph.cfg.n_layers:
         return f"{token_name(tokens, position)} token"
     target = graph.logit_targets[node - (graph.cfg.n_layers + 1) * n_pos]

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
-from circuit_tracer_qk.attribution.residual.graph import ResidualGraph, load_graph
-from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph
+from circuit_tracer_qk.attribution.residual.graph import load_graph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, check_names, write_together
 from circuit_tracer_qk.base.json_text import Encoded, encode, without_collection
@@ -20,7 +19,6 @@ from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.graph_files.feature_files import folder_name, write_features
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 from circuit_tracer_qk.graph_files.nodes import mention_nodes, prune
-from circuit_tracer_qk.graph_files.residual_links import residual_links
 from circuit_tracer_qk.graph_files.select_tables import Attributions, Limits, attributions
 from circuit_tracer_qk.graph_files.sidecars import (
     FILE_BYTES,
@@ -30,7 +28,6 @@ from circuit_tracer_qk.graph_files.sidecars import (
     sidecars_of,
 )
 from circuit_tracer_qk.graph_files.tables import TOP_TERMS, Names
-from circuit_tracer_qk.graph_files.transcoder_links import transcoder_links
 from circuit_tracer_qk.host import graph as host
 
 LIMITS = Limits(tables=512, size=24 << 20, terms=TOP_TERMS)
@@ -145,15 +142,14 @@ def write_graph_files(
         graph = load_graph(graph)
     folder = check_folder(output_path)
     read_listing(folder)  # a damaged one is refused before any work
-    if not isinstance(graph, ResidualGraph | TranscoderGraph):
+    if not isinstance(graph, ExplainedGraph):
         raise UserError(
             f"{type(graph).__name__} is not explained yet: give circuit_tracer_qk.explain_graph("
             "graph, model)."
         )
-    is_residual = isinstance(graph, ResidualGraph)
     scan_name = folder_name(graph, scan if isinstance(scan, str) else None)
     named_scan, transcoder_list = f"./graph_data/{scan_name}", []
-    if not is_residual:
+    if not graph.writes_examples:
         named_scan, transcoder_list = host.named_scan(graph, scan)
     metadata = host.Metadata(
         slug=slug if np_model is None else slug.replace(".", "-"),
@@ -167,7 +163,7 @@ def write_graph_files(
     with without_collection():
         document, names, found = _document(graph, metadata, edge_threshold, limits if qk else None)
         data, beside = _encoded(document, found, path, max_file_bytes)
-    if is_residual:
+    if graph.writes_examples:
         features = names.features.values()
         examples = write_features(graph, folder / scan_name, features, scan_name)
     _write(path, data, beside)
@@ -177,7 +173,7 @@ def write_graph_files(
 
 
 def _document(
-    graph: ResidualGraph | TranscoderGraph,
+    graph: ExplainedGraph,
     metadata: host.Metadata,
     edge_threshold: float,
     limits: Limits | None,
@@ -188,8 +184,7 @@ def _document(
     kept = prune(graph, node_threshold, edge_threshold)
     names = Names(graph.input_tokens.tolist(), {node.node_id for node in kept.nodes.values()})
     mention_nodes(graph, kept, names)
-    residual = isinstance(graph, ResidualGraph)
-    links = residual_links(graph, kept) if residual else transcoder_links(graph, kept)
+    links = graph.links(kept)
     model = host.Model(
         metadata=metadata,
         qParams=host.QParams(pinnedIds=[], supernodes=[], linkType="both", clickedId="", sg_pos=""),

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
-from circuit_tracer_qk.attribution.qk import Place
-from circuit_tracer_qk.base.json_text import Encoded, rounded
+from circuit_tracer_qk.attribution.links import Kept
+from circuit_tracer_qk.base.json_text import rounded
 from circuit_tracer_qk.graph_files.tables import Names
 from circuit_tracer_qk.host import graph as host
-
-
-class Kept(NamedTuple):
-    """What pruning left of a graph.
-
-    Attributes:
-        nodes: by index in adjacency order.
-        sources, targets: (n_links,) node indices, links in the adjacency's row order.
-        weights: (n_links,) float64.
-    """
-
-    nodes: dict[int, host.Node]
-    sources: Tensor
-    targets: Tensor
-    weights: Tensor
 
 
 def prune(graph: ExplainedGraph, node_threshold: float, edge_threshold: float) -> Kept:
@@ -101,17 +84,3 @@ def mention_nodes(graph: ExplainedGraph, kept: Kept, names: Names) -> None:
         if i < graph.n_features:
             layer, _, feature = selected[i]
             names.mention(layer + 1, feature)
-
-
-class Links(NamedTuple):
-    """Links as they are written, and which tables they want.
-
-    Attributes:
-        data: a list in JSON, in the order of the links kept.
-        required: by target node, the places of its strongest cross-position links' largest heads.
-        others: every place that a cross-position link's head carried over, largest part first.
-    """
-
-    data: Encoded
-    required: dict[int, list[Place]]
-    others: list[Place]

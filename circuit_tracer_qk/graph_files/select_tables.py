@@ -15,9 +15,9 @@ from tqdm import tqdm
 from circuit_tracer_qk.attribution.batches import BATCH_TERMS, Terms
 from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.links import Links
 from circuit_tracer_qk.attribution.qk import Place, RowPlace
 from circuit_tracer_qk.base.json_text import rounded, rounded_all
-from circuit_tracer_qk.graph_files.nodes import Links
 from circuit_tracer_qk.graph_files.tables import (
     Names,
     Table,
@@ -103,14 +103,18 @@ def attributions(
         mentioned.update(features)
     for feature in mentioned:
         names.mention(*feature)
-    facts = {"schema_version": 1, "graph_kind": graph.kind, **_neuronpedia(graph)}
-    return Attributions(written, used, facts, traced.outsiders)
+    return Attributions(written, used, _facts(graph), traced.outsiders)
 
 
-def _neuronpedia(graph: ExplainedGraph) -> dict[str, dict[str, str]]:
-    """Where Neuronpedia has these features: ids by checkpoint, if it has any."""
-    ids = {str(checkpoint): name for checkpoint, name in sorted(graph.neuronpedia.items())}
-    return {"neuronpedia": ids} if ids else {}
+def _facts(graph: ExplainedGraph) -> dict[str, Any]:
+    """What the document's ``qk`` says of all tables: what is not known is left out."""
+    facts: dict[str, Any] = {"schema_version": 1, "graph_kind": graph.kind}
+    if graph.feature_hook is not None:
+        facts["feature_hook"] = graph.feature_hook
+    if graph.neuronpedia:
+        ids = sorted(graph.neuronpedia.items())
+        facts["neuronpedia"] = {str(checkpoint): name for checkpoint, name in ids}
+    return facts
 
 
 def _projected(required: dict[int, list[Place]]) -> dict[tuple[int, int], list[int]]:

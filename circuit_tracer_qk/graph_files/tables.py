@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from circuit_tracer_qk.attribution.batches import Batch
-from circuit_tracer_qk.attribution.component import KINDS, Component
+from circuit_tracer_qk.attribution.blocks import block_totals, blocks_by_kind
+from circuit_tracer_qk.attribution.columns import column_values
+from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.qk import QKRow, RowPlace
 from circuit_tracer_qk.base.json_text import (
     not_finite,
@@ -30,7 +31,6 @@ from circuit_tracer_qk.base.json_text import (
 from circuit_tracer_qk.base.topk import largest
 from circuit_tracer_qk.dictionaries.dictionary import feature_index
 
-KIND = {kind: i for i, kind in enumerate(KINDS)}
 MARGINALS_LISTED = 20  # a table's largest marginals on either side, all of whose terms are written
 TOP_TERMS = 50
 
@@ -48,7 +48,7 @@ class Names:
     tokens: Sequence[int]
     nodes: Collection[str] | None = None
     features: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _written: dict[Component, tuple[str, str]] = field(default_factory=dict)
+    _written: dict[Component, tuple[str, str, str]] = field(default_factory=dict)
 
     def mention(self, checkpoint: int, feature: int) -> int | None:
         """The Cantor index of a feature, which is noted."""
@@ -76,16 +76,14 @@ class Names:
             return c.kind in ("feature", "embedding") or (c.kind, c.label) == ("error", "error")
         return self.node_id(c) in self.nodes
 
-    def written(self, c: Component) -> tuple[str, str]:
-        """A component in JSON, ``component`` of the schema, before and after its marginal."""
+    def written(self, c: Component) -> tuple[str, str, str]:
+        """A component in JSON, ``component`` of the schema, around its columns and its marginal."""
         if c not in self._written:
-            entry: dict[str, object] = {
+            place = {
                 "kind": c.kind,
                 "checkpoint": c.checkpoint,
                 "feature": c.feature,
                 "position": c.position,
-                "activation": None if c.activation is None else rounded(c.activation),
-                "label": c.label,
             }
             after = ""
             if self.is_node(c):
@@ -93,7 +91,7 @@ class Names:
             index = None if c.feature is None else feature_index(c.checkpoint, c.feature)
             if index is not None:
                 after += f',"id":{index}'
-            self._written[c] = f'{to_text(entry)[:-1]},"marginal":', after + "}"
+            self._written[c] = to_text(place)[:-1], f',"label":{to_text(c.label)}', after + "}"
         return self._written[c]
 
 
@@ -124,63 +122,76 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
         UserError: a table holds NaN or infinite numbers.
     """
     terms, wide = batch.terms, batch.terms.double()
-    found, n_found = largest_terms(terms, top_terms, -(-top_terms // 5))
+    flat_index, n_terms = largest_terms(terms, top_terms, -(-top_terms // 5))
     width = terms.shape[2]
-    index = found // width, found % width
-    values = terms.flatten(1).gather(1, found)
+    index = flat_index // width, flat_index % width
+    values = terms.flatten(1).gather(1, flat_index)
     position = [p.query for p in batch.places], [p.key for p in batch.places]
     sides = []
     for side, components in enumerate((batch.query, batch.key)):
         marginals = wide.sum(2 - side)
         used = torch.zeros_like(marginals, dtype=torch.bool)
-        real = torch.arange(found.shape[1]) < n_found[:, None]
-        used.scatter_(1, torch.where(real, index[side], index[side][:, :1]), True)
-        sides.append(_listed(components, marginals, used & (n_found > 0)[:, None], position[side]))
+        counts = torch.arange(flat_index.shape[1]) < n_terms[:, None]
+        used.scatter_(1, torch.where(counts, index[side], index[side][:, :1]), True)
+        sides.append(_listed(components, marginals, used & (n_terms > 0)[:, None], position[side]))
     ends = [side.rank.gather(1, at) for side, at in zip(sides, index, strict=True)]
-    listed = torch.stack([*ends, values], 2)
+    triples = torch.stack([*ends, values], 2)
     first = [side.order[:, :MARGINALS_LISTED] for side in sides]
     grid = terms.gather(1, first[0][:, :, None].expand(-1, -1, width))
     grid = grid.gather(2, first[1][:, None].expand(-1, grid.shape[1], -1))
     heads = torch.stack([batch.score, batch.score_capped, batch.pattern], 1)
-    kinds = [_kinds(side, terms.shape[1 + at]) for at, side in enumerate((batch.query, batch.key))]
-    blocks = kinds[0].transpose(1, 2) @ wide @ kinds[1]
-    for some in (heads, blocks):
-        if not bool(some.isfinite().all()):
+    blocks = block_totals(batch.query, batch.key, wide)
+    for numbers_written in (heads, blocks):
+        if not bool(numbers_written.isfinite().all()):
             raise not_finite()
     columns = zip(
         batch.places,
+        batch.query,
+        batch.key,
+        wide,
         rounded_all(heads),
         *(zip(*side.columns(), strict=True) for side in sides),
-        n_found.tolist(),
+        n_terms.tolist(),
         rounded_all(values),
-        listed.flatten(1).tolist(),
+        triples.flatten(1).tolist(),
         grid,
         rounded_all(blocks),
         strict=True,
     )
-    out = []
-    for i, (place, own, query, key, n, values, terms, cells, totals) in enumerate(columns):
-        score, capped, pattern = own
-        texts, features = [], []
-        for name, components, (order, marginals) in (
-            ("query", batch.query[i], query),
-            ("key", batch.key[i], key),
-        ):
-            texts.append(_side(name, components, order, marginals, names, score, features))
-        n_query, n_key = (min(len(side[0]), MARGINALS_LISTED) for side in (query, key))
+    tables = []
+    for (
+        place,
+        query,
+        key,
+        wide,
+        head,
+        of_query,
+        of_key,
+        n,
+        values,
+        triples,
+        cells,
+        totals,
+    ) in columns:
+        score, capped, pattern = head
+        features: list[tuple[int, int]] = []
+        wide = wide[: len(query), : len(key)]
+        query_text = _side("query", query, *of_query, wide, names, score, features)
+        key_text = _side("key", key, *of_key, wide.T, names, score, features)
+        n_query, n_key = (min(len(order), MARGINALS_LISTED) for order, _ in (of_query, of_key))
         cells = cells[:n_query, :n_key].flatten().tolist()
-        kinds_here = _present(batch.query[i], batch.key[i])
+        by_kind = blocks_by_kind(query, key, totals)
         text = (
             f'{{"layer":{place.layer},"head":{place.head},"query":{place.query},'
             f'"key":{place.key},"score":{score!r},"score_capped":{capped!r},'
-            f'"pattern":{pattern!r},{texts[0]},{texts[1]},'
-            f'"terms":[{_terms(n) % tuple(terms[: 3 * n])}],'
+            f'"pattern":{pattern!r},{query_text},{key_text},'
+            f'"terms":[{_terms(n) % tuple(triples[: 3 * n])}],'
             f'"rest":{rest(score, values[:n])!r},'
             f'"grid":[{_grid(n_query, n_key) % tuple(cells)}],'
-            f'"blocks":{to_text({f"{a}|{b}": totals[KIND[a]][KIND[b]] for a, b in kinds_here})}}}'
+            f'"blocks":{to_text({f"{a}|{b}": total for (a, b), total in by_kind.items()})}}}'
         )
-        out.append(Table(to_bytes(text), features))
-    return out
+        tables.append(Table(to_bytes(text), features))
+    return tables
 
 
 @lru_cache(maxsize=1024)
@@ -199,7 +210,7 @@ def written_rows(rows: Mapping[RowPlace, QKRow]) -> dict[RowPlace, bytes]:
     Raises:
         UserError: a row holds NaN or infinite numbers.
     """
-    out = {}
+    texts = {}
     for (layer, head, query), row in rows.items():
         first = int(torch.isinf(row.scores).sum())  # a window's keys are the last ones
         scores, pattern = row.scores[first:].tolist(), row.pattern.tolist()
@@ -209,8 +220,8 @@ def written_rows(rows: Mapping[RowPlace, QKRow]) -> dict[RowPlace, bytes]:
             f'{{"layer":{layer},"head":{head},"query":{query},'
             f'"scores":[{"null," * first}{numbers(scores)}],"pattern":[{numbers(pattern)}]}}'
         )
-        out[layer, head, query] = to_bytes(text)
-    return out
+        texts[layer, head, query] = to_bytes(text)
+    return texts
 
 
 def largest_terms(terms: Tensor, n: int, of_sign: int = 0) -> tuple[Tensor, Tensor]:
@@ -258,8 +269,8 @@ class _Listed(NamedTuple):
         n = self.n_listed.tolist()
         marginals = rounded_all(self.marginals.gather(1, self.order))
         return (
-            [some[:k] for some, k in zip(self.order.tolist(), n, strict=True)],
-            [some[:k] for some, k in zip(marginals, n, strict=True)],
+            [order[:k] for order, k in zip(self.order.tolist(), n, strict=True)],
+            [values[:k] for values, k in zip(marginals, n, strict=True)],
         )
 
 
@@ -272,13 +283,13 @@ def _listed(
     were carried to this one, too, only the used and the largest are listed.
     """
     size, chosen = marginals.abs(), used.clone()
-    n = torch.tensor([len(some) for some in components])
+    n = torch.tensor([len(side) for side in components])
     there = torch.arange(size.shape[1]) < n[:, None]
     most = min(MARGINALS_LISTED, size.shape[1])
     chosen.scatter_(1, size.masked_fill(~there, -1).topk(most).indices, True)
-    for i, (some, p) in enumerate(zip(components, position, strict=True)):
-        own = [j for j, c in enumerate(some) if c.kind != "feature" and c.position == p]
-        chosen[i, own] = True
+    for i, (side, p) in enumerate(zip(components, position, strict=True)):
+        others = [j for j, c in enumerate(side) if c.kind != "feature" and c.position == p]
+        chosen[i, others] = True
     chosen &= there
     order = size.masked_fill(~chosen, -1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(size.shape[1]).expand_as(order))
@@ -286,38 +297,36 @@ def _listed(
     return _Listed(marginals, order[:, : int(n_listed.max())], n_listed, rank)
 
 
-def _kinds(components: list[Sequence[Component]], width: int) -> Tensor:
-    """(n_tables, width, n_kinds) one at each component's kind, zero beyond them."""
-    codes = [[KIND[c.kind] for c in some] for some in components]
-    padded = [some + [len(KINDS)] * (width - len(some)) for some in codes]
-    return one_hot(torch.tensor(padded), len(KINDS) + 1)[:, :, : len(KINDS)].double()
-
-
-def _present(*sides: Sequence[Component]) -> list[tuple[str, str]]:
-    """Pairs of kinds that a table's block totals have: as :attr:`QKTable.blocks`."""
-    present = {c.kind for side in sides for c in side}
-    if not present & {"embedding", "position"}:
-        present |= {"feature", "bias", "error"}
-    kinds = [kind for kind in KINDS if kind in present]
-    return [(a, b) for a in kinds for b in kinds]
-
-
 def _side(
     name: str,
     components: Sequence[Component],
     order: list[int],
     marginals: list[float],
+    terms: Tensor,
     names: Names,
     score: float,
     features: list[tuple[int, int]],
 ) -> str:
-    """One side's listed components, and the sum of the marginals left out."""
+    """One side's listed components, and the sum of the marginals left out.
+
+    Args:
+        order: which components to list.
+        marginals: of those, as written.
+        terms: (n_components, n_components of the other side).
+        features: gets those that are listed.
+    """
+    listed = [components[i] for i in order]
+    columns = column_values(listed, terms[order])
     entries = []
-    for i, marginal in zip(order, marginals, strict=True):
-        c = components[i]
-        before, after = names.written(c)
-        entries.append(f"{before}{marginal!r}{after}")
+    for i, (c, marginal) in enumerate(zip(listed, marginals, strict=True)):
+        before, label, after = names.written(c)
+        numbers_here = "".join(f',"{key}":{_number(column[i])}' for key, column in columns.items())
+        entries.append(f'{before}{numbers_here}{label},"marginal":{marginal!r}{after}')
         if c.feature is not None:
             features.append((c.checkpoint, c.feature))
     missing = rest(score, marginals)
     return f'"{name}_components":[{",".join(entries)}],"{name}_rest":{missing!r}'
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None else to_text(rounded(value))

@@ -55,7 +55,7 @@ class LiveGraphs:
         self._examples = {
             folder_name(graph): stored_examples(graph)
             for graph in self._graphs.values()
-            if graph.kind == "residual"  # transcoders' examples lie where their scan says
+            if graph.writes_examples
         }
         self._lock = Lock()  # a graph keeps what it projected, and archives have one position
         self._steering = Lock()  # tables need not wait for runs

@@ -24,6 +24,8 @@ from helpers.panel import PROMPT, Served, number, part, selection, serve, values
 from playwright.sync_api import Page, expect
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.attribution.columns import COLUMNS
+from circuit_tracer_qk.base.feature_names import feature_name
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.plugin.live import LiveGraphs
 
@@ -402,6 +404,12 @@ def test_csv_json_and_svg(watch: Watch, live: Served):
         rest = {"term": "rest of terms"}.get(what, f"rest of {what}s")
         total = sum(float(line["value"]) for line in lines if line["what"] in (what, rest))
         assert total == pytest.approx(table["score"], rel=1e-9)
+    for line in lines:
+        for side in ("query", "key"):
+            assert set(COLUMNS) <= {name.removeprefix(f"{side}_") for name in line}
+            kind, name = line[f"{side}_kind"], line[f"{side}_name"]
+            place = int(line[f"{side}_checkpoint"] or 0), int(line[f"{side}_feature"] or 0)
+            assert name == (feature_name(*place) if kind == "feature" else kind)
     _, text = saved("JSON")
     assert json.loads(text)["table"] == table
     assert json.loads(text)["python"] == page.locator(".qk-python").text_content()
@@ -802,3 +810,28 @@ def test_features_link_to_neuronpedia_where_it_has_them(watch: Watch, graph, tmp
         assert links.count() < rows, "bias and error rows have none"
     finally:
         running.stop()
+
+
+def test_titles_say_where_the_features_of_resid_pre_sets_are(watch: Watch, alone: Served):
+    path = alone.folder / "sally.json"
+    document = json.loads(path.read_bytes())
+    document["qk"]["feature_hook"] = "resid_pre"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    page = watch.page
+    target = strongest(document)["target"]
+    layer, feature, _ = target.split("_")
+    title = f"L{layer}/{feature} = resid_pre of block {int(layer) + 1}"
+    page.goto(alone.address(clickedId=target, qk="L1H2:q14:k6"))
+    expect(page.locator(".qk-edges .qk-title").first).to_contain_text(title)
+    name = part(page, "key-term").locator(".qk-name", has_text="L0/61")
+    expect(name).to_have_attribute("title", "L0/61 = resid_pre of block 1")
+    part(page, "key-term").filter(has_text="L0/61").locator(".qk-label").hover()
+    expect(page.locator(".qk-card")).to_contain_text("L0/61 = resid_pre of block 1 · activation")
+
+
+def test_a_feature_at_the_models_input_has_the_name_of_every_surface(watch: Watch, alone: Served):
+    watch.page.goto(alone.address())
+    for checkpoint in (0, 1, 4):
+        place = {"checkpoint": checkpoint, "feature": 61}
+        shown = watch.page.evaluate("place => utilQk.featureName(place)", place)
+        assert shown == feature_name(checkpoint, 61)

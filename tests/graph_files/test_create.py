@@ -149,6 +149,8 @@ def test_the_schema_itself():
 
 def test_schema(written: Written):
     jsonschema.Draft202012Validator(SCHEMA).validate(written.document)
+    hook = "resid_pre" if written.graph.record.resid_pre else None
+    assert written.document["qk"].get("feature_hook") == hook
 
 
 def test_stock_models_parse(written: Written):

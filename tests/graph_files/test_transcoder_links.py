@@ -191,7 +191,7 @@ def test_without_qk_and_with_a_list_of_transcoders(written: Written, tmp_path: P
 def test_what_is_delivered_by_many_heads_is_cut_with_its_rest(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from circuit_tracer_qk.graph_files import transcoder_links
+    from circuit_tracer_qk.attribution.transcoder import links as transcoder_links
 
     monkeypatch.setattr(transcoder_links, "DELIVERED", 2)
     monkeypatch.setattr(transcoder_links, "DELIVERED_IN_ALL", 0)

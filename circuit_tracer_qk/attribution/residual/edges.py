@@ -79,6 +79,21 @@ class Parts(NamedTuple):
     pattern: Tensor
 
 
+class EdgeParts(NamedTuple):
+    """The parts of many edges, in the order asked for.
+
+    Attributes:
+        layer: (n,) block crossed; -1 where a logit reads its own checkpoint.
+        query, key: (n,) positions of target and source.
+        parts: residual, mlp, total, direct and pattern of each.
+    """
+
+    layer: Tensor
+    query: Tensor
+    key: Tensor
+    parts: Parts
+
+
 def recurs(n_distinct: int, n: int, bytes_each: int) -> bool:
     """Whether images of distinct decoder vectors, shared by the positions at which their feature
     is active, save work and fit into memory."""

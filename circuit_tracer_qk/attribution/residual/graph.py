@@ -19,16 +19,19 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.batches import Batch
 from circuit_tracer_qk.attribution.component import EMBEDDING, ERROR, FEATURE
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place, check_count
 from circuit_tracer_qk.attribution.residual.batches import ResidualBatches
 from circuit_tracer_qk.attribution.residual.decompose import Checkpoint
 from circuit_tracer_qk.attribution.residual.edges import (
     BlockEdges,
+    EdgeParts,
     Parts,
     Targets,
     edge_parts,
     runs_of,
 )
+from circuit_tracer_qk.attribution.residual.links import residual_links
 from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
 from circuit_tracer_qk.attribution.residual.store import Record, beside, load_record, record_bytes
 from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
@@ -74,21 +77,6 @@ class Edge:
     heads: HeadLoadings
 
 
-class EdgeParts(NamedTuple):
-    """The parts of many edges, in the order asked for.
-
-    Attributes:
-        layer: (n,) block crossed; -1 where a logit reads its own checkpoint.
-        query, key: (n,) positions of target and source.
-        parts: residual, mlp, total, direct and pattern of each.
-    """
-
-    layer: Tensor
-    query: Tensor
-    key: Tensor
-    parts: Parts
-
-
 class StrongestLoadings(NamedTuple):
     """The largest head loadings of some targets: which heads carried what from where.
 
@@ -127,6 +115,7 @@ class ResidualGraph(ExplainedGraph):
     """
 
     kind = "residual"
+    writes_examples = True
 
     def __init__(self, record: Record, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -153,6 +142,10 @@ class ResidualGraph(ExplainedGraph):
     def neuronpedia(self) -> dict[int, str]:
         return self.record.neuronpedia
 
+    @property
+    def feature_hook(self) -> str | None:
+        return "resid_pre" if self.record.resid_pre else None
+
     def label(self, checkpoint: int, feature: int) -> str:
         return self.record.names(checkpoint, feature)
 
@@ -172,6 +165,9 @@ class ResidualGraph(ExplainedGraph):
 
     def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
         return ResidualBatches(self.scores).batches(places)
+
+    def links(self, kept: Kept) -> Links:
+        return residual_links(self.edges(kept.sources, kept.targets), kept)
 
     @property
     def bias_edges(self) -> Tensor:

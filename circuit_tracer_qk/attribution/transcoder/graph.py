@@ -15,8 +15,10 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.batches import Batch, one_by_one
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Splits
+from circuit_tracer_qk.attribution.transcoder.links import transcoder_links
 from circuit_tracer_qk.attribution.transcoder.nodes import (
     TranscoderRun,
     read_transcoder_graph,
@@ -48,6 +50,7 @@ class TranscoderGraph(ExplainedGraph):
     """
 
     kind = "transcoder"
+    writes_examples = False
 
     def __init__(
         self, parts: TranscoderRun, token_strings: list[str], rounded: bool, **arguments: Any
@@ -79,6 +82,10 @@ class TranscoderGraph(ExplainedGraph):
 
     def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
         return one_by_one(self.scores, places)
+
+    def links(self, kept: Kept) -> Links:
+        splits = self.split(kept.sources, kept.targets, Listing(), progress=True)
+        return transcoder_links(splits, kept, self.positions)
 
     @exactly
     def split(

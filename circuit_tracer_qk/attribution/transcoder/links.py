@@ -8,93 +8,97 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.links import HEADS_EXPLAINED, LINKS_EXPLAINED, Kept, Links
 from circuit_tracer_qk.attribution.qk import Place
-from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Pairs, Splits
-from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph
+from circuit_tracer_qk.attribution.transcoder.cuts import Pairs, Splits
 from circuit_tracer_qk.base.json_text import Encoded, encode, rest, rounded_all
-from circuit_tracer_qk.graph_files.nodes import Kept, Links
 
-LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
 DELIVERED = 8  # heads listed as having delivered an edge, or more while the file stays small:
 DELIVERED_IN_ALL = 500_000
 NOISE = 1e-6  # of what a part is the difference of: float32 rounding, which is no part
 NOTHING = 1e-8  # of the sum of |part|: too little to list
 
 
-def transcoder_links(graph: TranscoderGraph, kept: Kept, progress: bool = True) -> Links:
-    """The links with what carried them past every block, and the tables that they want."""
-    found = _on_cpu(graph.split(kept.sources, kept.targets, Listing(), progress=progress))
-    pairs = _in_order(found)
-    data = Encoded(encode(_documents(kept, found, pairs)))
-    return Links(data, *_places(graph, kept, found, pairs))
+def transcoder_links(splits: Splits, kept: Kept, positions: Tensor) -> Links:
+    """The links with what carried them past every block, and the tables that they want.
+
+    Args:
+        splits: of the links kept, with the pairs of positions of the largest heads.
+        kept: what pruning left of the graph.
+        positions: (n_nodes,) token position of every node.
+    """
+    splits = _on_cpu(splits)
+    pairs = _in_order(splits)
+    data = Encoded(encode(_documents(kept, splits, pairs)))
+    return Links(data, *_places(positions.cpu(), kept, splits, pairs))
 
 
-def _on_cpu(found: Splits) -> Splits:
-    assert found.pairs is not None
-    parts = {name: part.cpu() for name, part in found._asdict().items() if name != "pairs"}
-    return found._replace(**parts, pairs=Pairs(*(part.cpu() for part in found.pairs)))
+def _on_cpu(splits: Splits) -> Splits:
+    assert splits.pairs is not None
+    parts = {name: part.cpu() for name, part in splits._asdict().items() if name != "pairs"}
+    return splits._replace(**parts, pairs=Pairs(*(part.cpu() for part in splits.pairs)))
 
 
-def _in_order(found: Splits) -> Pairs:
+def _in_order(splits: Splits) -> Pairs:
     """The listed heads by edge, block and |part|."""
-    pairs = found.pairs
+    pairs = splits.pairs
     assert pairs is not None
-    part = found.through[pairs.edge, pairs.layer, pairs.head]
+    part = splits.through[pairs.edge, pairs.layer, pairs.head]
     order = part.abs().argsort(descending=True)
-    code = pairs.edge[order] * found.through.shape[1] + pairs.layer[order]
+    code = pairs.edge[order] * splits.through.shape[1] + pairs.layer[order]
     return Pairs(*(field[order[code.argsort(stable=True)]] for field in pairs))
 
 
-def _documents(kept: Kept, found: Splits, pairs: Pairs) -> list[dict[str, Any]]:
+def _documents(kept: Kept, splits: Splits, pairs: Pairs) -> list[dict[str, Any]]:
     """Links.
 
     Identities, as written: weight = bypass + the listed heads' parts + rest at every block; and
     attention_free + the values in delivered_by, whose last entry is [null, null, value] where some
     were left out (or where the host rounded, in half precision).
     """
-    blocks = _blocks(kept, found, pairs)
-    delivered = _delivered(found)
+    blocks = _blocks(kept, splits, pairs)
+    delivered = _delivered(splits)
     columns = zip(
         kept.sources.tolist(),
         kept.targets.tolist(),
         rounded_all(kept.weights),
         blocks,
         delivered,
-        rounded_all(found.attention_free),
+        rounded_all(splits.attention_free),
         strict=True,
     )
     links = []
-    for source, target, weight, some, by, free in columns:
-        for block in some:
+    for source, target, weight, cuts, deliveries, free in columns:
+        for block in cuts:
             block["rest"] = rest(weight, [block["bypass"], *(h[1] for h in block["heads"])])
-        values = [value for *_, value in by]
+        values = [value for *_, value in deliveries]
         left = rest(weight, [free, *values])
         if abs(left) > 10 * NOISE * (abs(weight) + sum(map(abs, values))):
-            by.append([None, None, left])
+            deliveries.append([None, None, left])
         links.append(
             {
                 "source": kept.nodes[source].node_id,
                 "target": kept.nodes[target].node_id,
                 "weight": weight,
-                "head_loadings": some,
-                "delivered_by": by,
+                "head_loadings": cuts,
+                "delivered_by": deliveries,
                 "attention_free": free,
             }
         )
     return links
 
 
-def _blocks(kept: Kept, found: Splits, pairs: Pairs) -> list[list[dict[str, Any]]]:
+def _blocks(kept: Kept, splits: Splits, pairs: Pairs) -> list[list[dict[str, Any]]]:
     """By link, every block between its ends with its listed heads and its bypass."""
-    through = found.through.double()
-    weights = found.weight.double()[:, None]
+    through = splits.through.double()
+    weights = splits.weight.double()[:, None]
     bypass = weights - through.sum(2)
     size = through.abs().sum(2) + weights.abs()
     bypass = torch.where(bypass.abs() < NOISE * size, 0.0, bypass)
     heads = _heads(through[pairs.edge, pairs.layer, pairs.head], pairs)
     # pairs and blocks are both in the order of links, then of blocks
-    link, layer = found.between.nonzero(as_tuple=True)
-    n_listed = torch.zeros_like(found.between, dtype=torch.long)
+    link, layer = splits.between.nonzero(as_tuple=True)
+    n_listed = torch.zeros_like(splits.between, dtype=torch.long)
     listed = torch.ones_like(pairs.edge)
     n_listed.index_put_((pairs.edge, pairs.layer), listed, accumulate=True)
     ends = n_listed[link, layer].cumsum(0).tolist()
@@ -119,10 +123,10 @@ def _heads(parts: Tensor, pairs: Pairs) -> list[list[Any]]:
     return [[head, part, triples[i * n : end]] for i, (head, part, end) in enumerate(heads)]
 
 
-def _delivered(found: Splits) -> list[list[list[int | float | None]]]:
+def _delivered(splits: Splits) -> list[list[list[int | float | None]]]:
     """By link, [layer, head, value] by |value|, the largest of them."""
-    last = found.last.flatten(1)
-    n_links, n_heads = len(last), found.last.shape[2]
+    last = splits.last.flatten(1)
+    n_links, n_heads = len(last), splits.last.shape[2]
     most = max(DELIVERED, DELIVERED_IN_ALL // max(n_links, 1))
     out = []
     for part in last.split(1 << 14):
@@ -138,7 +142,7 @@ def _delivered(found: Splits) -> list[list[list[int | float | None]]]:
 
 
 def _places(
-    graph: TranscoderGraph, kept: Kept, found: Splits, pairs: Pairs
+    position: Tensor, kept: Kept, splits: Splits, pairs: Pairs
 ) -> tuple[dict[int, list[Place]], list[Place]]:
     """Which tables are wanted: heads at the positions between which they carried most.
 
@@ -146,9 +150,8 @@ def _places(
         By target, the places of its strongest cross-position links' largest heads of any block;
         and every place listed for a cross-position link, by the largest |value| there.
     """
-    position = graph.positions.cpu()
     across = position[kept.sources.cpu()] != position[kept.targets.cpu()]
-    part = found.through[pairs.edge, pairs.layer, pairs.head].abs()
+    part = splits.through[pairs.edge, pairs.layer, pairs.head].abs()
     value = pairs.value.abs()
     rows = (across[pairs.edge] & (value[:, 0] > 0)).nonzero().flatten()
     rows = rows[part[rows].argsort(descending=True, stable=True)]

@@ -6,8 +6,9 @@ from collections import defaultdict
 
 import torch
 
+from circuit_tracer_qk.attribution.links import HEADS_EXPLAINED, LINKS_EXPLAINED, Kept, Links
 from circuit_tracer_qk.attribution.qk import Place
-from circuit_tracer_qk.attribution.residual.graph import EdgeParts, ResidualGraph
+from circuit_tracer_qk.attribution.residual.edges import EdgeParts
 from circuit_tracer_qk.base.json_text import (
     Encoded,
     not_finite,
@@ -16,10 +17,8 @@ from circuit_tracer_qk.base.json_text import (
     to_bytes,
     to_text,
 )
-from circuit_tracer_qk.graph_files.nodes import Kept, Links
 
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
-LINKS_EXPLAINED, HEADS_EXPLAINED = 3, 2  # every node's strongest links, their largest heads
 
 _LINK = (
     '{"source":%s,"target":%s,"weight":%.7g,"layer":%s,"residual":%.7g,"mlp":%.7g,'
@@ -28,36 +27,40 @@ _LINK = (
 _HEAD = "[%d,%.7g,%.7g,%.7g]"  # head, total, direct, pattern
 
 
-def residual_links(graph: ResidualGraph, kept: Kept) -> Links:
-    """The links with what carried them, and the tables that they want."""
-    found = graph.edges(kept.sources, kept.targets)
-    return Links(_written(kept, found), *_places(kept, found))
+def residual_links(edges: EdgeParts, kept: Kept) -> Links:
+    """The links with what carried them, and the tables that they want.
 
-
-def _written(kept: Kept, found: EdgeParts) -> Encoded:
-    """Links with what carried them.
-
-    Identity: weight = residual + mlp + the listed heads' totals + head_loadings_rest, as written.
+    Args:
+        edges: the parts of the links kept.
+        kept: what pruning left of the graph.
 
     Raises:
         UserError: a link holds NaN or infinite numbers.
     """
-    total = found.parts.total.double().cpu()
+    return Links(_links_json(edges, kept), *_places(edges, kept))
+
+
+def _links_json(edges: EdgeParts, kept: Kept) -> Encoded:
+    """Links with what carried them.
+
+    Identity: weight = residual + mlp + the listed heads' totals + head_loadings_rest, as written.
+    """
+    total = edges.parts.total.double().cpu()
     size, order = total.abs().sort(dim=1, descending=True, stable=True)
     reached = size.cumsum(1)
     n_listed = (reached < SHARE_LISTED * reached[:, -1:]).sum(1) + 1
     n_listed = n_listed.clamp(HEADS_EXPLAINED, HEADS_LISTED).minimum((size > 0).sum(1))
     order = order[:, :HEADS_LISTED]
-    of_head = total, found.parts.direct.cpu(), found.parts.pattern.cpu()
-    by_head = torch.stack([order.double(), *(part.gather(1, order) for part in of_head)], 2)
-    alone = torch.stack([kept.weights, found.parts.residual.cpu(), found.parts.mlp.cpu()], 1)
-    if not bool(by_head.isfinite().all() and alone.isfinite().all()):
+    head_parts = total, edges.parts.direct.cpu(), edges.parts.pattern.cpu()
+    by_head = torch.stack([order.double(), *(part.gather(1, order) for part in head_parts)], 2)
+    sums = torch.stack([kept.weights, edges.parts.residual.cpu(), edges.parts.mlp.cpu()], 1)
+    if not bool(by_head.isfinite().all() and sums.isfinite().all()):
         raise not_finite()
     columns = zip(
         kept.sources.tolist(),
         kept.targets.tolist(),
-        found.layer.tolist(),
-        rounded_all(alone),
+        edges.layer.tolist(),
+        rounded_all(sums),
         rounded_all(by_head[:, :, 1]),
         by_head.flatten(1).tolist(),
         n_listed.tolist(),
@@ -67,23 +70,23 @@ def _written(kept: Kept, found: EdgeParts) -> Encoded:
     most = by_head.shape[1]
     texts = [_LINK.replace("HEADS", ",".join([_HEAD] * n)) for n in range(most + 1)]
     links = []
-    for source, target, layer, (weight, *own), totals, heads, n in columns:
-        missing = rest(weight, (*own, *totals[:n]))
-        at = "null" if layer < 0 else layer
-        numbers = weight, at, *own, *heads[: 4 * n], missing
+    for source, target, layer, (weight, *block_parts), totals, heads, n in columns:
+        missing = rest(weight, (*block_parts, *totals[:n]))
+        block = "null" if layer < 0 else layer
+        numbers = weight, block, *block_parts, *heads[: 4 * n], missing
         links.append(texts[n] % (ids[source], ids[target], *numbers))
     return Encoded(to_bytes(f"[{','.join(links)}]"))
 
 
-def _places(kept: Kept, found: EdgeParts) -> tuple[dict[int, list[Place]], list[Place]]:
+def _places(edges: EdgeParts, kept: Kept) -> tuple[dict[int, list[Place]], list[Place]]:
     """Which tables are wanted.
 
     Returns:
         By target, the places of its strongest links' largest heads; and every place that a kept
         cross-position link's head carried over, by its largest |total|.
     """
-    layer, query, key = found.layer, found.query, found.key
-    size = found.parts.total.abs()
+    layer, query, key = edges.layer, edges.query, edges.key
+    size = edges.parts.total.abs()
     n_heads = size.shape[1]
     crossing = ((query != key) & (layer >= 0)).nonzero().flatten()
     strongest = crossing[kept.weights.to(size.device)[crossing].abs().argsort(descending=True)]
@@ -97,9 +100,9 @@ def _places(kept: Kept, found: EdgeParts) -> tuple[dict[int, list[Place]], list[
         if len(links[targets[link]]) < LINKS_EXPLAINED:
             links[targets[link]].append(link)
     required: dict[int, list[Place]] = {}
-    for target, some in links.items():
+    for target, strongest_links in links.items():
         places = []
-        for link in some:
+        for link in strongest_links:
             at_layer, at_query, at_key = where[link]
             for head, head_size in zip(heads[link], sizes[link], strict=True):
                 if head_size > 0:
