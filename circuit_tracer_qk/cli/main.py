@@ -718,14 +718,16 @@ def _serve(
     live, page = None, ""
     if slug is not None and graph is not None:
         from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
-        from circuit_tracer_qk.cli import demo
+        from circuit_tracer_qk.cli import highlights
         from circuit_tracer_qk.host import graph as host
         from circuit_tracer_qk.plugin.live import LiveGraphs
 
         if isinstance(graph, ResidualGraph):
-            look = demo.first_look(graph, host.edge_influence(graph))
+            look = highlights.first_look(graph, host.edge_influence(graph))
         else:
-            look = demo.first_transcoder_look(json.loads(Path(folder, f"{slug}.json").read_bytes()))
+            look = highlights.first_transcoder_look(
+                json.loads(Path(folder, f"{slug}.json").read_bytes())
+            )
         page = "&".join([f"/index.html?slug={slug}", *(f"{k}={v}" for k, v in look.items())])
         live = LiveGraphs({slug: graph}, {} if model is None else {slug: model})
     server = circuit_tracer_qk.serve(

@@ -13,7 +13,7 @@ from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
 from circuit_tracer_qk.attribution.residual.decompose import Component
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
-from circuit_tracer_qk.cli.demo import (
+from circuit_tracer_qk.cli.highlights import (
     StrongEdge,
     predictions,
     source_position,

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names
-from circuit_tracer_qk.cli.prompts import engines, many
-from circuit_tracer_qk.cli.prompts.file import OPTIONS, Request, read_prompts
-from circuit_tracer_qk.cli.prompts.finished import work_of
-from circuit_tracer_qk.cli.prompts.many import Outcome, Plan
+from circuit_tracer_qk.cli.prompts import engines, worker
+from circuit_tracer_qk.cli.prompts.lines import OPTIONS, Request, read_prompts
+from circuit_tracer_qk.cli.prompts.progress import work_of
+from circuit_tracer_qk.cli.prompts.worker import Outcome, Plan
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 
 LISTED_EVERY = 5.0  # seconds between two writings of the list of graphs
@@ -178,10 +178,10 @@ def _do(plan: Plan, requests: list[Request], report: _Report, listing: _Listing 
     """Share out the prompts and keep account of them."""
     args = plan.args
     if args.engine == "local" and (args.workers or 1) == 1:
-        results = engines.in_this_process(partial(many.set_up, plan), many.work, requests)
+        results = engines.in_this_process(partial(worker.set_up, plan), worker.work, requests)
     else:
-        set_up = partial(many.set_up_worker, plan, report.program)
-        results = engines.run(args.engine, set_up, many.work, requests, args.workers)
+        set_up = partial(worker.set_up_worker, plan, report.program)
+        results = engines.run(args.engine, set_up, worker.work, requests, args.workers)
     bar = tqdm(total=len(requests), desc="Prompts", leave=False, delay=2, disable=None)
     with bar, closing(results):
         for request, outcome in results:

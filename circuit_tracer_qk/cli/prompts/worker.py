@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LISTING, put_in_place, temporary_for
 from circuit_tracer_qk.cli.output import hushed, noise
-from circuit_tracer_qk.cli.prompts.file import Request
-from circuit_tracer_qk.cli.prompts.finished import Marks
+from circuit_tracer_qk.cli.prompts.lines import Request
+from circuit_tracer_qk.cli.prompts.progress import Marks
 from circuit_tracer_qk.host.cli import DTYPES
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Plan:
 
     Attributes:
         args: the parsed arguments.
-        work: of :func:`circuit_tracer_qk.cli.prompts.finished.work_of`.
+        work: of :func:`circuit_tracer_qk.cli.prompts.progress.work_of`.
         home: the working directory.
         folder_id: of :meth:`Marks.prepare`.
     """

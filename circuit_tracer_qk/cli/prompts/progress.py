@@ -22,7 +22,7 @@ import yaml
 from circuit_tracer_qk.base.files import check_folder, remove_temporaries, write_atomically
 from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.base.package import __version__
-from circuit_tracer_qk.cli.prompts.file import Request
+from circuit_tracer_qk.cli.prompts.lines import Request
 
 FOLDER = ".prompts"
 KINDS = frozenset(".safetensors .json .yaml .yml .npz .pt .pth .bin .model .txt .zip".split())
