@@ -17,7 +17,7 @@ import torch
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import catalogue
-from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import WILD, Files, joined
 from circuit_tracer_qk.dictionaries.layouts import LAYOUTS, Layout, Options, assemble, native
 from circuit_tracer_qk.dictionaries.tensors import read_yaml

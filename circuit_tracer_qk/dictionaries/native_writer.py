@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, WCC, Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, WCC, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 
 
 def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:

@@ -31,7 +31,8 @@ from measuring import Row
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.model.run import freeze

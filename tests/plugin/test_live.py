@@ -13,7 +13,7 @@ import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
 from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.cli import highlights
-from circuit_tracer_qk.dictionaries.dictionary import feature_index, indexed_feature
+from circuit_tracer_qk.dictionaries.features import feature_index, indexed_feature
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.plugin.live import LiveGraphs
 

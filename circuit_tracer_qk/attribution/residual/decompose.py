@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
+from circuit_tracer_qk.dictionaries.dictionary import like
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.model.run import FrozenRun
 
 KINDS = ("feature", "bias", "error", "embedding", "position")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
-from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet, Units, like
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary, Units, like
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,8 @@ from functools import partial
 from typing import Any
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries.dictionary import (
-    ACAUSAL_REASON,
-    RESID_POST,
-    WCC,
-    Dictionary,
-    DictionarySet,
-)
+from circuit_tracer_qk.dictionaries.dictionary import ACAUSAL_REASON, RESID_POST, WCC, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files, joined
 from circuit_tracer_qk.dictionaries.layouts.layout import (
     Layer,

@@ -13,13 +13,8 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.catalogue import names_of
-from circuit_tracer_qk.dictionaries.dictionary import (
-    RESID_POST,
-    RESID_PRE,
-    SAE,
-    Dictionary,
-    DictionarySet,
-)
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, SAE, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files
 
 HOOK = re.compile(rf"blocks\.(\d+)\.({RESID_PRE}|{RESID_POST})")

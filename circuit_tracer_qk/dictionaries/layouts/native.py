@@ -32,8 +32,8 @@ from circuit_tracer_qk.dictionaries.dictionary import (
     SAE,
     WCC,
     Dictionary,
-    DictionarySet,
 )
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files, joined
 from circuit_tracer_qk.dictionaries.layouts.layout import Layout, Options, scan_of, wanted
 from circuit_tracer_qk.dictionaries.tensors import mapped, read_yaml, taken

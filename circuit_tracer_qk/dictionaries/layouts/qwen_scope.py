@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files, joined
 from circuit_tracer_qk.dictionaries.layouts.layout import (
     Layer,
