@@ -421,7 +421,7 @@ def test_serving_at_the_end(
             listed.append([g["slug"] for g in json.loads(answer.read())["graphs"]])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.time, "sleep", ask)
+    monkeypatch.setattr(time, "sleep", ask)
     path = written(tmp_path / "p.jsonl", *asked(["sally"]), b"{")
     flags = ("-d", "miniature-sae", *SMALL, "--graph_file_dir", tmp_path / "g")
     result = run("attribute", "--prompts", path, *flags, "--server", "--port", port)

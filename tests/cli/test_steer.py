@@ -11,10 +11,11 @@ import torch
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.cli import main as cli
+from circuit_tracer_qk.cli.arguments import DEMO_PROMPT
 from circuit_tracer_qk.steering.parse import HeadChoice, parse_edit, read_edit, read_edits
 from circuit_tracer_qk.steering.to_json import run_document
 
-SALLY = cli.SALLY
+SALLY = DEMO_PROMPT
 QUERY, KEY = 14, 6
 TAGS = "side=key heads=L1H2,L1H7,L1H6 checkpoint=1 features=61,177 positions=6 factor=0"
 EDIT = ctqk.QKEdit(["L1H2", "L1H7", "L1H6"], "key", 1, [61, 177], 6, factor=0)

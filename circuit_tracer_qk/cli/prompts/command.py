@@ -24,7 +24,8 @@ from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 LISTED_EVERY = 5.0  # seconds between two writings of the list of graphs
 IRRELEVANT = (
     *("prompts", "prompt", "slug", "graph_output_path", "graph_file_dir", "force", "workers"),
-    *("engine", "server", "port", "host", "online", "verbose", "run", "command", "features_dir"),
+    *("engine", "server", "port", "host", "online", "verbose", "command", "features_dir"),
+    "host_dtypes",
 )
 """Flags that no graph hangs on."""
 
@@ -170,8 +171,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     arguments = {k: v for k, v in vars(args).items() if k not in IRRELEVANT}
     outputs = [Path(p) for p in (args.graph_file_dir, args.graph_output_path) if p]
     refs = (args.model, args.dictionaries, args.transcoder_set)
-    kept = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "run"})
-    return Plan(kept, work_of(arguments, refs, outputs), os.getcwd())
+    return Plan(args, work_of(arguments, refs, outputs), os.getcwd())
 
 
 def _do(plan: Plan, requests: list[Request], report: _Report, listing: _Listing | None) -> None:
