@@ -117,7 +117,7 @@ MISTAKES = {
     "--sweep is '1,x'": ["--edit", TAGS, "--sweep", "1,x"],
     "--generate is 0": ["--edit", TAGS, "--generate", "0"],
     "--controls is -1": ["--edit", TAGS, "--controls", "-1"],
-    "--dtype is int8": ["--edit", TAGS, "--dtype", "int8"],
+    "invalid choice: 'int8'": ["--edit", TAGS, "--dtype", "int8"],
     "'notatoken' is not one token": ["--edit", TAGS, "--token", "notatoken"],
     "context is": ["--edit", TAGS, "--generate", "100000"],
     "-p/--prompt is missing": ["--edit", TAGS, "-d", "miniature-sae"],
