@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.validation import validate
 from circuit_tracer_qk.dictionaries import catalogue
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import WILD, Files, joined
@@ -107,7 +109,7 @@ def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | Non
         said = read_yaml(config, "model_kind: residual_sae_set")
         if "format" not in said:
             return _in_layout(files, native.LAYOUT, [""], options)
-        layout, options = _said(config, said, options)
+        layout, options = _with_format(config, said, options)
     found = {
         other.name: places
         for other in ([layout] if layout is not None else LAYOUTS.values())
@@ -191,7 +193,7 @@ def _options_at(files: Files, layout: Layout, place: str, options: Options) -> O
         return options
     path = files.get(name)
     said = read_yaml(path, f"format: {layout.name}")
-    return _said(path, said, options)[1] if said.get("format") == layout.name else options
+    return _with_format(path, said, options)[1] if said.get("format") == layout.name else options
 
 
 def _in_layout(files: Files, layout: Layout, places: list[str], options: Options) -> DictionarySet:
@@ -264,40 +266,43 @@ def _names(entry: catalogue.Chosen, layout: Layout) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _said(path: Path, said: dict[str, Any], options: Options) -> tuple[Layout, Options]:
+def _check_neuronpedia(pattern: str) -> str:
+    try:
+        pattern.format(layer=0, checkpoint=0)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"neuronpedia may hold {{layer}} and {{checkpoint}}, found {pattern!r}"
+        ) from error
+    return pattern
+
+
+_Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _FormatConfig(BaseModel):
+    """A ``config.yaml`` with ``format``: what the files of another layout do not say."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    format: str = Field(description="a name")
+    model_name: str | None = Field(None, description="a name")
+    scan: str | None = Field(None, description="a name")
+    centred: bool | None = Field(None, description="true or false")
+    norm_scaling_factor: _Factor | dict[int, _Factor] | None = Field(
+        None, description="a number above 0, or one for each layer"
+    )
+    neuronpedia: Annotated[str, AfterValidator(_check_neuronpedia)] | None = Field(
+        None, description="an id with {layer} or {checkpoint} in it"
+    )
+
+
+def _with_format(path: Path, content: dict[str, Any], options: Options) -> tuple[Layout, Options]:
     """What a ``config.yaml`` with ``format:`` says."""
-    name = said["format"]
-    if not isinstance(name, str) or name not in LAYOUTS:
-        raise UserError(f"{path}: format {name!r} is not one of {', '.join(LAYOUTS)}.")
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "model_name": str,
-        "scan": str,
-        "centred": bool,
-        "norm_scaling_factor": (int, float, dict),
-        "neuronpedia": str,
-    }
-    options = replace(options, named=True)
-    for key, value in said.items():
-        if key == "format":
-            continue
-        if key not in kinds or not isinstance(value, kinds[key]):
-            known = ", ".join(kinds)
-            raise UserError(
-                f"{path}: {key}: {value!r} is not understood beside `format:`; known are {known}."
-            )
-        if key == "norm_scaling_factor":
-            numbers = list(value.values()) if isinstance(value, dict) else [value]
-            if not all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers):
-                raise UserError(f"{path}: norm_scaling_factor should be above 0, found {value!r}.")
-        if key == "neuronpedia":
-            try:
-                str(value).format(layer=0, checkpoint=0)
-            except (ValueError, KeyError, IndexError) as error:
-                raise UserError(
-                    f"{path}: neuronpedia may hold {{layer}} and {{checkpoint}}, found {value!r}."
-                ) from error
-        options = replace(options, **{key: value})
-    return LAYOUTS[name], options
+    config = validate(_FormatConfig, content, f"{path}: ")
+    if config.format not in LAYOUTS:
+        raise UserError(f"{path}: format {config.format!r} is not one of {', '.join(LAYOUTS)}.")
+    more = config.model_dump(exclude_unset=True, exclude={"format"})
+    return LAYOUTS[config.format], replace(options, named=True, **more)
 
 
 def _nowhere(ref: str | Path, problem: str) -> UserError:

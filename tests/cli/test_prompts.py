@@ -102,20 +102,20 @@ def kept(model: str, dictionaries: str) -> ctqk.ResidualModel:
         (b"[" * 100_000, "it is not JSON"),
         ([], 'it is neither {"prompt": "..."} nor a string'),
         (3, "neither"),
-        ({}, "it has no prompt"),
-        ({"prompt": ["a"]}, "its prompt is no string"),
-        ({"prompt": ""}, "its prompt is empty"),
-        ("", "its prompt is empty"),
+        ({}, "prompt should be a text of valid Unicode that is not empty, found nothing"),
+        ({"prompt": ["a"]}, "prompt should be a text of valid Unicode that is not empty, found ['a']"),
+        ({"prompt": ""}, "found ''"),
+        ("", "prompt should be a text of valid Unicode that is not empty"),
         ({"prompt": "a", "slug": "a/b"}, "the slug 'a/b' cannot name a graph"),
-        ({"prompt": "a", "slug": None}, "its slug is no string"),
+        ({"prompt": "a", "slug": None}, "slug should be a name, found nothing"),
         ({"prompt": "a", "slug": "first"}, "the slug 'first' is line 1's"),
         ({"prompt": "a", "slug": "my-file-0001"}, ""),
-        ({"prompt": "a", "promt": "b"}, "'promt' is unknown here: a line has prompt, slug,"),
-        ({"prompt": "a", "max_n_logits": 0}, "its max_n_logits is 0: it must be a whole number"),
-        ({"prompt": "a", "max_n_logits": 2.0}, "its max_n_logits is 2.0"),
-        ({"prompt": "a", "max_feature_nodes": True}, "its max_feature_nodes is true"),
-        ({"prompt": "a", "node_threshold": 2}, "its node_threshold is 2: it must be a number from 0"),
-        (b'{"prompt": "a", "edge_threshold": NaN}', "its edge_threshold is NaN"),
+        ({"prompt": "a", "promt": "b"}, "promt is unknown here: known are prompt, slug,"),
+        ({"prompt": "a", "max_n_logits": 0}, "max_n_logits should be a whole number from 1, found 0"),
+        ({"prompt": "a", "max_n_logits": 2.0}, "max_n_logits should be a whole number from 1, found 2.0"),
+        ({"prompt": "a", "max_feature_nodes": True}, "max_feature_nodes should be a whole number from 0, found True"),
+        ({"prompt": "a", "node_threshold": 2}, "node_threshold should be a number from 0 to 1, found 2"),
+        (b'{"prompt": "a", "edge_threshold": NaN}', "edge_threshold should be a number from 0 to 1, found nan"),
     ],
 )  # fmt: skip
 def test_lines(tmp_path: Path, line: Any, problem: str):
@@ -371,10 +371,10 @@ def test_bad_lines_do_not_stop_the_others(run: Run, tmp_path: Path, loads: list[
         *said, last = result.err.splitlines()
         assert [line.split(": ")[1] for line in said] == [
             "line 1 failed",
+            "line 4 failed",
             "line 3 (long) failed",
-            "line 4 (p-0004) failed",
         ]
-        assert "tokens" in said[1] and "not valid Unicode" in said[2]
+        assert "valid Unicode" in said[1] and "tokens" in said[2]
         assert last.startswith(
             f"circuit-tracer-qk: error: 3 of 5 prompts of {path} failed (lines 1, "
         )

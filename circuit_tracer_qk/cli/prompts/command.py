@@ -9,17 +9,19 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names
 from circuit_tracer_qk.cli.prompts import engines, worker
-from circuit_tracer_qk.cli.prompts.lines import OPTIONS, Request, read_prompts
 from circuit_tracer_qk.cli.prompts.progress import work_of
 from circuit_tracer_qk.cli.prompts.worker import Outcome, Plan
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.cli.prompts.lines import Request
 
 LISTED_EVERY = 5.0  # seconds between two writings of the list of graphs
 IRRELEVANT = (
@@ -37,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE",
         help='Many prompts in place of -p: one JSON object a line, {"prompt": "...", "slug": "..."}, '
-        f"where slug, {', '.join(OPTIONS)} may be left out. The model is loaded once; "
+        "where slug, max_n_logits, desired_logit_prob, max_feature_nodes, node_threshold, "
+        "edge_threshold may be left out. The model is loaded once; "
         "-o/--graph_output_path is a folder for SLUG.pt; the same command again does what is not "
         "finished.",
     )
@@ -131,6 +134,8 @@ def run(args: argparse.Namespace, program: str) -> UserError | None:
     Raises:
         UserError: nothing can be done: the file, the model, the engine, the list of graphs.
     """
+    from circuit_tracer_qk.cli.prompts.lines import read_prompts
+
     path = Path(args.prompts).expanduser()
     requests, bad = read_prompts(path, args.slug)
     report = _Report(program, path, len(requests) + len(bad))

@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LISTING, put_in_place, temporary_for
 from circuit_tracer_qk.cli.loading import torch_dtype
 from circuit_tracer_qk.cli.output import log_output, silence_stdout
-from circuit_tracer_qk.cli.prompts.lines import Request
 from circuit_tracer_qk.cli.prompts.progress import Marks
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.cli.prompts.lines import Request
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,22 @@ Files numbered 0..n-1 are taken in the list's order where they are not numbered 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    model_validator,
+)
 from torch import Tensor
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.validation import validate
 from circuit_tracer_qk.dictionaries.dictionary import (
     ACAUSAL_REASON,
     RESID_POST,
@@ -44,19 +51,84 @@ _ACAUSAL_KINDS = ("crosscoder", "acausal_crosscoder")
 _BESIDE = ("labels.json", "features.zip")
 
 
-@dataclass(frozen=True)
-class _Config:
-    """What ``config.yaml`` says, checked."""
+def _known_kind(kind: object) -> object:
+    if kind in _TRANSCODER_KINDS:
+        raise ValueError(
+            f"model_kind {kind} is no residual dictionary; give transcoders with "
+            "-t/--transcoder_set instead"
+        )
+    if kind in _ACAUSAL_KINDS:
+        raise ValueError(f"model_kind {kind}: {ACAUSAL_REASON}")
+    return kind
 
-    path: str
-    kind: str
-    hook: str
-    entries: tuple[int, ...]  # as listed: layers, or checkpoints
-    shift: int  # checkpoint of an entry minus the entry
-    activation: str | None
-    k: int | None
-    scan: str | None
-    model_name: str | None
+
+_Kind = Annotated[
+    Literal["residual_sae_set", "weakly_causal_crosscoder"], BeforeValidator(_known_kind)
+]
+_Entries = Annotated[
+    list[NonNegativeInt] | None,
+    Field(min_length=1, description="a list of integers, counted from 0"),
+]
+
+
+class _Config(BaseModel):
+    """What ``config.yaml`` says; the keys that are not here change nothing."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    model_kind: _Kind = Field(description=f"{SAE} or {WCC}")
+    layers: _Entries = None
+    checkpoints: _Entries = None
+    feature_input_hook: Literal["hook_resid_pre", "hook_resid_post"] | None = Field(
+        None, description=f"{RESID_PRE} or {RESID_POST}"
+    )
+    feature_output_hook: Any = None
+    activation: Literal["relu", "jumprelu", "topk"] | None = Field(
+        None, description="relu, jumprelu or topk"
+    )
+    k: Any = None
+    scan: str | None = Field(None, description="a name")
+    model_name: str | None = Field(None, description="a name")
+
+    @property
+    def entries(self) -> list[int]:
+        """As listed: layers, or checkpoints."""
+        return self.layers or self.checkpoints or []
+
+    @property
+    def shift(self) -> int:
+        """The checkpoint of an entry minus the entry."""
+        return 1 if self.layers and self.feature_input_hook == RESID_POST else 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> _Config:
+        entries, key = self.entries, "checkpoints" if self.checkpoints else "layers"
+        if self.layers and self.checkpoints:
+            raise ValueError("it has both layers and checkpoints; keep one of them")
+        if not entries:
+            raise ValueError("layers should be a list of integers, found nothing")
+        for entry in entries:
+            if entries.count(entry) > 1:
+                raise ValueError(f"{key} holds {entry} twice; list each once")
+        if self.model_kind == WCC and entries != sorted(entries):
+            raise ValueError(f"{key} should ascend, found {entries}; the decoders' sites follow it")
+        if self.checkpoints and self.feature_input_hook is None:
+            self.feature_input_hook = RESID_PRE if 0 in entries else RESID_POST
+        hook, output = self.feature_input_hook, self.feature_output_hook
+        if hook is None:
+            raise ValueError(
+                f"feature_input_hook should be {RESID_PRE} or {RESID_POST}, found nothing"
+            )
+        if output not in (None, hook):
+            raise ValueError(
+                f"feature_output_hook {output!r} differs from feature_input_hook {hook!r}; "
+                "residual dictionaries write where they read"
+            )
+        if self.activation != "topk":
+            self.k = None
+        elif type(self.k) is not int or self.k < 1:
+            raise ValueError(f"activation topk needs k, an integer of at least 1, found {self.k!r}")
+        return self
 
 
 def _load(files: Files, place: str, options: Options) -> DictionarySet:
@@ -67,10 +139,10 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
     """
     config = _read_config(files, place)  # refuse other kinds before their weights are fetched
     numbers = _file_numbers(files, place, config)
-    if config.kind == SAE:  # a crosscoder is needed whole
+    if config.model_kind == SAE:  # a crosscoder is needed whole
         kept = wanted((entry + config.shift for entry in numbers), options)
         numbers = {c - config.shift: numbers[c - config.shift] for c in kept}
-    stored = {entry: _layout(config.kind, number) for entry, number in numbers.items()}
+    stored = {entry: _layout(config.model_kind, number) for entry, number in numbers.items()}
     beside = [name for name in _BESIDE if joined(place, name) in files.names]
     every = [name for parts in stored.values() for name, _ in parts]
     files.fetch(joined(place, name) for name in (*every, *beside))
@@ -83,7 +155,9 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
         at = entry + config.shift
         t = _read_tensors(files, place, config, entry, parts, d_model)
         d_model = len(t["b_dec"])
-        sites = [c + config.shift for c in config.entries if config.kind == WCC and c >= entry]
+        sites = [
+            c + config.shift for c in config.entries if config.model_kind == WCC and c >= entry
+        ]
         by_checkpoint[at] = Dictionary(
             checkpoint=at,
             W_enc=t["W_enc"],
@@ -91,7 +165,7 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
             b_dec=t["b_dec"],
             decoders=(
                 {c: t["W_dec"][:, s] for s, c in enumerate(sites)}
-                if config.kind == WCC
+                if config.model_kind == WCC
                 else {at: t["W_dec"]}
             ),
             threshold=t.get("threshold"),
@@ -99,8 +173,8 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
             title=f"entry {entry} of {files.title}",
         )
     return DictionarySet(
-        kind=config.kind,
-        hook=config.hook,
+        kind=config.model_kind,
+        hook=config.feature_input_hook or RESID_POST,
         scan=options.scan or config.scan or scan_of(files),
         model_name=options.model_name or config.model_name,
         by_checkpoint=by_checkpoint,
@@ -112,93 +186,18 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
 LAYOUT = Layout("native", (CONFIG,), whole=_load)
 
 
-def _read_config(files: Files, place: str) -> _Config:
+def _read_config(files: Files, folder: str) -> _Config:
     """Read and check ``config.yaml``, except for what the weights have to say about it."""
-    path = files.get(joined(place, CONFIG))
+    path = files.get(joined(folder, CONFIG))
     config = read_yaml(path, f"model_kind: {SAE}")
-    kind = config.get("model_kind")
-    if kind in _TRANSCODER_KINDS:
-        raise UserError(
-            f"{path}: model_kind {kind} is no residual dictionary; give transcoders with "
-            "-t/--transcoder_set instead"
-        )
-    if kind in _ACAUSAL_KINDS:
-        raise UserError(f"{path}: model_kind {kind}: {ACAUSAL_REASON}")
-    if kind not in (SAE, WCC):
-        raise UserError(f"{path}: unknown model_kind {kind!r}; known are {SAE} and {WCC}")
-
-    key = "checkpoints" if "checkpoints" in config else "layers"
-    if "checkpoints" in config and "layers" in config:
-        raise UserError(f"{path} has both layers and checkpoints; keep one of them")
-    entries = _read_entries(path, key, config.get(key))
-    hook = _read_hook(path, key, entries, config)
-    activation, k = _read_activation(path, config)
-    for name in ("scan", "model_name"):
-        if not isinstance(config.get(name), str | None):
-            raise UserError(f"{path}: {name} should be a name, found {config[name]!r}")
-    if kind == WCC and list(entries) != sorted(entries):
-        raise UserError(
-            f"{path}: {key} should ascend, found {list(entries)}; the decoders' sites follow it"
-        )
-    return _Config(
-        path=str(path),
-        kind=kind,
-        hook=hook,
-        entries=entries,
-        shift=1 if key == "layers" and hook == RESID_POST else 0,
-        activation=activation,
-        k=k,
-        scan=config.get("scan"),
-        model_name=config.get("model_name"),
-    )
-
-
-def _read_entries(path: object, key: str, entries: Any) -> tuple[int, ...]:
-    if not isinstance(entries, list) or not entries or any(type(i) is not int for i in entries):
-        found = "nothing" if entries is None else repr(entries)
-        raise UserError(f"{path}: {key} should be a list of integers, found {found}")
-    if min(entries) < 0:
-        raise UserError(f"{path}: {key} holds {min(entries)}; {key} are counted from 0")
-    repeated = [i for i in entries if entries.count(i) > 1]
-    if repeated:
-        raise UserError(f"{path}: {key} holds {repeated[0]} twice; list each once")
-    return tuple(entries)
-
-
-def _read_hook(path: object, key: str, entries: tuple[int, ...], config: Mapping[str, Any]) -> str:
-    hook = config.get("feature_input_hook")
-    if hook is None and key == "checkpoints":
-        hook = RESID_PRE if 0 in entries else RESID_POST
-    if hook not in (RESID_PRE, RESID_POST):
-        raise UserError(
-            f"{path}: feature_input_hook should be {RESID_PRE} or {RESID_POST}, found {hook!r}"
-        )
-    output = config.get("feature_output_hook", hook)
-    if output != hook:
-        raise UserError(
-            f"{path}: feature_output_hook {output!r} differs from feature_input_hook {hook!r}; "
-            "residual dictionaries write where they read"
-        )
-    return hook
-
-
-def _read_activation(path: object, config: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    activation = config.get("activation", config.get("activation_function"))
-    if activation not in (None, "relu", "jumprelu", "topk"):
-        raise UserError(
-            f"{path}: unknown activation {activation!r}; known are relu, jumprelu and topk"
-        )
-    if activation != "topk":
-        return activation, None
-    k = config.get("k")
-    if type(k) is not int or k < 1:
-        raise UserError(f"{path}: activation topk needs k, an integer of at least 1, found {k!r}")
-    return activation, k
+    if "activation_function" in config:  # an older name
+        config = {"activation": config["activation_function"]} | config
+    return validate(_Config, config, f"{path}: ")
 
 
 def _file_numbers(files: Files, place: str, config: _Config) -> dict[int, int]:
     """The number in the file names of each entry."""
-    stem = "layer" if config.kind == SAE else "W_enc"
+    stem = "layer" if config.model_kind == SAE else "W_enc"
     pattern = re.compile(re.escape(joined(place, stem)) + r"_(0|[1-9][0-9]*)\.safetensors")
     matches = (pattern.fullmatch(name) for name in files.names)
     present = {int(match[1]) for match in matches if match}
@@ -209,7 +208,7 @@ def _file_numbers(files: Files, place: str, config: _Config) -> dict[int, int]:
         return {entry: number for number, entry in enumerate(config.entries)}
     raise UserError(
         f"{joined(files.title, joined(place, f'{stem}_{missing[0]}.safetensors'))} is missing: "
-        f"config.yaml lists {list(config.entries)} and the folder has {sorted(present)}; add the "
+        f"config.yaml lists {config.entries} and the folder has {sorted(present)}; add the "
         "file or correct the list"
     )
 
@@ -246,7 +245,7 @@ def _read_tensors(
         path = files.get(joined(place, name))
         found |= _read_file(path, names, config.activation)
         titles |= {ours: f"the tensor {stored} of {path}" for ours, stored in names.items()}
-    n_sites = sum(i >= entry for i in config.entries) if config.kind == WCC else None
+    n_sites = sum(i >= entry for i in config.entries) if config.model_kind == WCC else None
     spec = {
         "W_enc": "dict model",
         "W_dec": "dict model" if n_sites is None else "dict sites model",
@@ -263,20 +262,13 @@ def _read_tensors(
             f"{titles['W_dec']} has {every} sites where {n_sites} are left, decoders at every site:"
             f" {ACAUSAL_REASON}"
         )
-    tensors = taken(
+    return taken(
         titles,
         found,
         {name: spec[name] for name in found},
         sizes=({} if d_model is None else {"model": d_model})
         | ({} if n_sites is None else {"sites": n_sites}),
     )
-    d_dict = len(tensors["b_enc"])
-    if config.k is not None and config.k > d_dict:
-        raise UserError(
-            f"{config.path}: k should be at most {d_dict}, the number of features at {entry}, and "
-            f"is {config.k}"
-        )
-    return tensors
 
 
 def _read_file(path: Path, names: dict[str, str], activation: str | None) -> dict[str, Tensor]:
