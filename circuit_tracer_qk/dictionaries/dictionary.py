@@ -112,7 +112,7 @@ class Dictionary:
         encoder_scale: (d_dict,), what pre-activations are multiplied with.
         decoder_scale: (d_dict,), what decoder vectors are multiplied with.
         units: what the dictionary was trained to see.
-        own: the encoder of another library, (n_pos, d_model) -> (n_pos, d_dict), in place of the
+        encoder: another library's encoder, (n_pos, d_model) -> (n_pos, d_dict), in place of the
             fields above.
         title: the name for messages.
     """
@@ -130,7 +130,7 @@ class Dictionary:
     encoder_scale: Tensor | None = None
     decoder_scale: Tensor | None = None
     units: Units = Units()
-    own: Callable[[Tensor], Tensor] | None = None
+    encoder: Callable[[Tensor], Tensor] | None = None
     title: str = ""
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class Dictionary:
             UserError: the encoder holds NaN or infinite values.
         """
         z, scale, _ = self.units.of(x)
-        acts = self._activations(z) if self.own is None else self.own(z).to(x.dtype)
+        acts = self._activations(z) if self.encoder is None else self.encoder(z).to(x.dtype)
         return acts if scale is None else acts * scale
 
     def _activations(self, z: Tensor) -> Tensor:
@@ -225,9 +225,9 @@ class Dictionary:
         return b_dec if shift is None else b_dec + shift
 
     @property
-    def not_plain(self) -> str | None:
+    def why_not_plain(self) -> str | None:
         """Why the features cannot be said in plain weights; None where they can."""
-        if self.own is not None:
+        if self.encoder is not None:
             return "is encoded by another library's code"
         if self.gain is not None:
             return "is gated"
@@ -240,10 +240,10 @@ class Dictionary:
         """The same features in plain weights of the model's units: encoder, biases, decoders.
 
         Raises:
-            UserError: they cannot be said in plain weights (:attr:`not_plain`).
+            UserError: they cannot be said in plain weights (:attr:`why_not_plain`).
         """
-        if self.not_plain is not None:
-            raise UserError(f"{self.title} {self.not_plain}: plain weights cannot say that.")
+        if self.why_not_plain is not None:
+            raise UserError(f"{self.title} {self.why_not_plain}: plain weights cannot say that.")
         W_enc, b_enc = self.W_enc.to(self.b_enc.dtype), self.b_enc
         if self.subtract is not None:
             b_enc = b_enc - W_enc @ self.subtract.to(W_enc)

@@ -79,7 +79,7 @@ def _cause(
 ) -> str:
     """What would make the dictionary fit, by trying it."""
     dictionary = dictionaries.by_checkpoint[checkpoint]
-    if set(dictionary.decoders) != {checkpoint} or dictionary.own is not None:
+    if set(dictionary.decoders) != {checkpoint} or dictionary.encoder is not None:
         return "Likely: another layer, hook, model or normalisation than it was trained on."
     best = (FITS, "")
     for other, x in enumerate(parts.run.residual):

@@ -9,7 +9,7 @@ their place); for every entry i of that list there are
   ``b_dec_{i}`` and, for JumpReLU, ``threshold_{i}``; ``W_dec_{i}.safetensors`` with ``W_dec_{i}``
   [d_dict, sites from i on, d_model].
 
-Files numbered 0..n-1 are taken in the list's order where they are not numbered by entry.
+Files numbered 0..n-1 are read in the list's order where they are not numbered by entry.
 ``activation: topk`` with ``k`` makes a set TopK.
 """
 
@@ -42,8 +42,8 @@ from circuit_tracer_qk.dictionaries.dictionary import (
 )
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files, joined
-from circuit_tracer_qk.dictionaries.layouts.layout import Layout, Options, scan_of, wanted
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_yaml, taken
+from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layout, scan_of, wanted
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_yaml, validate_tensors
 
 CONFIG = "config.yaml"
 _TRANSCODER_KINDS = ("transcoder_set", "cross_layer_transcoder")
@@ -131,29 +131,29 @@ class _Config(BaseModel):
         return self
 
 
-def _load(files: Files, place: str, options: Options) -> DictionarySet:
+def _load(files: Files, folder: str, hints: Hints) -> DictionarySet:
     """Read a set, its tensors mapped into memory.
 
     Raises:
         UserError: the dictionaries cannot be had or are not what their config says.
     """
-    config = _read_config(files, place)  # refuse other kinds before their weights are fetched
-    numbers = _file_numbers(files, place, config)
+    config = _read_config(files, folder)  # refuse other kinds before their weights are fetched
+    numbers = _file_numbers(files, folder, config)
     if config.model_kind == SAE:  # a crosscoder is needed whole
-        kept = wanted((entry + config.shift for entry in numbers), options)
+        kept = wanted((entry + config.shift for entry in numbers), hints)
         numbers = {c - config.shift: numbers[c - config.shift] for c in kept}
     stored = {entry: _layout(config.model_kind, number) for entry, number in numbers.items()}
-    beside = [name for name in _BESIDE if joined(place, name) in files.names]
+    beside = [name for name in _BESIDE if joined(folder, name) in files.names]
     every = [name for parts in stored.values() for name, _ in parts]
-    files.fetch(joined(place, name) for name in (*every, *beside))
-    config_path = files.get(joined(place, CONFIG))
+    files.fetch(joined(folder, name) for name in (*every, *beside))
+    config_path = files.get(joined(folder, CONFIG))
 
     by_checkpoint: dict[int, Dictionary] = {}
     d_model: int | None = None
     bar = tqdm(sorted(stored.items()), "Loading dictionaries", leave=False, delay=2, disable=None)
     for entry, parts in bar:
         at = entry + config.shift
-        t = _read_tensors(files, place, config, entry, parts, d_model)
+        t = _read_tensors(files, folder, config, entry, parts, d_model)
         d_model = len(t["b_dec"])
         sites = [
             c + config.shift for c in config.entries if config.model_kind == WCC and c >= entry
@@ -175,15 +175,15 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
     return DictionarySet(
         kind=config.model_kind,
         hook=config.feature_input_hook or RESID_POST,
-        scan=options.scan or config.scan or scan_of(files),
-        model_name=options.model_name or config.model_name,
+        scan=hints.scan or config.scan or scan_of(files),
+        model_name=hints.model_name or config.model_name,
         by_checkpoint=by_checkpoint,
         folder=config_path.parent,
         entries={entry + config.shift: number for entry, number in numbers.items()},
     )
 
 
-LAYOUT = Layout("native", (CONFIG,), whole=_load)
+LAYOUT = Layout("native", (CONFIG,), read_set=_load)
 
 
 def _read_config(files: Files, folder: str) -> _Config:
@@ -195,10 +195,10 @@ def _read_config(files: Files, folder: str) -> _Config:
     return validate(_Config, config, f"{path}: ")
 
 
-def _file_numbers(files: Files, place: str, config: _Config) -> dict[int, int]:
+def _file_numbers(files: Files, folder: str, config: _Config) -> dict[int, int]:
     """The number in the file names of each entry."""
     stem = "layer" if config.model_kind == SAE else "W_enc"
-    pattern = re.compile(re.escape(joined(place, stem)) + r"_(0|[1-9][0-9]*)\.safetensors")
+    pattern = re.compile(re.escape(joined(folder, stem)) + r"_(0|[1-9][0-9]*)\.safetensors")
     matches = (pattern.fullmatch(name) for name in files.names)
     present = {int(match[1]) for match in matches if match}
     missing = sorted(set(config.entries) - present)
@@ -207,7 +207,7 @@ def _file_numbers(files: Files, place: str, config: _Config) -> dict[int, int]:
     if present == set(range(len(config.entries))):
         return {entry: number for number, entry in enumerate(config.entries)}
     raise UserError(
-        f"{joined(files.title, joined(place, f'{stem}_{missing[0]}.safetensors'))} is missing: "
+        f"{joined(files.title, joined(folder, f'{stem}_{missing[0]}.safetensors'))} is missing: "
         f"config.yaml lists {config.entries} and the folder has {sorted(present)}; add the "
         "file or correct the list"
     )
@@ -228,7 +228,7 @@ def _layout(kind: str, number: int) -> list[tuple[str, dict[str, str]]]:
 
 def _read_tensors(
     files: Files,
-    place: str,
+    folder: str,
     config: _Config,
     entry: int,
     parts: list[tuple[str, dict[str, str]]],
@@ -239,11 +239,11 @@ def _read_tensors(
     Raises:
         UserError: naming the file and the tensor that is wrong.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     titles: dict[str, str] = {}
     for name, names in parts:
-        path = files.get(joined(place, name))
-        found |= _read_file(path, names, config.activation)
+        path = files.get(joined(folder, name))
+        tensors |= _read_file(path, names, config.activation)
         titles |= {ours: f"the tensor {stored} of {path}" for ours, stored in names.items()}
     n_sites = sum(i >= entry for i in config.entries) if config.model_kind == WCC else None
     spec = {
@@ -253,19 +253,19 @@ def _read_tensors(
         "b_dec": "model",
         "threshold": "dict",
     }
-    if "threshold" in found and found["threshold"].numel() == 1:
-        found["threshold"] = found["threshold"].reshape(1).repeat(len(found["b_enc"]))
+    if "threshold" in tensors and tensors["threshold"].numel() == 1:
+        tensors["threshold"] = tensors["threshold"].reshape(1).repeat(len(tensors["b_enc"]))
     every = len(config.entries)
-    decoders = found["W_dec"]
+    decoders = tensors["W_dec"]
     if n_sites not in (None, every) and decoders.ndim == 3 and decoders.shape[1] == every:
         raise UserError(
             f"{titles['W_dec']} has {every} sites where {n_sites} are left, decoders at every site:"
             f" {ACAUSAL_REASON}"
         )
-    return taken(
+    return validate_tensors(
         titles,
-        found,
-        {name: spec[name] for name in found},
+        tensors,
+        {name: spec[name] for name in tensors},
         sizes=({} if d_model is None else {"model": d_model})
         | ({} if n_sites is None else {"sites": n_sites}),
     )
@@ -275,19 +275,19 @@ def _read_file(path: Path, names: dict[str, str], activation: str | None) -> dic
     """The tensors of one file, of which only the threshold may be absent."""
     if not path.is_file():
         raise UserError(f"{path} is missing; add the file or correct config.yaml")
-    found = mapped(path)
+    tensors = mapped(path)
     for name, stored in names.items():
-        if stored not in found and (name != "threshold" or activation == "jumprelu"):
-            has = ", ".join(sorted(found)) or "no tensors"
+        if stored not in tensors and (name != "threshold" or activation == "jumprelu"):
+            has = ", ".join(sorted(tensors)) or "no tensors"
             raise UserError(f"{path} lacks the tensor {stored}; it has {has}")
-    unknown = sorted(set(found) - set(names.values()))
+    unknown = sorted(set(tensors) - set(names.values()))
     if unknown:
         raise UserError(
             f"{path} has the unknown tensor {unknown[0]}; expected are {', '.join(names.values())}"
         )
-    if activation in ("relu", "topk") and names.get("threshold") in found:
+    if activation in ("relu", "topk") and names.get("threshold") in tensors:
         raise UserError(
             f"{path} has the tensor {names['threshold']}, but config.yaml says activation "
             f"{activation}; remove one of them"
         )
-    return {name: found[stored] for name, stored in names.items() if stored in found}
+    return {name: tensors[stored] for name, stored in names.items() if stored in tensors}
