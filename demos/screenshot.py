@@ -18,7 +18,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.cli import demo
+from circuit_tracer_qk.cli import highlights
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.host import graph as host
@@ -50,8 +50,8 @@ def main() -> None:
     model = ctqk.load_model()
     graph = ctqk.attribute(PROMPT, model)
     influence = host.edge_influence(graph)
-    look = demo.first_look(graph, influence)
-    answer = model.tokenizer.decode([demo.predictions(graph, 1)[0][0]]).strip()
+    look = highlights.first_look(graph, influence)
+    answer = model.tokenizer.decode([highlights.predictions(graph, 1)[0][0]]).strip()
     with tempfile.TemporaryDirectory() as folder:
         ctqk.create_graph_files(graph, "sally", folder)
         running = ctqk.serve(
@@ -77,7 +77,9 @@ def draw_transcoders(folder: Path, output: Path) -> None:
     tiny = import_module("tiny_transcoders").make_set(folder / "tiny")
     flags = ["-t", str(tiny), "-p", PROMPT, "--slug", "sally"]
     cli.main(["attribute", *flags, "--graph_file_dir", str(folder / "graphs"), "--qk"])
-    look = demo.first_transcoder_look(json.loads((folder / "graphs" / "sally.json").read_bytes()))
+    look = highlights.first_transcoder_look(
+        json.loads((folder / "graphs" / "sally.json").read_bytes())
+    )
     running = ctqk.serve(folder / "graphs", port=server.next_free_port(8041))
     query = "&".join(f"{k}={v}" for k, v in ({"slug": "sally"} | look).items())
     try:

@@ -1,115 +1,66 @@
-"""What the demo picks out of a graph: predictions, strongest edges, the heads that carried."""
+"""The command ``demo``: a prompt on the bundled miniature, from attribution to the page."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import argparse
+from pathlib import Path
 
-from torch import Tensor
+import circuit_tracer_qk
+from circuit_tracer_qk.cli import arguments
+from circuit_tracer_qk.cli.arguments import DEMO_PROMPT, PROGRAM
+from circuit_tracer_qk.cli.loading import load_model
+from circuit_tracer_qk.cli.output import show, silence_stdout
+from circuit_tracer_qk.cli.serving import check_page, serve
 
-from circuit_tracer_qk.attribution.residual.graph import Edge, ResidualGraph
-
-CANDIDATES = 64  # the strongest edges among which the page's first one is looked for
-
-
-class StrongEdge(NamedTuple):
-    """An edge and its influence, the share of what reaches the logits that runs through it."""
-
-    source: int
-    target: int
-    influence: float
-    edge: Edge
-
-
-def predictions(graph: ResidualGraph, n: int = 5) -> list[tuple[int, float]]:
-    """The ``n`` likeliest next tokens, (id, probability)."""
-    probabilities = graph.record.heads.run.logits.softmax(0)
-    top = probabilities.topk(min(n, len(probabilities)))
-    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+HELP = "attribute a prompt on the bundled miniature, explain its heads, show the graph"
+DESCRIPTION = (
+    "Attribute a prompt on the bundled miniature, print its strongest edges with their heads and "
+    "the QK terms behind them, write the graph files and serve them."
+)
+EPILOG = None
+SETS = {"sae": "miniature-sae", "wcc": "miniature-wcc"}
 
 
-def strongest_edges(
-    graph: ResidualGraph, influence: Tensor, n: int, *, across: bool
-) -> list[StrongEdge]:
-    """The ``n`` edges of the largest influence, across positions or within one."""
-    position = graph.positions
-    crosses = position[:, None] != position[None]
-    kept = influence * (crosses if across else ~crosses)
-    top = kept.flatten().topk(min(n, int((kept > 0).sum())))
-    width = len(position)
-    return [
-        StrongEdge(i % width, i // width, value, graph.edge(i % width, i // width))
-        for i, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``demo``."""
+    add = parser.add_argument
+    add("-p", "--prompt", default=DEMO_PROMPT, help=f"the prompt (default: {DEMO_PROMPT!r})")
+    add(
+        "-d",
+        "--dictionaries",
+        choices=(*SETS, *SETS.values()),
+        default="sae",
+        help="residual SAEs or the weakly causal crosscoder (default: sae)",
+    )
+    add("-o", "--output", default="./ctqk-demo", help="graph folder (default: ./ctqk-demo)")
+    add("--no-serve", action="store_true", help="end after writing the graph files")
+    arguments.add_dtype(parser)
+    arguments.add_serving(parser, port="port, or the next free one")
+    parser.set_defaults(model=None)  # the bundled one
 
 
-def source_position(graph: ResidualGraph, influence: Tensor) -> int | None:
-    """Where the prediction may have been copied from, or what the last position hangs on most.
+def run(args: argparse.Namespace) -> None:
+    """Do it."""
+    arguments.check_prompt(args.prompt)
+    arguments.check_writable(Path(args.output))
+    if not args.no_serve:
+        from circuit_tracer_qk.frontend.server import next_free_port
 
-    Of the earlier positions that hold the likeliest next token (without one, of all but the
-    first), the one whose edges into the last position have the largest influence. None if no edge
-    reaches the last position from any of them.
-    """
-    earlier = graph.input_tokens[1:-1]
-    said = earlier == predictions(graph, 1)[0][0]
-    position = graph.positions
-    last = influence[position == graph.n_pos - 1].sum(0)
-    reached = last.new_zeros(graph.n_pos).index_add_(0, position, last)[1:-1]
-    if bool(said.any()):
-        reached = reached * said
-    return 1 + int(reached.argmax()) if bool((reached > 0).any()) else None
+        next_free_port(args.port, args.host)
+        check_page()
+    dictionaries = SETS.get(args.dictionaries, args.dictionaries)
+    model = load_model(args, dictionaries)
+    with silence_stdout():
+        graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)
 
+    from circuit_tracer_qk.cli import text
 
-def first_look(graph: ResidualGraph, influence: Tensor) -> dict[str, str]:
-    """What the page should open at: the strongest feature that carried the answer, and its head.
-
-    Returns:
-        The page's parameters ``clickedId``, ``qkEdge`` and ``qk``; empty where no edge between
-        features crosses to the last position from where the answer stands.
-    """
-    key = source_position(graph, influence)
-    features = graph.active_features[graph.selected_features].tolist()
-
-    def node_id(node: int) -> str:
-        layer, position, feature = features[node]
-        return f"{layer}_{feature}_{position}"
-
-    for source, target, _, edge in strongest_edges(graph, influence, CANDIDATES, across=True):
-        if max(source, target) < len(features) and (edge.query, edge.key) == (graph.n_pos - 1, key):
-            head = int(edge.heads.total.abs().argmax())
-            return {
-                "clickedId": node_id(target),
-                "qkEdge": f"{node_id(source)}__{node_id(target)}",
-                "qk": f"L{edge.layer}H{head}:q{edge.query}:k{edge.key}",
-            }
-    return {}
-
-
-def first_transcoder_look(document: dict[str, Any]) -> dict[str, str]:
-    """As :func:`first_look`, of a transcoder graph's file: the strongest edge that reaches the
-    answer from another position, and the head that moved most of it from one to another.
-    """
-    nodes = {node["node_id"]: node for node in document["nodes"]}
-    most = document["metadata"]["node_threshold"]
-    answer = next((i for i, node in nodes.items() if node.get("is_target_logit")), None)
-
-    def reaches(link: dict[str, Any]) -> bool:
-        source = nodes[link["source"]]
-        return (
-            link["target"] == answer
-            and source["ctx_idx"] != nodes[answer]["ctx_idx"]
-            and source["feature_type"] != "mlp reconstruction error"
-            and (source["influence"] or 0) <= most  # the page shows no others
-        )
-
-    links = [link for link in document["links"] if reaches(link)]
-    if answer is None or not links:
-        return {}
-    link = max(links, key=lambda link: abs(link["weight"]))
-    moved = [
-        (abs(part), f"L{block['layer']}H{head}:q{pairs[0][0]}:k{pairs[0][1]}")
-        for block in link["head_loadings"]
-        for head, part, pairs in block["heads"]
-        if pairs and pairs[0][0] != pairs[0][1]
-    ]
-    look = {"clickedId": answer, "qkEdge": f"{link['source']}__{link['target']}"}
-    return look | ({"qk": max(moved)[1]} if moved else {})
+    show([f"the bundled miniature with its dictionaries {dictionaries}", ""])
+    show(text.story_lines(graph, model.tokenizer.decode))
+    slug = dictionaries.replace("miniature", "demo")
+    with silence_stdout():
+        page = circuit_tracer_qk.create_graph_files(graph, slug, args.output)
+    show(["", f"any head at any two positions: {PROGRAM} qk --help"])
+    show([f"graph files written to {page}"])
+    if not args.no_serve:
+        serve(args, args.output, next_free_port(args.port, args.host), slug, graph, model)

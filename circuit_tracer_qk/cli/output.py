@@ -1,4 +1,4 @@
-"""What a command lets through of logs, warnings and what libraries print."""
+"""What a command prints, and what it lets through of logs, warnings and what libraries print."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
 @contextlib.contextmanager
-def noise(program: str, verbose: bool) -> Iterator[None]:
-    """Show logs and warnings with ``--verbose``, else none; everything is put back afterwards.
+def log_output(program: str, verbose: bool) -> Iterator[None]:
+    """Within, logs and warnings are shown if ``verbose``, else none but ours of meaningless numbers.
 
     Args:
         program: the name that a warning of ours begins with.
-        verbose: whether to.
+        verbose: of ``--verbose``.
     """
     level, disabled = logging.root.level, logging.root.manager.disable
     handler = logging.StreamHandler()
@@ -47,6 +47,11 @@ def noise(program: str, verbose: bool) -> Iterator[None]:
             logging.disable(disabled)
 
 
-def hushed() -> contextlib.AbstractContextManager[Any]:
+def silence_stdout() -> contextlib.AbstractContextManager[Any]:
     """Keep what libraries print off stdout, where the result goes."""
     return contextlib.redirect_stdout(io.StringIO())
+
+
+def show(lines: Sequence[str]) -> None:
+    """Print lines, at once."""
+    print(*lines, sep="\n", flush=True)

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_together
+from circuit_tracer_qk.cli import arguments
+from circuit_tracer_qk.cli.loading import load_prompt_and_model
+from circuit_tracer_qk.cli.output import show, silence_stdout
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.steering.parse import HeadChoice
     from circuit_tracer_qk.steering.results import Generation, SteeredRun, Swept
 
+HELP = "change features inside some heads' QK circuits and see what the model says"
 DESCRIPTION = (
     "Scale, remove or inject features inside the QK circuit of chosen heads (or scale the heads' "
     "outputs) and see what the model says then, beside controls. Without model and dictionaries: "
@@ -30,9 +34,9 @@ EPILOG = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``steer``, but for ``--verbose``."""
     add = parser.add_argument
-    add("-m", "--model", help="model folder, hub id or TransformerLens name")
-    add("-d", "--dictionaries", metavar="REF", help="residual SAEs or a crosscoder, see attribute")
-    add("-p", "--prompt", help="the prompt (default on the miniature: the demo's)")
+    arguments.add_model(parser)
+    arguments.add_dictionaries(parser)
+    arguments.add_prompt(parser)
     add(
         "--edit",
         action="append",
@@ -66,8 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the clean run (what an edit injects is multiplied with 1 - factor)",
     )
     add("--generate", type=int, metavar="N", help="also continue the prompt by N tokens")
-    add("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
     add("--json", metavar="FILE", help="write the run as JSON; - for standard output")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it."""
+    check(args)
+    if args.json not in (None, "-"):
+        arguments.check_file(Path(args.json), "--json")
+    prompt, model = load_prompt_and_model(args)
+    with silence_stdout():
+        lines = steer(args, prompt, model)
+    show(lines)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -88,10 +102,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--controls is {args.controls}: it must be 0 or more.")
     if args.generate is not None and args.generate < 1:
         raise UserError(f"--generate is {args.generate}: it must be at least 1.")
-    if args.dtype not in ("float32", "float64", "bfloat16", "float16"):
-        raise UserError(
-            f"--dtype is {args.dtype}: it must be float32, float64, bfloat16 or float16."
-        )
     _factors(args.sweep)
 
 

@@ -15,7 +15,7 @@ from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.feature_names import checkpoint_name, feature_name
-from circuit_tracer_qk.cli.demo import (
+from circuit_tracer_qk.cli.highlights import (
     StrongEdge,
     predictions,
     source_position,

@@ -26,7 +26,7 @@ _NAME = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<variant>[\w.-]+))?(?:@(?P<revision
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ListedSet:
     """One set of the list.
 
     Attributes:
@@ -37,7 +37,7 @@ class Chosen:
         repository, layout, model, hook, licence: where and what it is.
         layers: the layers it covers.
         width: features a layer.
-        places: the folder of each layer's dictionary in the repository.
+        folders: the folder of each layer's dictionary in the repository.
         files: the files, where a layer is no folder.
         neuronpedia: Neuronpedia's id with ``{layer}`` in it.
         centred, norm_scaling_factor: what the files do not say.
@@ -55,14 +55,14 @@ class Chosen:
     licence: str = ""
     layers: tuple[int, ...] = ()
     width: int = 0
-    places: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     neuronpedia: str | None = None
     centred: bool | None = None
     norm_scaling_factor: dict[int, float] | None = None
 
 
-def find(ref: str) -> Chosen | None:
+def find(ref: str) -> ListedSet | None:
     """The set that ``NAME[/VARIANT][@REVISION]`` names; None where NAME is not in the list.
 
     Raises:
@@ -75,7 +75,7 @@ def find(ref: str) -> Chosen | None:
     if name in MINIATURES and (variant or revision):
         raise UserError(f"{name} has no variants and no revisions: leave out {ref[len(name) :]}.")
     if name in MINIATURES:
-        return Chosen(name, "", name, folder=MINIATURES[name])
+        return ListedSet(name, "", name, folder=MINIATURES[name])
     entry = _listed().get(name)
     if entry is None:
         return None
@@ -85,7 +85,7 @@ def find(ref: str) -> Chosen | None:
     return _chosen(name, entry, variant or next(iter(variants)), revision)
 
 
-def every() -> Iterator[Chosen]:
+def all_sets() -> Iterator[ListedSet]:
     """Every set and variant of the hub, in the list's order."""
     for name, entry in _listed().items():
         for variant in entry["variants"]:
@@ -94,11 +94,11 @@ def every() -> Iterator[Chosen]:
 
 def names_of(repository: str) -> str:
     """A hint for messages: the sets of the list that a repository holds; "" for none."""
-    found = [f"{c.name}/{c.variant}" for c in every() if c.repository == repository]
-    if not found:
+    names = [f"{c.name}/{c.variant}" for c in all_sets() if c.repository == repository]
+    if not names:
         return ""
-    return f" The list has, of this repository, {', '.join(found[:6])}" + (
-        ", ..." if len(found) > 6 else "."
+    return f" The list has, of this repository, {', '.join(names[:6])}" + (
+        ", ..." if len(names) > 6 else "."
     )
 
 
@@ -109,7 +109,7 @@ def table(words: Iterable[str] = ()) -> list[str]:
         (name, "the miniature", "hook_resid_post", "4", "512", "MIT", "native", "in the package")
         for name in MINIATURES
     ]
-    for c in every():
+    for c in all_sets():
         depth = f"{len(c.layers)}" if c.layers == tuple(range(len(c.layers))) else _listing(c)
         where = (c.layout, c.repository)
         rows.append((c.title, c.model or "", c.hook, depth, str(c.width), c.licence, *where))
@@ -124,40 +124,40 @@ def table(words: Iterable[str] = ()) -> list[str]:
     ]
 
 
-def _listing(chosen: Chosen) -> str:
+def _listing(chosen: ListedSet) -> str:
     return "at " + ",".join(map(str, chosen.layers))
 
 
-def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None) -> Chosen:
-    said = entry | entry["variants"][variant]
-    count = said["layers"]
+def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None) -> ListedSet:
+    values = entry | entry["variants"][variant]
+    count = values["layers"]
     layers = tuple(range(count)) if isinstance(count, int) else tuple(count)
-    numbers = said.get("l0") or [None] * len(layers)
-    places = said.get("paths") or [
-        said.get("path", "").format(layer=layer, l0=l0)
+    numbers = values.get("l0") or [None] * len(layers)
+    folders = values.get("paths") or [
+        values.get("path", "").format(layer=layer, l0=l0)
         for layer, l0 in zip(layers, numbers, strict=True)
     ]
     first = next(iter(entry["variants"]))
     title = name if variant == first else f"{name}/{variant}"
-    pattern = said.get("files")
+    pattern = values.get("files")
     files = () if pattern is None else tuple(pattern.format(layer=layer) for layer in layers)
-    return Chosen(
+    return ListedSet(
         name=name,
         variant=variant,
         title=title if revision is None else f"{title}@{revision}",
         revision=revision,
-        repository=said["repository"],
-        layout=said["layout"],
-        model=said["model"],
-        hook=said["hook"],
-        licence=said["licence"],
+        repository=values["repository"],
+        layout=values["layout"],
+        model=values["model"],
+        hook=values["hook"],
+        licence=values["licence"],
         layers=layers,
-        width=said["width"],
-        places=tuple(dict.fromkeys(places)),
+        width=values["width"],
+        folders=tuple(dict.fromkeys(folders)),
         files=files,
-        neuronpedia=said.get("neuronpedia"),
-        centred=said.get("centred"),
-        norm_scaling_factor=said.get("norm_scaling_factor"),
+        neuronpedia=values.get("neuronpedia"),
+        centred=values.get("centred"),
+        norm_scaling_factor=values.get("norm_scaling_factor"),
     )
 
 

@@ -11,13 +11,8 @@ rows of active features are.
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import isqrt
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +112,7 @@ class Dictionary:
         encoder_scale: (d_dict,), what pre-activations are multiplied with.
         decoder_scale: (d_dict,), what decoder vectors are multiplied with.
         units: what the dictionary was trained to see.
-        own: the encoder of another library, (n_pos, d_model) -> (n_pos, d_dict), in place of the
+        encoder: another library's encoder, (n_pos, d_model) -> (n_pos, d_dict), in place of the
             fields above.
         title: the name for messages.
     """
@@ -135,7 +130,7 @@ class Dictionary:
     encoder_scale: Tensor | None = None
     decoder_scale: Tensor | None = None
     units: Units = Units()
-    own: Callable[[Tensor], Tensor] | None = None
+    encoder: Callable[[Tensor], Tensor] | None = None
     title: str = ""
 
     def __post_init__(self) -> None:
@@ -161,7 +156,7 @@ class Dictionary:
             UserError: the encoder holds NaN or infinite values.
         """
         z, scale, _ = self.units.of(x)
-        acts = self._activations(z) if self.own is None else self.own(z).to(x.dtype)
+        acts = self._activations(z) if self.encoder is None else self.encoder(z).to(x.dtype)
         return acts if scale is None else acts * scale
 
     def _activations(self, z: Tensor) -> Tensor:
@@ -230,9 +225,9 @@ class Dictionary:
         return b_dec if shift is None else b_dec + shift
 
     @property
-    def not_plain(self) -> str | None:
+    def why_not_plain(self) -> str | None:
         """Why the features cannot be said in plain weights; None where they can."""
-        if self.own is not None:
+        if self.encoder is not None:
             return "is encoded by another library's code"
         if self.gain is not None:
             return "is gated"
@@ -245,10 +240,10 @@ class Dictionary:
         """The same features in plain weights of the model's units: encoder, biases, decoders.
 
         Raises:
-            UserError: they cannot be said in plain weights (:attr:`not_plain`).
+            UserError: they cannot be said in plain weights (:attr:`why_not_plain`).
         """
-        if self.not_plain is not None:
-            raise UserError(f"{self.title} {self.not_plain}: plain weights cannot say that.")
+        if self.why_not_plain is not None:
+            raise UserError(f"{self.title} {self.why_not_plain}: plain weights cannot say that.")
         W_enc, b_enc = self.W_enc.to(self.b_enc.dtype), self.b_enc
         if self.subtract is not None:
             b_enc = b_enc - W_enc @ self.subtract.to(W_enc)
@@ -284,164 +279,3 @@ class Dictionary:
 def like(tensor: Tensor, x: Tensor) -> Tensor:
     """In ``x``'s dtype, then on its device: not every device has every dtype."""
     return tensor.to(x.dtype).to(x.device)
-
-
-def feature_index(checkpoint: int, feature: int) -> int | None:
-    """The Cantor index of (checkpoint - 1, feature), by which circuit-tracer's page knows a feature.
-
-    Features of checkpoint 0 have none.
-    """
-    x, y = checkpoint - 1, feature
-    return None if x < 0 else (x + y) * (x + y + 1) // 2 + y
-
-
-def indexed_feature(index: int) -> tuple[int, int]:
-    """The (checkpoint, feature) that a Cantor index stands for."""
-    diagonal = (isqrt(8 * index + 1) - 1) // 2
-    feature = index - diagonal * (diagonal + 1) // 2
-    return diagonal - feature + 1, feature
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureExamples:
-    """The features' JSON in a dictionary folder: ``features.zip``, else ``features/``.
-
-    Files are named by :func:`feature_index`.
-    """
-
-    folder: Path
-
-    def read(self, checkpoint: int, feature: int) -> bytes | None:
-        """One feature's JSON as stored, None without one.
-
-        Raises:
-            UserError: ``features.zip`` cannot be read.
-        """
-        index = feature_index(checkpoint, feature)
-        if index is None:
-            return None
-        if self._archive is not None:
-            try:
-                return self._archive.read(f"{index}.json")
-            except KeyError:
-                pass
-            except zipfile.BadZipFile as error:
-                raise UserError(f"{self.folder / 'features.zip'} is damaged: {error}") from error
-        path = self.folder / "features" / f"{index}.json"
-        return path.read_bytes() if path.is_file() else None
-
-    @cached_property
-    def _archive(self) -> zipfile.ZipFile | None:
-        path = self.folder / "features.zip"
-        if not path.is_file():
-            return None
-        try:
-            return zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path} is not a zip archive: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class DictionarySet:
-    """Dictionaries at several checkpoints of one model, with their features' labels and examples.
-
-    Attributes:
-        kind: "residual_sae_set" or "weakly_causal_crosscoder".
-        hook: "hook_resid_post" or "hook_resid_pre", the hook the set's layers are counted by.
-        scan: the name under which features are shown.
-        model_name: the model the set was trained on, where the folder tells.
-        by_checkpoint: the dictionaries, by ascending checkpoint.
-        folder: where the features and labels lie.
-        entries: the number in each checkpoint's file names and in ``labels.json``; checkpoint - 1
-            for the checkpoints left out.
-        neuronpedia: the id on Neuronpedia of each checkpoint's dictionary, such as
-            "gemma-2-2b/12-gemmascope-res-16k", where the set has them.
-    """
-
-    kind: str
-    hook: str
-    scan: str
-    model_name: str | None
-    by_checkpoint: dict[int, Dictionary]
-    folder: Path | None = None
-    entries: dict[int, int] = field(default_factory=dict)
-    neuronpedia: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def checkpoints(self) -> tuple[int, ...]:
-        """The checkpoints that have a dictionary, ascending."""
-        return tuple(self.by_checkpoint)
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream the set was trained on."""
-        return next(iter(self.by_checkpoint.values())).W_enc.shape[1]
-
-    def check_fits(self, d_model: int, n_layers: int) -> None:
-        """Check that a model has these dictionaries' checkpoints and width.
-
-        Raises:
-            UserError: naming the checkpoint, the tensor and what was expected and found.
-        """
-        for checkpoint, dictionary in self.by_checkpoint.items():
-            d_dict, width = dictionary.W_enc.shape
-            if width != d_model:
-                raise UserError(
-                    f"the dictionary at checkpoint {checkpoint} does not fit the model: W_enc "
-                    f"should be {[d_dict, d_model]} and is {[d_dict, width]}; use "
-                    "dictionaries trained on this model"
-                )
-            if checkpoint > n_layers:
-                raise UserError(
-                    f"the dictionary at checkpoint {checkpoint} does not fit the model: with "
-                    f"n_layers = {n_layers} the checkpoints of W_enc are expected in 0 to "
-                    f"{n_layers}, found {checkpoint}; use dictionaries trained on this model"
-                )
-
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> DictionarySet:
-        """The same set with every tensor on ``device`` and, where given, in ``dtype``."""
-        moved = {c: d.to(device, dtype) for c, d in self.by_checkpoint.items()}
-        return replace(self, by_checkpoint=moved)
-
-    @property
-    def n_weights(self) -> int:
-        """How many numbers its encoders and decoders hold."""
-        tensors = [t for d in self.by_checkpoint.values() for t in (d.W_enc, *d.decoders.values())]
-        return sum(t.numel() for t in tensors)
-
-    def label(self, checkpoint: int, feature: int) -> str:
-        """The feature's label from ``labels.json``, "" when it has none.
-
-        Raises:
-            UserError: ``labels.json`` is not a mapping from file numbers to lists of labels.
-        """
-        labels = self._labels.get(str(self.entries.get(checkpoint, checkpoint - 1)), [])
-        return (labels[feature] or "") if 0 <= feature < len(labels) else ""
-
-    def examples(self, checkpoint: int, feature: int) -> bytes | None:
-        """The feature's JSON, None without one; see :class:`FeatureExamples`.
-
-        Raises:
-            UserError: ``features.zip`` cannot be read.
-        """
-        return None if self._examples is None else self._examples.read(checkpoint, feature)
-
-    @cached_property
-    def _examples(self) -> FeatureExamples | None:
-        return None if self.folder is None else FeatureExamples(self.folder)
-
-    @cached_property
-    def _labels(self) -> dict[str, list[str | None]]:
-        path = None if self.folder is None else self.folder / "labels.json"
-        if path is None or not path.is_file():
-            return {}
-        try:
-            labels = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(labels, dict) or not all(
-            isinstance(v, list) and all(isinstance(name, str | None) for name in v)
-            for v in labels.values()
-        ):
-            raise UserError(f'{path} should map layers to lists of labels: {{"0": ["label", ...]}}')
-        return labels

@@ -24,7 +24,7 @@ class Files:
     """The files of a dictionary set, by their names below a root, as ``folder/file``.
 
     Attributes:
-        title: how messages name the place.
+        title: how messages name the folder or repository.
         root: the local folder; None for a hub repository.
         repo, revision: the hub repository.
         below: the folder in it that names are relative to.
@@ -75,7 +75,7 @@ class Files:
         return cls(title, None, repo, revision, below, from_cache, names)
 
     @property
-    def where(self) -> str:
+    def full_path(self) -> str:
         """The whole path of the root: folders are often told apart by their names."""
         if self.root is not None:
             return Path(os.path.abspath(self.root)).as_posix()
@@ -101,35 +101,35 @@ class Files:
             for name in tqdm(list(names), "Fetching files", leave=False, delay=2, disable=None):
                 self.get(name)
 
-    def places(self, files: Iterable[str]) -> list[str]:
+    def folders_with(self, files: Iterable[str]) -> list[str]:
         """The folders ("" for the root) that hold all of some files, in natural order.
 
         A file may lie deeper, ``checkpoints/final.safetensors``, or be a pattern, ``layer*.pt``.
         """
-        folders: dict[str, list[str]] = {}
+        names_in: dict[str, list[str]] = {}
         for name in self.names:
-            place, _, file = name.rpartition("/")
-            folders.setdefault(place, []).append(file)
-        found: set[str] | None = None
+            folder, _, file = name.rpartition("/")
+            names_in.setdefault(folder, []).append(file)
+        complete: set[str] | None = None
         for file in files:
             inner, _, last = file.rpartition("/")
             having = {
-                place.removesuffix(inner).rstrip("/")
-                for place, there in folders.items()
-                if (not inner or place == inner or place.endswith("/" + inner))
+                folder.removesuffix(inner).rstrip("/")
+                for folder, there in names_in.items()
+                if (not inner or folder == inner or folder.endswith("/" + inner))
                 and any(fnmatchcase(name, last) for name in there)
             }
-            found = having if found is None else found & having
-        return sorted(found or (), key=natural)
+            complete = having if complete is None else complete & having
+        return sorted(complete or (), key=natural)
 
 
 def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be read ({error.strerror}): it may hold layers.")
 
 
-def joined(place: str, name: str) -> str:
+def joined(folder: str, name: str) -> str:
     """A file's name below the root."""
-    return f"{place}/{name}" if place else name
+    return f"{folder}/{name}" if folder else name
 
 
 def natural(text: str) -> list[tuple[int, str]]:
@@ -154,6 +154,6 @@ def _matching(title: str, names: Iterable[str], pattern: str | None) -> tuple[st
             kept.append(name)
     if not kept:
         here = sorted({PurePosixPath(name).parts[0] for name in names}, key=natural)
-        some = f"{', '.join(here[:6])}{', ...' if len(here) > 6 else ''}" if here else "nothing"
-        raise UserError(f"{title} has nothing below {pattern}: it has {some}.")
+        held = f"{', '.join(here[:6])}{', ...' if len(here) > 6 else ''}" if here else "nothing"
+        raise UserError(f"{title} has nothing below {pattern}: it has {held}.")
     return tuple(kept)

@@ -10,16 +10,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.validation import validate
 from circuit_tracer_qk.dictionaries import catalogue
-from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import WILD, Files, joined
-from circuit_tracer_qk.dictionaries.layouts import LAYOUTS, Layout, Options, assemble, native
+from circuit_tracer_qk.dictionaries.layouts import LAYOUTS, Hints, Layout, assemble, native
 from circuit_tracer_qk.dictionaries.tensors import read_yaml
 
 LARGE = 2**29  # weights above which a set stays mapped into memory: 2 GB in float32
@@ -60,14 +62,14 @@ def load_dictionaries(
         UserError: the dictionaries cannot be had, or cannot be read exactly.
     """
     try:
-        found = _find(ref, None if checkpoints is None else frozenset(checkpoints))
+        dictionaries = _find(ref, None if checkpoints is None else frozenset(checkpoints))
     except (OSError, RuntimeError) as error:  # permissions, ~nobody, names beyond all length
         raise UserError(
             f"{ref} cannot be read ({getattr(error, 'strerror', 0) or error})."
         ) from error
-    if found.n_weights > LARGE if lazy is None else lazy:
-        return found
-    return found.to(device, dtype)
+    if dictionaries.n_weights > LARGE if lazy is None else lazy:
+        return dictionaries
+    return dictionaries.to(device, dtype)
 
 
 def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:
@@ -84,7 +86,7 @@ def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:
     if folder.is_dir():
         return _read(Files.local(folder), layout, checkpoints)
     if folder.exists():
-        raise _nowhere(ref, "is not a folder")
+        raise _no_dictionaries(ref, "is not a folder")
     if WILD.search(text):
         parts = folder.parts
         at = next(i for i, part in enumerate(parts) if WILD.search(part))
@@ -93,7 +95,7 @@ def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:
             return _read(Files.local(root, "/".join(parts[at:])), layout, checkpoints)
     hub = _HUB_ID.fullmatch(text) if isinstance(ref, str) else None
     if hub is None:
-        raise _nowhere(ref, "does not exist")
+        raise _no_dictionaries(ref, "does not exist")
     pattern = hub["folder"].strip("/") or None
     files = Files.on_hub(hub["repo"], hub["revision"], pattern)
     return _read(files, layout, checkpoints)
@@ -101,25 +103,25 @@ def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:
 
 def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | None) -> DictionarySet:
     """What a folder or repository holds."""
-    options = Options(named=layout is not None, checkpoints=checkpoints)
+    hints = Hints(named=layout is not None, checkpoints=checkpoints)
     if layout is None and native.CONFIG in files.names:
         config = files.get(native.CONFIG)
-        said = read_yaml(config, "model_kind: residual_sae_set")
-        if "format" not in said:
-            return _in_layout(files, native.LAYOUT, [""], options)
-        layout, options = _said(config, said, options)
-    found = {
-        other.name: places
+        content = read_yaml(config, "model_kind: residual_sae_set")
+        if "format" not in content:
+            return _in_layout(files, native.LAYOUT, [""], hints)
+        layout, hints = _with_format(config, content, hints)
+    by_layout = {
+        other.name: folders
         for other in ([layout] if layout is not None else LAYOUTS.values())
-        if (places := files.places(other.files))
+        if (folders := files.folders_with(other.files))
     }
-    ours = found.get(native.LAYOUT.name, [])
-    kept = [p for p in ours if not _says_format(files, p)]  # beside another layout's files
-    if ours and len(found) > 1:
-        found = {n: p for n, p in found.items() if n != native.LAYOUT.name} | (
+    ours = by_layout.get(native.LAYOUT.name, [])
+    kept = [p for p in ours if not _names_format(files, p)]  # beside another layout's files
+    if ours and len(by_layout) > 1:
+        by_layout = {n: p for n, p in by_layout.items() if n != native.LAYOUT.name} | (
             {native.LAYOUT.name: kept} if kept else {}
         )
-    if not found:
+    if not by_layout:
         if layout is not None:
             wanted = " and ".join(layout.files)
             raise UserError(f"{files.title} holds no dictionaries of {layout.name}: no {wanted}.")
@@ -128,19 +130,19 @@ def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | Non
             f"{files.title} has no config.yaml, nor files of a layout that is known "
             f"({', '.join(list(LAYOUTS)[1:])}): dictionary folders are recognised by them."
         )
-    if len(found) > 1:
-        some = " and ".join(found)
+    if len(by_layout) > 1:
+        names = " and ".join(by_layout)
         raise UserError(
-            f"{files.title} holds dictionaries in several layouts, {some}: name one, as in "
-            f"{next(iter(found))}:{files.title}, or a subfolder.{catalogue.names_of(files.repo)}"
+            f"{files.title} holds dictionaries in several layouts, {names}: name one, as in "
+            f"{next(iter(by_layout))}:{files.title}, or a subfolder.{catalogue.names_of(files.repo)}"
         )
-    [(name, places)] = found.items()
-    return _in_layout(files, LAYOUTS[name], places, options)
+    [(name, folders)] = by_layout.items()
+    return _in_layout(files, LAYOUTS[name], folders, hints)
 
 
-def _says_format(files: Files, place: str) -> bool:
+def _names_format(files: Files, folder: str) -> bool:
     """Whether a ``config.yaml`` describes a folder of another layout."""
-    path = files.get(joined(place, native.CONFIG))
+    path = files.get(joined(folder, native.CONFIG))
     return "format" in read_yaml(path, "model_kind: residual_sae_set")
 
 
@@ -148,74 +150,74 @@ def _refuse_halves(files: Files) -> None:
     """Refuse a folder that has one file of a layout without the others."""
     for layout in LAYOUTS.values():
         for name in layout.files if len(layout.files) > 1 else ():
-            for place in files.places([name]):
+            for folder in files.folders_with([name]):
                 lacks = [
                     f"{file} ({other.name})"
                     for other in LAYOUTS.values()
                     for file in other.files
-                    if name in other.files and joined(place, file) not in files.names
+                    if name in other.files and joined(folder, file) not in files.names
                 ]
                 raise UserError(
-                    f"{joined(files.title, place)} has {name}, and {' or '.join(lacks)} is missing "
+                    f"{joined(files.title, folder)} has {name}, and {' or '.join(lacks)} is missing "
                     "beside it: fetch it again."
                 )
 
 
-def _refuse_gaps(files: Files, layout: Layout, places: list[str]) -> None:
+def _refuse_gaps(files: Files, layout: Layout, folders: list[str]) -> None:
     """Refuse a set one of whose folders lacks a file that the others have."""
     whole = {
-        place
+        folder
         for other in LAYOUTS.values()
         if other != layout
-        for place in files.places(other.files)
+        for folder in files.folders_with(other.files)
     }
-    alike = {_shape(place) for place in places if place}
+    alike = {_shape(folder) for folder in folders if folder}
     for name in layout.files:
-        for place in files.places([name]):
-            if _shape(place) in alike and place not in places and place not in whole:
-                lacks = [f for f in layout.files if joined(place, f) not in files.names]
+        for folder in files.folders_with([name]):
+            if _shape(folder) in alike and folder not in folders and folder not in whole:
+                lacks = [f for f in layout.files if joined(folder, f) not in files.names]
                 raise UserError(
-                    f"{joined(joined(files.title, place), lacks[0])} is missing: fetch it again."
+                    f"{joined(joined(files.title, folder), lacks[0])} is missing: fetch it again."
                 )
 
 
-def _shape(place: str) -> str:
+def _shape(folder: str) -> str:
     """A folder's name without its numbers: what the layers of a set have in common."""
-    return re.sub(r"[0-9]+", "#", place)
+    return re.sub(r"[0-9]+", "#", folder)
 
 
-def _options_at(files: Files, layout: Layout, place: str, options: Options) -> Options:
-    """The options of one SAE's folder, which may have a ``config.yaml`` of its own."""
-    name = joined(place, native.CONFIG)
-    if not place or name not in files.names:
-        return options
+def _options_at(files: Files, layout: Layout, folder: str, hints: Hints) -> Hints:
+    """The hints of one SAE's folder, which may have a ``config.yaml`` of its own."""
+    name = joined(folder, native.CONFIG)
+    if not folder or name not in files.names:
+        return hints
     path = files.get(name)
-    said = read_yaml(path, f"format: {layout.name}")
-    return _said(path, said, options)[1] if said.get("format") == layout.name else options
+    content = read_yaml(path, f"format: {layout.name}")
+    return _with_format(path, content, hints)[1] if content.get("format") == layout.name else hints
 
 
-def _in_layout(files: Files, layout: Layout, places: list[str], options: Options) -> DictionarySet:
+def _in_layout(files: Files, layout: Layout, folders: list[str], hints: Hints) -> DictionarySet:
     if layout.name != "sae-lens" and (
-        options.centred is not None or options.norm_scaling_factor is not None
+        hints.centred is not None or hints.norm_scaling_factor is not None
     ):
         raise UserError(
             f"{files.title}: `centred` and `norm_scaling_factor` are for sae-lens, and the format "
             f"is {layout.name}: leave them out."
         )
-    if layout.whole is not None:
-        if len(places) > 1:
+    if layout.read_set is not None:
+        if len(folders) > 1:
             raise UserError(
-                f"{files.title} holds several sets ({', '.join(places[:4])}"
-                f"{', ...' if len(places) > 4 else ''}): name one of them as a subfolder."
+                f"{files.title} holds several sets ({', '.join(folders[:4])}"
+                f"{', ...' if len(folders) > 4 else ''}): name one of them as a subfolder."
                 + catalogue.names_of(files.repo)
             )
-        return layout.whole(files, places[0], options)
-    assert layout.layer is not None
-    layers = [layout.layer(files, p, _options_at(files, layout, p, options)) for p in places]
+        return layout.read_set(files, folders[0], hints)
+    assert layout.read_layer is not None
+    layers = [layout.read_layer(files, p, _options_at(files, layout, p, hints)) for p in folders]
     kept = [layer for layer in layers if layer is not None]
-    wanted = options.checkpoints
+    wanted = hints.checkpoints
     if wanted is None or not any(layer.checkpoint in wanted for layer in kept):
-        _refuse_gaps(files, layout, places)
+        _refuse_gaps(files, layout, folders)
         if files.from_cache and wanted and max(wanted) > 0:
             raise UserError(
                 f"the local cache has no dictionary of {files.title} at checkpoint "
@@ -224,10 +226,10 @@ def _in_layout(files: Files, layout: Layout, places: list[str], options: Options
             )
     if not kept:
         raise UserError(f"{files.title} holds no dictionaries of the residual stream.")
-    return assemble(files, kept, options)
+    return assemble(files, kept, hints)
 
 
-def _listed(entry: catalogue.Chosen, checkpoints: frozenset[int] | None) -> DictionarySet:
+def _listed(entry: catalogue.ListedSet, checkpoints: frozenset[int] | None) -> DictionarySet:
     """A set of the built-in list."""
     if entry.folder is not None:
         if not entry.folder.is_dir():
@@ -237,7 +239,7 @@ def _listed(entry: catalogue.Chosen, checkpoints: frozenset[int] | None) -> Dict
         return _read(Files.local(entry.folder), None, checkpoints)
     layout = LAYOUTS[entry.layout]
     files = Files(entry.title, None, entry.repository, entry.revision, names=_names(entry, layout))
-    options = Options(
+    hints = Hints(
         named=True,
         model_name=entry.model,
         scan=entry.title,
@@ -246,61 +248,64 @@ def _listed(entry: catalogue.Chosen, checkpoints: frozenset[int] | None) -> Dict
         neuronpedia=entry.neuronpedia,
         checkpoints=checkpoints,
     )
-    return _in_layout(files, layout, list(entry.places), options)
+    return _in_layout(files, layout, list(entry.folders), hints)
 
 
-def _names(entry: catalogue.Chosen, layout: Layout) -> tuple[str, ...]:
+def _names(entry: catalogue.ListedSet, layout: Layout) -> tuple[str, ...]:
     """The files of a listed set: known without asking, but for the optional ones."""
     if entry.files:
         return entry.files
     within = [file.replace("*", str(i)) for file in layout.files for i in range(len(entry.layers))]
-    names = [joined(place, file) for place in entry.places for file in dict.fromkeys(within)]
+    names = [joined(folder, file) for folder in entry.folders for file in dict.fromkeys(within)]
     names += [
         name
-        for place in entry.places
+        for folder in entry.folders
         for file in layout.optional
-        if hub.present(entry.repository, name := joined(place, file), entry.revision)
+        if hub.present(entry.repository, name := joined(folder, file), entry.revision)
     ]
     return tuple(names)
 
 
-def _said(path: Path, said: dict[str, Any], options: Options) -> tuple[Layout, Options]:
+def _check_neuronpedia(pattern: str) -> str:
+    try:
+        pattern.format(layer=0, checkpoint=0)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"neuronpedia may hold {{layer}} and {{checkpoint}}, found {pattern!r}"
+        ) from error
+    return pattern
+
+
+_Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _FormatConfig(BaseModel):
+    """A ``config.yaml`` with ``format``: what the files of another layout do not say."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    format: str = Field(description="a name")
+    model_name: str | None = Field(None, description="a name")
+    scan: str | None = Field(None, description="a name")
+    centred: bool | None = Field(None, description="true or false")
+    norm_scaling_factor: _Factor | dict[int, _Factor] | None = Field(
+        None, description="a number above 0, or one for each layer"
+    )
+    neuronpedia: Annotated[str, AfterValidator(_check_neuronpedia)] | None = Field(
+        None, description="an id with {layer} or {checkpoint} in it"
+    )
+
+
+def _with_format(path: Path, content: dict[str, Any], hints: Hints) -> tuple[Layout, Hints]:
     """What a ``config.yaml`` with ``format:`` says."""
-    name = said["format"]
-    if not isinstance(name, str) or name not in LAYOUTS:
-        raise UserError(f"{path}: format {name!r} is not one of {', '.join(LAYOUTS)}.")
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "model_name": str,
-        "scan": str,
-        "centred": bool,
-        "norm_scaling_factor": (int, float, dict),
-        "neuronpedia": str,
-    }
-    options = replace(options, named=True)
-    for key, value in said.items():
-        if key == "format":
-            continue
-        if key not in kinds or not isinstance(value, kinds[key]):
-            known = ", ".join(kinds)
-            raise UserError(
-                f"{path}: {key}: {value!r} is not understood beside `format:`; known are {known}."
-            )
-        if key == "norm_scaling_factor":
-            numbers = list(value.values()) if isinstance(value, dict) else [value]
-            if not all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers):
-                raise UserError(f"{path}: norm_scaling_factor should be above 0, found {value!r}.")
-        if key == "neuronpedia":
-            try:
-                str(value).format(layer=0, checkpoint=0)
-            except (ValueError, KeyError, IndexError) as error:
-                raise UserError(
-                    f"{path}: neuronpedia may hold {{layer}} and {{checkpoint}}, found {value!r}."
-                ) from error
-        options = replace(options, **{key: value})
-    return LAYOUTS[name], options
+    config = validate(_FormatConfig, content, f"{path}: ")
+    if config.format not in LAYOUTS:
+        raise UserError(f"{path}: format {config.format!r} is not one of {', '.join(LAYOUTS)}.")
+    more = config.model_dump(exclude_unset=True, exclude={"format"})
+    return LAYOUTS[config.format], replace(hints, named=True, **more)
 
 
-def _nowhere(ref: str | Path, problem: str) -> UserError:
+def _no_dictionaries(ref: str | Path, problem: str) -> UserError:
     return UserError(
         f"the dictionary folder {ref} {problem}; give a folder with config.yaml, a hub id "
         f"org/name[@revision], or a name of `circuit-tracer-qk dictionaries` such as "

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, WCC, Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, WCC, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 
 
 def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
@@ -64,7 +65,7 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
 def _config(dictionaries: DictionarySet) -> dict[str, Any]:
     every = dictionaries.by_checkpoint.values()
     for d in every:
-        reason = d.not_plain
+        reason = d.why_not_plain
         if reason is not None:
             raise UserError(
                 f"{dictionaries.scan} {reason}, and the native format has no place for that: use "
@@ -115,7 +116,7 @@ def _copy_features(dictionaries: DictionarySet, folder: Path, shift: int) -> Non
         str(c - shift): [dictionaries.label(c, feature) for feature in range(len(d.b_enc))]
         for c, d in dictionaries.by_checkpoint.items()
     }
-    if any(label for some in labels.values() for label in some):
+    if any(label for names in labels.values() for label in names):
         (folder / "labels.json").write_text(json.dumps(labels), "utf-8")
     source = dictionaries.folder
     if source is not None and (source / "features.zip").is_file():

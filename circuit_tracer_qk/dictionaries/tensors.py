@@ -105,13 +105,13 @@ def mapped(path: Path) -> dict[str, Tensor]:
 
 def _mapped_npz(path: Path) -> dict[str, Tensor]:
     """NumPy's archives are zip files; members that are not compressed can be mapped in place."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if member.compress_type != zipfile.ZIP_STORED:
                 with archive.open(member) as stream:
-                    found |= _tensor(name, np.lib.format.read_array(stream, allow_pickle=False))
+                    tensors |= _tensor(name, np.lib.format.read_array(stream, allow_pickle=False))
                 continue
             # the local header's own lengths: they may differ from the directory's
             file.seek(member.header_offset + 26)
@@ -132,8 +132,8 @@ def _mapped_npz(path: Path) -> dict[str, Tensor]:
                 array = np.fromfile(file, dtype, count).reshape(shape)
             else:  # copy-on-write, because torch wants what it may write to
                 array = np.memmap(path, dtype, "c", file.tell(), shape, order)
-            found |= _tensor(name, array)
-    return found
+            tensors |= _tensor(name, array)
+    return tensors
 
 
 def _tensor(name: str, array: np.ndarray) -> dict[str, Tensor]:
@@ -161,9 +161,9 @@ def _mapped_pt(path: Path) -> dict[str, Tensor]:
     return {n: t for n, t in tensors.items() if t.layout == torch.strided}
 
 
-def taken(
+def validate_tensors(
     path: Path | Mapping[str, str],
-    found: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
     spec: Mapping[str, str],
     optional: Mapping[str, str] | None = None,
     *,
@@ -173,7 +173,7 @@ def taken(
 
     Args:
         path: their file, for messages; or what messages call each tensor.
-        found: what it holds.
+        stored: the tensors that it holds.
         spec: name -> shape in words, such as ``"dict model"``; words of ``sizes`` have that size,
             the others the sizes that agree with most of the tensors, so that the odd one is named.
         optional: the same, of tensors that may be absent.
@@ -188,11 +188,11 @@ def taken(
         else {name: f"the tensor {name} of {path}" for name in (*spec, *(optional or {}))}
     )
     for name in spec:
-        if name not in found:
-            has = ", ".join(sorted(found)) or "no tensors"
+        if name not in stored:
+            has = ", ".join(sorted(stored)) or "no tensors"
             raise UserError(f"{path} lacks the tensor {name}; it has {has}")
     words = {name: shape.split() for name, shape in {**spec, **(optional or {})}.items()}
-    tensors = {name: found[name] for name in words if name in found}
+    tensors = {name: stored[name] for name in words if name in stored}
     expected = _agreed(tensors, words, sizes or {})
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)

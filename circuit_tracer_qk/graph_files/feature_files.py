@@ -13,7 +13,7 @@ from tqdm import tqdm
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.base.files import check_folder, write_together
 from circuit_tracer_qk.base.json_text import encode
-from circuit_tracer_qk.dictionaries.dictionary import FeatureExamples, feature_index
+from circuit_tracer_qk.dictionaries.features import FeatureExamples, feature_index
 from circuit_tracer_qk.host import graph as host
 
 TOGETHER_BYTES = 64 << 20

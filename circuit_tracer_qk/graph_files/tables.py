@@ -29,7 +29,7 @@ from circuit_tracer_qk.base.json_text import (
     to_text,
 )
 from circuit_tracer_qk.base.topk import largest
-from circuit_tracer_qk.dictionaries.dictionary import feature_index
+from circuit_tracer_qk.dictionaries.features import feature_index
 
 MARGINALS_LISTED = 20  # a table's largest marginals on either side, all of whose terms are written
 TOP_TERMS = 50

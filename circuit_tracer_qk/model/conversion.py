@@ -34,7 +34,7 @@ CONVERTERS = {
 ACTIVATIONS = {
     name: name for name in ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu")
 } | {"swish": "silu"}
-ROPE_SCALINGS = {  # type: the keys that it needs
+ROPE_SCALINGS = {  # a type -> the keys that it needs
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),

@@ -11,7 +11,7 @@ from circuit_tracer_qk.attribution.batches import Batch
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
-from circuit_tracer_qk.dictionaries.dictionary import indexed_feature
+from circuit_tracer_qk.dictionaries.features import indexed_feature
 from circuit_tracer_qk.frontend.steer_requests import SteerRequest
 from circuit_tracer_qk.graph_files.feature_files import (
     folder_name,

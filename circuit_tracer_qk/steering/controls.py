@@ -13,7 +13,7 @@ from math import comb, log, prod
 from random import Random
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
-from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.steering.edits import Head, QKEdit
 from circuit_tracer_qk.steering.resolve import Changed, HeadSide, Plan, active_at
 

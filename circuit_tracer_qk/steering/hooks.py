@@ -26,7 +26,8 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
+from circuit_tracer_qk.dictionaries.dictionary import like
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.run import alone

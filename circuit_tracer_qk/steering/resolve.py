@@ -22,7 +22,8 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.component import FEATURE, KINDS
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
+from circuit_tracer_qk.dictionaries.dictionary import like
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.steering.edits import ALL, Edit, Head, HeadEdit, QKEdit
 
 

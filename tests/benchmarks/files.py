@@ -31,7 +31,8 @@ from measuring import Row
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.model.run import freeze
@@ -123,7 +124,7 @@ def fitted_dictionaries(
             b_enc=torch.zeros(shape.width),
             b_dec=torch.randn(d_model, generator=generator) * 1e-3,
             decoders={c: decoder},
-            own=lambda _, acts=acts: acts,
+            encoder=lambda _, acts=acts: acts,
         )
     named = DictionarySet("residual_sae_set", "hook_resid_post", "random/saes", None, found)
     labels = [f"feature {i}: a label of some words" for i in range(shape.width)]

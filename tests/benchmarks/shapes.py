@@ -8,7 +8,8 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition, decompose
-from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.run import freeze
 from circuit_tracer_qk.model.supported import read_blocks

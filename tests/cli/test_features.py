@@ -21,7 +21,9 @@ from circuit_tracer_qk.cli.features import examples as feature_examples
 from circuit_tracer_qk.cli.features.collection import AFTER, BEFORE, WINDOW, Corpus, collect
 from circuit_tracer_qk.cli.features.command import read_texts
 from circuit_tracer_qk.cli.features.examples import build_features
-from circuit_tracer_qk.dictionaries.dictionary import SAE, Dictionary, DictionarySet, feature_index
+from circuit_tracer_qk.dictionaries.dictionary import SAE, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
+from circuit_tracer_qk.dictionaries.features import feature_index
 
 MINIATURE = Path(ctqk.__file__).parent / "miniature"
 TEXTS = [

@@ -15,13 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from circuit_tracer import __main__ as stock
+from helpers.stock_command import replace_command
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
 from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.qk import QKRow, QKTable
+from circuit_tracer_qk.cli import arguments, qk
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.cli import text as report
+from circuit_tracer_qk.cli.arguments import DEMO_PROMPT
 from circuit_tracer_qk.frontend.server import next_free_port
 from circuit_tracer_qk.host import cli as host_cli
 
@@ -44,7 +48,7 @@ def place() -> dict[str, Path]:
 def saved(place, tmp_path_factory) -> Path:
     """A graph as `attribute -o` saves it."""
     path = tmp_path_factory.mktemp("saved") / "new" / "graph.pt"
-    argv = ["-m", place["model"], "-d", place["sae"], "-p", cli.SALLY, "-o", path]
+    argv = ["-m", place["model"], "-d", place["sae"], "-p", DEMO_PROMPT, "-o", path]
     assert cli.main(["attribute", *map(str, argv)]) == cli.DONE
     return path
 
@@ -77,22 +81,37 @@ def flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {flag: action for action in parser._actions for flag in action.option_strings}
 
 
+@pytest.fixture
+def only_installed(monkeypatch):
+    """What is known of circuit-tracer's flags is not there to fall back on."""
+    monkeypatch.setattr(host_cli, "known_parser", None)
+
+
+def flags_of(command: str) -> dict[str, argparse.Action]:
+    """A command's arguments by flag."""
+    parser = argparse.ArgumentParser(conflict_handler="resolve")
+    cli.COMMANDS[command].add_arguments(parser)
+    return flags(parser)
+
+
 @pytest.mark.parametrize("command", ["attribute", "start-server"])
-def test_every_flag_of_the_installed_command_is_taken_with_its_default(command):
-    stock = flags(host_cli._installed_parser(command))
-    ours = flags(cli._parser(command)._subparsers._group_actions[0].choices[command])  # type: ignore
+def test_every_flag_of_the_installed_command_is_taken_with_its_default(only_installed, command):
+    stock, ours = flags(host_cli.command_parser(command)), flags_of(command)
     assert set(stock) <= set(ours)
     for flag, action in stock.items():
         assert ours[flag].default == action.default, flag
-        assert ours[flag].choices == action.choices, flag
+        more = ["float64"] if flag == "--dtype" else []  # with -d alone
+        choices = action.choices and [*action.choices, *more]
+        ours_allowed = ours[flag].choices
+        assert (ours_allowed and [*ours_allowed]) == choices, flag
         assert ours[flag].type == action.type, flag
         assert ours[flag].nargs == action.nargs, flag
 
 
-def test_all_installed_flags_are_accepted_together(run):
+def test_all_installed_flags_are_accepted_together(run, only_installed):
     values = {"--port": "1", "--slug": "s", "--transcoder_set": None, "--help": None}
     argv = ["attribute"]
-    for action in host_cli._installed_parser("attribute")._actions:
+    for action in host_cli.command_parser("attribute")._actions:
         flag = action.option_strings[-1]
         value = values.get(flag, "1" if action.type in (int, float) else "x")
         if value is None:
@@ -105,12 +124,12 @@ def test_all_installed_flags_are_accepted_together(run):
 
 @pytest.mark.parametrize("command", ["attribute", "start-server"])
 def test_flags_are_known_where_the_installed_parser_cannot_be_read(command, monkeypatch):
-    installed = flags(host_cli._installed_parser(command))
+    installed = flags(host_cli.command_parser(command))
 
-    def unreadable(command: str) -> None:
+    def unreadable() -> None:
         raise LookupError(command)
 
-    monkeypatch.setattr(host_cli, "_installed_parser", unreadable)
+    monkeypatch.setattr(stock, "main", unreadable)
     known = flags(host_cli.command_parser(command))
     assert "--port" in known
     for flag in set(known) & set(installed):
@@ -171,6 +190,9 @@ OUT = ("-d", "dictionaries", "-p", "x")
         (("qk", "--head", "L3H5", "-p", ""), "the prompt is empty"),
         (("qk", "g.pt", "--head", "L3H5", "-p", "x"), "leave out -m, -d and -p"),
         (("qk", "absent.pt", "--head", "L3H5"), "no graph file absent.pt"),
+        (("qk", "g.pt", "--head", "L3H5", "--dtype", "bf16"), "leave out -m, -d and -p, and --dtype"),
+        (("attribute", "-t", "x", "-p", "x", "-o", "g.pt", "--dtype", "float64"), "float64 is for -d"),
+        (("demo", "-d", "miniature"), "invalid choice: 'miniature'"),
         (("demo", "-o", "file"), "file cannot be written to"),
         (("demo", "-p", ""), "the prompt is empty"),
         (("demo", "--port", "70000"), "70000"),
@@ -227,7 +249,7 @@ def test_page_and_host_are_checked_before_the_model(run, tmp_path, monkeypatch, 
 def test_start_server(run, tmp_path, monkeypatch, flags, public, online):
     (tmp_path / "graph-metadata.json").write_text('{"graphs": []}')
     port, configs = next_free_port(18241), []
-    monkeypatch.setattr(cli.time, "sleep", asking(port, configs))
+    monkeypatch.setattr(time, "sleep", asking(port, configs))
     result = run("start-server", "--graph_file_dir", tmp_path, "--port", port, *flags)
     assert result.status == cli.DONE
     assert result.out == f"open http://127.0.0.1:{port}   (Ctrl+C ends)\n"
@@ -253,13 +275,10 @@ def asking(port: int, configs: list[object]) -> Callable[[float], None]:
 @pytest.mark.parametrize("command", ["attribute", "start-server"])
 def test_flags_of_newer_and_other_hosts(run, tmp_path, monkeypatch, command):
     """A host with flags of our names gives way to ours; its folder of features is taken."""
-    theirs = host_cli.known_parser(command)
-    theirs.add_argument("--features_dir")
-    theirs.add_argument("--host", type=int, default=5)
-    monkeypatch.setattr(host_cli, "_installed_parser", lambda command: theirs)
+    replace_command(monkeypatch, command, features_dir={}, host={"type": int, "default": 5})
     (tmp_path / "graph-metadata.json").write_text('{"graphs": []}')
     port, configs = next_free_port(18291), []
-    monkeypatch.setattr(cli.time, "sleep", asking(port, configs))
+    monkeypatch.setattr(time, "sleep", asking(port, configs))
     argv = ["--features_dir", tmp_path, "--host", "localhost", "--port", port]
     if command == "start-server":
         assert run(command, "--graph_file_dir", tmp_path, *argv).status == cli.DONE
@@ -274,7 +293,7 @@ def test_interrupt_is_quiet(run, monkeypatch):
     def interrupted(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_qk", interrupted)
+    monkeypatch.setattr(qk, "run", interrupted)
     result = run("qk")
     assert (result.status, result.out, result.err) == (cli.INTERRUPTED, "", "")
 
@@ -376,12 +395,12 @@ def test_shares_of_a_score_that_nearly_cancels_are_left_out():
 
 def test_qk_of_a_prompt_is_that_of_its_graph(run, place, saved):
     argv = ["--layer", "1", "--head", "0", "--query", "-1", "--key", "4"]
-    model = ["-m", place["model"], "-d", place["sae"], "-p", cli.SALLY]
+    model = ["-m", place["model"], "-d", place["sae"], "-p", DEMO_PROMPT]
     assert run("qk", *model, *argv).out == run("qk", saved, *argv).out
 
 
 def test_attribute_keeps_stdout_to_what_was_written(run, place, tmp_path):
-    argv = ["-m", place["model"], "-d", place["sae"], "-p", cli.SALLY, "--slug", "sally"]
+    argv = ["-m", place["model"], "-d", place["sae"], "-p", DEMO_PROMPT, "--slug", "sally"]
     argv += ["--graph_file_dir", tmp_path / "graphs", "--max_n_logits", 2, "--no-qk"]
     result = run("attribute", *argv)
     assert (result.status, result.err) == (cli.DONE, "")
@@ -390,7 +409,7 @@ def test_attribute_keeps_stdout_to_what_was_written(run, place, tmp_path):
 
 
 def test_half_of_the_graph_file_flags_warns_and_still_saves(run, place, tmp_path):
-    argv = ["-m", place["model"], "-d", place["sae"], "-p", cli.SALLY, "--slug", "sally"]
+    argv = ["-m", place["model"], "-d", place["sae"], "-p", DEMO_PROMPT, "--slug", "sally"]
     result = run("attribute", *argv, "-o", tmp_path / "graph.pt")
     assert result.status == cli.DONE
     assert result.err == "warning: graph files need both --slug and --graph_file_dir\n"
@@ -404,6 +423,44 @@ def test_demo_writes_and_explains(run, place, tmp_path):
         assert heading in result.out
     assert max(map(len, result.out.splitlines()[:-1])) <= 100
     assert (tmp_path / "demo" / "graph-metadata.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["sae", "wcc"])
+def test_demo_takes_either_name_of_its_dictionaries(run, tmp_path, name):
+    short, long = tmp_path / "short", tmp_path / "long"
+    prompt = ("-p", "I met Aunt Sally. I like Aunt", "--no-serve")
+    first = run("demo", "-d", name, "-o", short, *prompt)
+    second = run("demo", "-d", f"miniature-{name}", "-o", long, *prompt)
+    assert (first.status, first.out) == (cli.DONE, second.out.replace(str(long), str(short)))
+    assert (short / f"demo-{name}.json").read_bytes() == (long / f"demo-{name}.json").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["demo", "augment", "steer", "features"])
+def test_shared_arguments_are_the_same_everywhere(command):
+    ours, others = flags_of(command), flags_of("augment") | flags_of("qk")
+    assert "--dtype" in ours
+    for flag in ("-m", "-d", "-t", "-p", "--dtype", "--host", "--online"):
+        if flag in ours and (command, flag) not in (("demo", "-d"), ("demo", "-p")):
+            a, b = ours[flag], others[flag]
+            assert (a.choices, a.default, a.help) == (b.choices, b.default, b.help), flag
+
+
+def test_every_name_of_a_dtype_is_taken(run):
+    argv = ("qk", "--head", "L1H0", "--key", "2", "-p", "I met Aunt Sally. I like Aunt", "--dtype")
+    scores = {}
+    for name in arguments.DTYPE_NAMES:
+        result = run(*argv, name)
+        assert (result.status, result.err) == (cli.DONE, ""), name
+        scores[name] = result.out
+    assert scores["bf16"] == scores["bfloat16"] != scores["float64"]
+
+
+def test_attribute_in_float64(run, place, tmp_path):
+    argv = ["-m", place["model"], "-d", place["sae"], "-p", "I met Aunt Sally. I like Aunt"]
+    path = tmp_path / "graph.pt"
+    result = run("attribute", *argv, "--dtype", "float64", "-o", path)
+    assert (result.status, result.err) == (cli.DONE, "")
+    assert ctqk.load_graph(path).scores.heads.run.logits.dtype == torch.float64
 
 
 def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_path, monkeypatch):
@@ -420,10 +477,10 @@ def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_pat
                 served.append(json.loads(answer.read()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.time, "sleep", look)
+    monkeypatch.setattr(time, "sleep", look)
     try:
         next_port = next_free_port(port)
-        argv = ["--port", port, "--output", tmp_path / "demo", "-d", "wcc", "-p", cli.SALLY]
+        argv = ["--port", port, "--output", tmp_path / "demo", "-d", "wcc", "-p", DEMO_PROMPT]
         result = run("demo", *argv)
     finally:
         other.stop()

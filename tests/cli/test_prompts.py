@@ -25,9 +25,9 @@ from tiny_transcoders import make_set
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.residual import model as residual_model
 from circuit_tracer_qk.cli import main as cli
-from circuit_tracer_qk.cli.prompts import engines, many
-from circuit_tracer_qk.cli.prompts.file import Request, read_prompts
-from circuit_tracer_qk.cli.prompts.finished import FOLDER
+from circuit_tracer_qk.cli.prompts import engines, worker
+from circuit_tracer_qk.cli.prompts.lines import Request, read_prompts
+from circuit_tracer_qk.cli.prompts.progress import FOLDER
 from circuit_tracer_qk.frontend.saving import Saver
 from circuit_tracer_qk.frontend.server import next_free_port
 from circuit_tracer_qk.graph_files import index as listing
@@ -102,20 +102,20 @@ def kept(model: str, dictionaries: str) -> ctqk.ResidualModel:
         (b"[" * 100_000, "it is not JSON"),
         ([], 'it is neither {"prompt": "..."} nor a string'),
         (3, "neither"),
-        ({}, "it has no prompt"),
-        ({"prompt": ["a"]}, "its prompt is no string"),
-        ({"prompt": ""}, "its prompt is empty"),
-        ("", "its prompt is empty"),
+        ({}, "prompt should be a text of valid Unicode that is not empty, found nothing"),
+        ({"prompt": ["a"]}, "prompt should be a text of valid Unicode that is not empty, found ['a']"),
+        ({"prompt": ""}, "found ''"),
+        ("", "prompt should be a text of valid Unicode that is not empty"),
         ({"prompt": "a", "slug": "a/b"}, "the slug 'a/b' cannot name a graph"),
-        ({"prompt": "a", "slug": None}, "its slug is no string"),
+        ({"prompt": "a", "slug": None}, "slug should be a name, found nothing"),
         ({"prompt": "a", "slug": "first"}, "the slug 'first' is line 1's"),
         ({"prompt": "a", "slug": "my-file-0001"}, ""),
-        ({"prompt": "a", "promt": "b"}, "'promt' is unknown here: a line has prompt, slug,"),
-        ({"prompt": "a", "max_n_logits": 0}, "its max_n_logits is 0: it must be a whole number"),
-        ({"prompt": "a", "max_n_logits": 2.0}, "its max_n_logits is 2.0"),
-        ({"prompt": "a", "max_feature_nodes": True}, "its max_feature_nodes is true"),
-        ({"prompt": "a", "node_threshold": 2}, "its node_threshold is 2: it must be a number from 0"),
-        (b'{"prompt": "a", "edge_threshold": NaN}', "its edge_threshold is NaN"),
+        ({"prompt": "a", "promt": "b"}, "promt is unknown here: known are prompt, slug,"),
+        ({"prompt": "a", "max_n_logits": 0}, "max_n_logits should be a whole number from 1, found 0"),
+        ({"prompt": "a", "max_n_logits": 2.0}, "max_n_logits should be a whole number from 1, found 2.0"),
+        ({"prompt": "a", "max_feature_nodes": True}, "max_feature_nodes should be a whole number from 0, found True"),
+        ({"prompt": "a", "node_threshold": 2}, "node_threshold should be a number from 0 to 1, found 2"),
+        (b'{"prompt": "a", "edge_threshold": NaN}', "edge_threshold should be a number from 0 to 1, found nan"),
     ],
 )  # fmt: skip
 def test_lines(tmp_path: Path, line: Any, problem: str):
@@ -371,10 +371,10 @@ def test_bad_lines_do_not_stop_the_others(run: Run, tmp_path: Path, loads: list[
         *said, last = result.err.splitlines()
         assert [line.split(": ")[1] for line in said] == [
             "line 1 failed",
+            "line 4 failed",
             "line 3 (long) failed",
-            "line 4 (p-0004) failed",
         ]
-        assert "tokens" in said[1] and "not valid Unicode" in said[2]
+        assert "valid Unicode" in said[1] and "tokens" in said[2]
         assert last.startswith(
             f"circuit-tracer-qk: error: 3 of 5 prompts of {path} failed (lines 1, "
         )
@@ -385,20 +385,20 @@ def test_bad_lines_do_not_stop_the_others(run: Run, tmp_path: Path, loads: list[
 def test_one_prompt_that_breaks_the_program_is_told_and_the_others_done(
     run: Run, tmp_path: Path, loads: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
-    real = many.ResidualMaker.make
+    real = worker.ResidualMaker.make
 
-    def broken(self: Any, request: Any, args: Any) -> many.Made:
+    def broken(self: Any, request: Any, args: Any) -> worker.Made:
         if request.slug == "bob":
             raise RuntimeError("CUDA out of memory.\nTried to allocate")
         return real(self, request, args)
 
-    monkeypatch.setattr(many.ResidualMaker, "make", broken)
+    monkeypatch.setattr(worker.ResidualMaker, "make", broken)
     path = written(tmp_path / "p.jsonl", *asked(["bob", "sally"]))
     flags = ("-d", "miniature-sae", *SMALL, "--graph_file_dir", tmp_path / "g")
     result = run("attribute", "--prompts", path, *flags)
     assert result.status == cli.MISTAKE and "2 prompts: 1 done, 1 failed" in result.out
     assert "line 1 (bob) failed: RuntimeError: CUDA out of memory.\n" in result.err
-    monkeypatch.setattr(many.ResidualMaker, "make", real)
+    monkeypatch.setattr(worker.ResidualMaker, "make", real)
     result = run("attribute", "--prompts", path, *flags)
     assert result.status == cli.DONE and "1 done, 1 were finished before" in result.out
 
@@ -421,7 +421,7 @@ def test_serving_at_the_end(
             listed.append([g["slug"] for g in json.loads(answer.read())["graphs"]])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.time, "sleep", ask)
+    monkeypatch.setattr(time, "sleep", ask)
     path = written(tmp_path / "p.jsonl", *asked(["sally"]), b"{")
     flags = ("-d", "miniature-sae", *SMALL, "--graph_file_dir", tmp_path / "g")
     result = run("attribute", "--prompts", path, *flags, "--server", "--port", port)
@@ -491,7 +491,7 @@ def test_two_workers_one_of_which_is_killed(
     path = written(tmp_path / "p.jsonl", *lines)
     flags = ("attribute", "--prompts", path, "-d", "miniature-sae", *SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(many, "work", deadly_work.attribute_or_die)
+        patch.setattr(worker, "work", deadly_work.attribute_or_die)
         out = ("--graph_file_dir", two / "g", "-o", two / "pt")
         done = run(*flags, *out, "--workers", 2)
     assert done.status == cli.MISTAKE and not loads
@@ -580,11 +580,13 @@ def test_processes(tmp_path: Path):
 
 def test_a_machine_with_another_folder_of_that_name_is_refused(tmp_path: Path):
     args = Namespace(graph_file_dir=str(tmp_path), graph_output_path=None, verbose=False)
-    plan = many.Plan(args, "", str(tmp_path), "the other machine's")
+    plan = worker.Plan(args, "", str(tmp_path), "the other machine's")
     requests = [Request(1, "a", "a")]
-    worker = engines.in_processes(partial(many.set_up_worker, plan, "x"), many.work, requests, 1)
+    process = engines.in_processes(
+        partial(worker.set_up_worker, plan, "x"), worker.work, requests, 1
+    )
     with pytest.raises(ctqk.UserError, match="is not the folder that it is here"):
-        list(worker)
+        list(process)
 
 
 def test_ray(run: Run, tmp_path: Path, loads: list[Any], monkeypatch: pytest.MonkeyPatch):

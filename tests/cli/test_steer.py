@@ -11,10 +11,11 @@ import torch
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.cli import main as cli
+from circuit_tracer_qk.cli.arguments import DEMO_PROMPT
 from circuit_tracer_qk.steering.parse import HeadChoice, parse_edit, read_edit, read_edits
 from circuit_tracer_qk.steering.to_json import run_document
 
-SALLY = cli.SALLY
+SALLY = DEMO_PROMPT
 QUERY, KEY = 14, 6
 TAGS = "side=key heads=L1H2,L1H7,L1H6 checkpoint=1 features=61,177 positions=6 factor=0"
 EDIT = ctqk.QKEdit(["L1H2", "L1H7", "L1H6"], "key", 1, [61, 177], 6, factor=0)
@@ -116,7 +117,7 @@ MISTAKES = {
     "--sweep is '1,x'": ["--edit", TAGS, "--sweep", "1,x"],
     "--generate is 0": ["--edit", TAGS, "--generate", "0"],
     "--controls is -1": ["--edit", TAGS, "--controls", "-1"],
-    "--dtype is int8": ["--edit", TAGS, "--dtype", "int8"],
+    "invalid choice: 'int8'": ["--edit", TAGS, "--dtype", "int8"],
     "'notatoken' is not one token": ["--edit", TAGS, "--token", "notatoken"],
     "context is": ["--edit", TAGS, "--generate", "100000"],
     "-p/--prompt is missing": ["--edit", TAGS, "-d", "miniature-sae"],

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import Result
+from helpers.stock_command import replace_command
 from tiny_transcoders import make_clt, make_set
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.cli import main as cli
+from circuit_tracer_qk.cli.arguments import DEMO_PROMPT
 from circuit_tracer_qk.host import cli as host_cli
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.plugin import host_command as explaining
@@ -29,7 +31,7 @@ def transcoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 def test_attribute_and_augment(run: Run, transcoders: Path, tmp_path: Path):
     saved, graphs = tmp_path / "graph.pt", tmp_path / "graphs"
-    named = ["-t", transcoders, "-p", cli.SALLY]
+    named = ["-t", transcoders, "-p", DEMO_PROMPT]
     files = ["--slug", "sally", "--graph_file_dir", graphs]
     done = run("attribute", *named, *files, "-o", saved, "--qk", "--max_n_logits", 3)
     assert done.status == cli.DONE, done.err
@@ -133,13 +135,8 @@ def test_flags_go_to_the_host_as_they_were_given():
 
 
 def test_flags_of_newer_hosts_go_through(monkeypatch: pytest.MonkeyPatch):
-    def newer(command: str) -> argparse.ArgumentParser:
-        parser = host_cli.known_parser(command)
-        parser.add_argument("--sparsification", nargs="+", default=None)
-        parser.add_argument("--chunked", action=argparse.BooleanOptionalAction, default=True)
-        return parser
-
-    monkeypatch.setattr(host_cli, "_installed_parser", newer)
+    chunked = {"action": argparse.BooleanOptionalAction, "default": True}
+    replace_command(monkeypatch, "attribute", sparsification={"nargs": "+"}, chunked=chunked)
     argv = ["-t", "a", "-p", "b", "--sparsification", "x", "2", "--no-chunked", "--port", "1"]
     args = host_cli.command_parser("attribute").parse_args(argv)
     passed = host_cli.flags_of("attribute", args, leave_out=("port",))

@@ -14,7 +14,7 @@ from circuit_tracer.frontend.feature_models import Model as FeatureFile
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.residual.model import MINIATURE
-from circuit_tracer_qk.dictionaries.dictionary import feature_index
+from circuit_tracer_qk.dictionaries.features import feature_index
 
 FOLDER = MINIATURE.parent
 METRICS = json.loads((FOLDER / "metrics.json").read_text())

@@ -368,7 +368,8 @@ def test_refuses_decoders_at_earlier_sites(wcc: Path):
 def test_refuses_other_input_hooks(sae: Path, hook: Any):
     write_config(sae, feature_input_hook=hook, feature_output_hook=None)
     message = refusal(sae)
-    assert "feature_input_hook" in message and repr(hook) in message
+    assert "feature_input_hook" in message
+    assert ("found nothing" if hook is None else repr(hook)) in message
 
 
 def test_refuses_output_hook_that_differs(sae: Path):
@@ -396,7 +397,7 @@ def test_refuses_duplicate_layers(sae: Path):
 @pytest.mark.parametrize("key", ["layers", "checkpoints"])
 def test_refuses_negative_entries(sae: Path, key: str):
     write_config(sae, **{"layers": None, key: [-1, 0, 1]})
-    assert f"{key} holds -1" in refusal(sae)
+    assert f"{key} should be a list of integers, counted from 0" in refusal(sae)
 
 
 def test_refuses_wcc_list_that_does_not_ascend(wcc: Path):
@@ -513,7 +514,7 @@ def test_refuses_integers(sae: Path):
 
 def test_refuses_unknown_activation(sae: Path):
     write_config(sae, activation="gelu")
-    assert "unknown activation 'gelu'" in refusal(sae)
+    assert "activation should be relu, jumprelu or topk, found 'gelu'" in refusal(sae)
 
 
 @pytest.mark.parametrize("k", [0, -1, None, 2.0, True, "3"])

@@ -31,7 +31,7 @@ from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.dictionaries import catalogue
 
-NAMED = {f"{chosen.name}/{chosen.variant}": chosen for chosen in catalogue.every()}
+NAMED = {f"{chosen.name}/{chosen.variant}": chosen for chosen in catalogue.all_sets()}
 README = (ROOT / "dictionaries" / "README.md").read_text("utf-8")
 TABLE = re.findall(r"^\| .* \| `((?:attribute|qk) .*)` \|$", README, re.MULTILINE)
 # architecture and number of layers of the real models, with the tests' width
@@ -45,7 +45,7 @@ MODELS = {
 }
 
 
-def standing(chosen: catalogue.Chosen, place: str) -> tuple[int, str]:
+def standing(chosen: catalogue.ListedSet, place: str) -> tuple[int, str]:
     """Layer and hook of a folder of a named set of SAELens'."""
     if place == "e-res-sm":
         return 0, "hook_resid_pre"
@@ -61,7 +61,7 @@ def before_sae_lens_6(path: Path, layer: int, hook: str, **more: Any) -> None:
     (path / "cfg.json").write_text(json.dumps(cfg | old | {"model_name": "gpt2-small"} | more))
 
 
-def write_layer(folder: Path, chosen: catalogue.Chosen, layer: int, place: str) -> None:
+def write_layer(folder: Path, chosen: catalogue.ListedSet, layer: int, place: str) -> None:
     """One layer of a named set in its real layout, at the place that the list says."""
     scratch = folder / ".scratch"
     if chosen.layout == "sae-lens":
@@ -85,15 +85,15 @@ def write_layer(folder: Path, chosen: catalogue.Chosen, layer: int, place: str) 
     shutil.rmtree(scratch)
 
 
-def write_named(folder: Path, chosen: catalogue.Chosen) -> Path:
+def write_named(folder: Path, chosen: catalogue.ListedSet) -> Path:
     """A repository as the list says it is."""
     if chosen.layout == "gemma-scope-2-crosscoder":
-        write_crosscoder(folder / chosen.places[0], list(chosen.layers))
+        write_crosscoder(folder / chosen.folders[0], list(chosen.layers))
     elif chosen.layout == "qwen-scope":
         for layer in chosen.layers:
             write_qwen_scope(folder, layer)
     else:
-        for i, place in enumerate(chosen.places):
+        for i, place in enumerate(chosen.folders):
             write_layer(folder, chosen, min(i, chosen.layers[-1]), place)
     return folder
 
@@ -111,7 +111,7 @@ def test_every_named_set_loads_from_its_repository(
     shift = 0 if chosen.hook == "hook_resid_pre" else 1
     expected = {layer + shift for layer in chosen.layers}
     assert expected <= set(found.checkpoints) and found.d_model == D
-    assert len(found.checkpoints) == max(len(chosen.places), len(expected))
+    assert len(found.checkpoints) == max(len(chosen.folders), len(expected))
     if chosen.neuronpedia:
         assert set(found.neuronpedia) == set(found.checkpoints)
         assert len(set(found.neuronpedia.values())) == len(found.checkpoints)

@@ -704,11 +704,15 @@ def test_formats_are_named_where_files_allow_two_readings(tmp_path: Path) -> Non
     ("said", "message"),
     [
         ({"format": "saelens"}, "format 'saelens' is not one of native, sae-lens"),
-        ({"format": "sae-lens", "centred": "yes"}, "centred: 'yes' is not understood"),
-        ({"format": "sae-lens", "layers": [0]}, "layers: .* is not understood beside"),
+        ({"format": "sae-lens", "centred": "yes"}, "centred should be true or false, found 'yes'"),
+        ({"format": "sae-lens", 3: 4}, "3 is unknown here"),
+        (
+            {"format": "sae-lens", "layers": [0]},
+            "layers is unknown here: known are format, model_name",
+        ),
         ({"format": "sae-lens", "norm_scaling_factor": "x"}, "norm_scaling_factor"),
-        ({"format": "sae-lens", "norm_scaling_factor": 0}, "should be above 0"),
-        ({"format": "sae-lens", "norm_scaling_factor": {0: "a"}}, "should be above 0"),
+        ({"format": "sae-lens", "norm_scaling_factor": 0}, "should be a number above 0"),
+        ({"format": "sae-lens", "norm_scaling_factor": {0: "a"}}, "should be a number above 0"),
     ],
 )
 def test_what_a_config_says_is_checked(tmp_path: Path, said: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -153,7 +154,7 @@ def test_attribute_keeps_its_model_in_memory(monkeypatch, tmp_path, capsys):
             configs.append(json.load(answer))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.time, "sleep", look)
+    monkeypatch.setattr(time, "sleep", look)
     argv = ["-d", "miniature-sae", "-p", PROMPT, "--slug", "sally", "--max_n_logits", "1"]
     argv += ["--graph_file_dir", str(tmp_path), "--server", "--port", str(port)]
     assert cli.main(["attribute", *argv]) == cli.DONE

@@ -26,7 +26,7 @@ from helpers.schema import SCHEMA, strict
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.residual.graph import Edge, HeadLoadings
 from circuit_tracer_qk.base import files
-from circuit_tracer_qk.dictionaries.dictionary import feature_index
+from circuit_tracer_qk.dictionaries.features import feature_index
 from circuit_tracer_qk.model.heads import Heads
 
 BOB = (

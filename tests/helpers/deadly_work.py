@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.cli.prompts import many
+from circuit_tracer_qk.cli.prompts import worker
 
 
 def die() -> None:
@@ -37,8 +37,8 @@ def do(state: str, item: Any) -> Any:
     return state, item
 
 
-def attribute_or_die(maker: many.Maker, request: Any) -> many.Outcome:
+def attribute_or_die(maker: worker.Maker, request: Any) -> worker.Outcome:
     """A prompt, or the worker's end for the one called "doomed"."""
     if request.slug == "doomed":
         die()
-    return many.work(maker, request)
+    return worker.work(maker, request)

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from circuit_tracer_qk.dictionaries.dictionary import feature_index
+from circuit_tracer_qk.dictionaries.features import feature_index
 
 SLUG = "large"
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.cli import main as cli
+from circuit_tracer_qk.cli.arguments import DEMO_PROMPT
 
 MODEL = "someone/tiny"
 MINIATURE = Path(ctqk.__file__).parent / "miniature"
@@ -321,7 +322,7 @@ def test_the_way_out_of_a_truncated_download_is_one(
 def test_the_command_line_attributes_a_cached_model(tmp_path: Path, cache: HubCache) -> None:
     """Another process, which knows of the cache by its environment alone."""
     cache.add("someone/miniature", MINIATURE / "model")
-    arguments = ["-d", str(MINIATURE / "sae"), "-p", cli.SALLY, "--slug", "s"]
+    arguments = ["-d", str(MINIATURE / "sae"), "-p", DEMO_PROMPT, "--slug", "s"]
     written = []
     for name, model in (("hub", "someone/miniature"), ("folder", str(MINIATURE / "model"))):
         graphs = tmp_path / name

@@ -16,7 +16,8 @@ from circuit_tracer_qk.attribution.residual.qk import QK
 from circuit_tracer_qk.attribution.residual.store import Record
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
-from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads, logit_directions
 from circuit_tracer_qk.model.run import freeze

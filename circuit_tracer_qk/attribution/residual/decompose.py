@@ -22,7 +22,8 @@ from circuit_tracer_qk.attribution.component import (
     FEATURE,
     POSITION,
 )
-from circuit_tracer_qk.dictionaries.dictionary import DictionarySet, like
+from circuit_tracer_qk.dictionaries.dictionary import like
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.model.run import FrozenRun
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
-from circuit_tracer_qk.dictionaries.dictionary import Dictionary, DictionarySet, Units, like
+from circuit_tracer_qk.dictionaries.dictionary import Dictionary, Units, like
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def _cause(
 ) -> str:
     """What would make the dictionary fit, by trying it."""
     dictionary = dictionaries.by_checkpoint[checkpoint]
-    if set(dictionary.decoders) != {checkpoint} or dictionary.own is not None:
+    if set(dictionary.decoders) != {checkpoint} or dictionary.encoder is not None:
         return "Likely: another layer, hook, model or normalisation than it was trained on."
     best = (FITS, "")
     for other, x in enumerate(parts.run.residual):

@@ -13,7 +13,7 @@ from torch import Tensor
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
-from circuit_tracer_qk.dictionaries.dictionary import DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.check import check_exact

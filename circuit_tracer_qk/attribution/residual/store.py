@@ -194,7 +194,8 @@ def _block_in(tensors: dict[str, Tensor], plain: dict[str, Any]) -> AttentionBlo
     for name, value in plain.items():
         if isinstance(value, dict):
             weights = tensors.pop(f"{name}.w", None), tensors.pop(f"{name}.b", None)
-            value = Norm(*weights, **({"eps": math.nan} | value))  # older files do not have it
+            options: dict[str, Any] = {"eps": math.nan} | value  # older files do not have it
+            value = Norm(*weights, **options)
         values[name] = value
     values |= tensors
     return AttentionBlock(**values)

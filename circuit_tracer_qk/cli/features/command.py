@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.cli import arguments
+from circuit_tracer_qk.cli.loading import load_model
+from circuit_tracer_qk.cli.output import show, silence_stdout
 
-if TYPE_CHECKING:
-    from circuit_tracer_qk.attribution.residual.model import ResidualModel
-
+HELP = "describe features by where they fire in a text file: examples and labels"
 DESCRIPTION = (
     "Describe the features of a set of dictionaries by where they fire in a corpus: features.zip "
     "and labels.json, which the page and the tables show where they lie in the dictionaries' folder. "
@@ -23,10 +22,10 @@ EPILOG = "example: circuit-tracer-qk features -m MODEL -d FOLDER --texts corpus.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``features``, but for ``--verbose``."""
+    """The flags of ``features``."""
     add = parser.add_argument
-    add("-m", "--model", help="model; the one that the dictionaries name, if left out")
-    add("-d", "--dictionaries", metavar="REF", required=True, help="see attribute")
+    arguments.add_model(parser)
+    arguments.add_dictionaries(parser, required=True)
     add(
         "--texts",
         required=True,
@@ -52,15 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-logits", action="store_true", help="leave out promoted and suppressed tokens")
     add("--force", action="store_true", help="replace descriptions that are there")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
 
 
-def run(args: argparse.Namespace, load: Callable[..., ResidualModel]) -> list[str]:
-    """Do it; the lines to print.
-
-    Args:
-        args: the parsed arguments.
-        load: (model, dictionaries, dtype) -> model.
+def run(args: argparse.Namespace) -> None:
+    """Do it.
 
     Raises:
         UserError: the texts cannot be read, or what :func:`build_features` refuses.
@@ -77,22 +71,24 @@ def run(args: argparse.Namespace, load: Callable[..., ResidualModel]) -> list[st
     check_sizes(args.examples, args.context, args.batch)
     if args.output is not None:
         args.output = check_target(args.output, args.force)
-    model = load(args.model, args.dictionaries, args.dtype)
-    built = build_features(
-        model,
-        texts,
-        args.output,
-        examples=args.examples,
-        context=args.context,
-        batch=args.batch,
-        checkpoints=checkpoints,
-        logits=not args.no_logits,
-        force=args.force,
-    )
-    return [
+    model = load_model(args)
+    with silence_stdout():
+        built = build_features(
+            model,
+            texts,
+            args.output,
+            examples=args.examples,
+            context=args.context,
+            batch=args.batch,
+            checkpoints=checkpoints,
+            logits=not args.no_logits,
+            force=args.force,
+        )
+    fired = (
         f"{built.n_alive} of {built.n_features} features fired in {built.n_positions} tokens of "
-        f"{len(texts)} texts; features.zip and labels.json written to {built.folder}"
-    ]
+    )
+    fired += f"{len(texts)} texts; features.zip and labels.json written to {built.folder}"
+    show([fired])
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -26,12 +26,9 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, write_atomically
 from circuit_tracer_qk.cli.features.collection import AFTER, BEFORE, Corpus, Peaks, collect
 from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
-from circuit_tracer_qk.dictionaries.dictionary import (
-    DictionarySet,
-    feature_index,
-    indexed_feature,
-    like,
-)
+from circuit_tracer_qk.dictionaries.dictionary import like
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
+from circuit_tracer_qk.dictionaries.features import feature_index, indexed_feature
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import contraction_dtype
 

@@ -9,22 +9,25 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names
-from circuit_tracer_qk.cli.prompts import engines, many
-from circuit_tracer_qk.cli.prompts.file import OPTIONS, Request, read_prompts
-from circuit_tracer_qk.cli.prompts.finished import work_of
-from circuit_tracer_qk.cli.prompts.many import Outcome, Plan
+from circuit_tracer_qk.cli.prompts import engines, worker
+from circuit_tracer_qk.cli.prompts.progress import work_of
+from circuit_tracer_qk.cli.prompts.worker import Outcome, Plan
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.cli.prompts.lines import Request
 
 LISTED_EVERY = 5.0  # seconds between two writings of the list of graphs
 IRRELEVANT = (
     *("prompts", "prompt", "slug", "graph_output_path", "graph_file_dir", "force", "workers"),
-    *("engine", "server", "port", "host", "online", "verbose", "run", "command", "features_dir"),
+    *("engine", "server", "port", "host", "online", "verbose", "command", "features_dir"),
+    "host_dtypes",
 )
 """Flags that no graph hangs on."""
 
@@ -36,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE",
         help='Many prompts in place of -p: one JSON object a line, {"prompt": "...", "slug": "..."}, '
-        f"where slug, {', '.join(OPTIONS)} may be left out. The model is loaded once; "
+        "where slug, max_n_logits, desired_logit_prob, max_feature_nodes, node_threshold, "
+        "edge_threshold may be left out. The model is loaded once; "
         "-o/--graph_output_path is a folder for SLUG.pt; the same command again does what is not "
         "finished.",
     )
@@ -130,6 +134,8 @@ def run(args: argparse.Namespace, program: str) -> UserError | None:
     Raises:
         UserError: nothing can be done: the file, the model, the engine, the list of graphs.
     """
+    from circuit_tracer_qk.cli.prompts.lines import read_prompts
+
     path = Path(args.prompts).expanduser()
     requests, bad = read_prompts(path, args.slug)
     report = _Report(program, path, len(requests) + len(bad))
@@ -170,18 +176,17 @@ def _plan(args: argparse.Namespace) -> Plan:
     arguments = {k: v for k, v in vars(args).items() if k not in IRRELEVANT}
     outputs = [Path(p) for p in (args.graph_file_dir, args.graph_output_path) if p]
     refs = (args.model, args.dictionaries, args.transcoder_set)
-    kept = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "run"})
-    return Plan(kept, work_of(arguments, refs, outputs), os.getcwd())
+    return Plan(args, work_of(arguments, refs, outputs), os.getcwd())
 
 
 def _do(plan: Plan, requests: list[Request], report: _Report, listing: _Listing | None) -> None:
     """Share out the prompts and keep account of them."""
     args = plan.args
     if args.engine == "local" and (args.workers or 1) == 1:
-        results = engines.in_this_process(partial(many.set_up, plan), many.work, requests)
+        results = engines.in_this_process(partial(worker.set_up, plan), worker.work, requests)
     else:
-        set_up = partial(many.set_up_worker, plan, report.program)
-        results = engines.run(args.engine, set_up, many.work, requests, args.workers)
+        set_up = partial(worker.set_up_worker, plan, report.program)
+        results = engines.run(args.engine, set_up, worker.work, requests, args.workers)
     bar = tqdm(total=len(requests), desc="Prompts", leave=False, delay=2, disable=None)
     with bar, closing(results):
         for request, outcome in results:

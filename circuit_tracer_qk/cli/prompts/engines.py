@@ -347,7 +347,7 @@ def on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to its makers
     import logging
 
-    import ray  # type: ignore[import-not-found]  (an extra)
+    import ray  # type: ignore[import-not-found]
 
     started = not ray.is_initialized()
     try:

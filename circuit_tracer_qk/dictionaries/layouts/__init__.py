@@ -10,9 +10,9 @@ from circuit_tracer_qk.dictionaries.layouts import (
     sae_lens,
     sparsify,
 )
-from circuit_tracer_qk.dictionaries.layouts.layout import Layout, Options, assemble
+from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layout, assemble
 
-__all__ = ["LAYOUTS", "Layout", "Options", "assemble"]
+__all__ = ["LAYOUTS", "Layout", "Hints", "assemble"]
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout

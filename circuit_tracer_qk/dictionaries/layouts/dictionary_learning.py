@@ -17,9 +17,9 @@ from torch import Tensor
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
 from circuit_tracer_qk.dictionaries.files import Files, joined
-from circuit_tracer_qk.dictionaries.layouts.layout import Layer, Layout, Options, with_biases
+from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layer, Layout, with_biases
 from circuit_tracer_qk.dictionaries.layouts.sae_lens import from_tensors
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, validate_tensors
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _LINEAR = {"encoder.weight": "dict model", "decoder.weight": "model dict"}
@@ -49,33 +49,33 @@ _OURS = {
 }
 
 
-def _layer(files: Files, place: str, options: Options) -> Layer | None:
-    where = files.get(joined(place, CONFIG))
-    trainer = read_json(where).get("trainer")
+def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
+    source = files.get(joined(folder, CONFIG))
+    trainer = read_json(source).get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
-        raise UserError(f"{where}: it has no trainer with a dict_class, by which it is read.")
+        raise UserError(f"{source}: it has no trainer with a dict_class, by which it is read.")
     name = str(trainer["dict_class"])
     if name not in _CLASSES:
         raise UserError(
-            f"{where}: dict_class {name} is not read exactly here: {', '.join(_CLASSES)} are."
+            f"{source}: dict_class {name} is not read exactly here: {', '.join(_CLASSES)} are."
         )
     layer, module = trainer.get("layer"), trainer.get("submodule_name")
     if type(layer) is not int:
-        raise UserError(f"{where}: its trainer names no layer, found {layer!r}.")
-    told = f"{module or ''} {place}"
-    residual = re.search(rf"resid(?:_post|_out)?_(?:layer_?)?{layer}(?!\d)", told)
-    if residual is None and (module or not options.named):
+        raise UserError(f"{source}: its trainer names no layer, found {layer!r}.")
+    description = f"{module or ''} {folder}"
+    residual = re.search(rf"resid(?:_post|_out)?_(?:layer_?)?{layer}(?!\d)", description)
+    if residual is None and (module or not hints.named):
         raise UserError(
-            f"{where}: it does not say that it is of the residual stream after layer {layer} "
-            f"(submodule_name {module!r}, folder {place or files.title!r}): residual graphs need "
+            f"{source}: it does not say that it is of the residual stream after layer {layer} "
+            f"(submodule_name {module!r}, folder {folder or files.title!r}): residual graphs need "
             f"resid_post_layer_{layer}; if it is, name the format, dictionary-learning:FOLDER."
         )
     k = trainer.get("k")
     if _CLASSES[name][0] == "topk" and type(k) is not int:
-        raise UserError(f"{where}: {name} needs k, a whole number, and has {k!r}.")
-    weights, title = joined(place, WEIGHTS), place or files.title
+        raise UserError(f"{source}: {name} needs k, a whole number, and has {k!r}.")
+    weights, title = joined(folder, WEIGHTS), folder or files.title
     model = trainer.get("lm_name")
-    read = partial(_read, files, weights, where, name, layer, k, title)
+    read = partial(_read, files, weights, source, name, layer, k, title)
     return Layer(
         layer, RESID_POST, title, (weights,), read, model if isinstance(model, str) else None
     )
@@ -85,18 +85,18 @@ LAYOUT = Layout("dictionary-learning", (CONFIG, WEIGHTS), _layer)
 
 
 def _read(
-    files: Files, weights: str, where: Path, name: str, layer: int, k: Any, title: str
+    files: Files, weights: str, source: Path, name: str, layer: int, k: Any, title: str
 ) -> Dictionary:
     path = files.get(weights)
     architecture, shapes, minus = _CLASSES[name]
-    found = mapped(path)
-    t: dict[str, Tensor] = taken(path, found, shapes)
+    stored = mapped(path)
+    t: dict[str, Tensor] = validate_tensors(path, stored, shapes)
     plain = "W_enc" in shapes
     W_enc = t["W_enc"].T if plain else t["encoder.weight"]
     W_dec = t["W_dec"] if plain else t["decoder.weight"].T
     biases = {_OURS.get(key, key): value for key, value in with_biases(t).items()}
     if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        threshold = found.get("threshold")
+        threshold = stored.get("threshold")
         plain_number = threshold is not None and threshold.numel() == 1 and threshold.isreal().all()
         if threshold is None or not plain_number or not float(threshold) >= 0:
             raise UserError(
@@ -106,9 +106,9 @@ def _read(
             )
         biases["threshold"] = threshold.float().reshape(1).repeat(len(W_enc))
     if architecture == "topk":
-        stored = found.get("k")
-        if stored is not None and stored.flatten().tolist() != [k]:
-            raise UserError(f"{where}: k is {k}, and {path} has k = {stored.tolist()}.")
+        stored_k = stored.get("k")
+        if stored_k is not None and stored_k.flatten().tolist() != [k]:
+            raise UserError(f"{source}: k is {k}, and {path} has k = {stored_k.tolist()}.")
     return from_tensors(
         layer + 1,
         architecture,

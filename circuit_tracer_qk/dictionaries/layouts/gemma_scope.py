@@ -12,8 +12,8 @@ from functools import partial
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
 from circuit_tracer_qk.dictionaries.files import Files, joined
-from circuit_tracer_qk.dictionaries.layouts.layout import Layer, Layout, Options, with_biases
-from circuit_tracer_qk.dictionaries.tensors import mapped, taken
+from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layer, Layout, with_biases
+from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
 
 WEIGHTS = "params.npz"
 _REPOSITORY = re.compile(
@@ -22,12 +22,12 @@ _REPOSITORY = re.compile(
 _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
 
 
-def _layer(files: Files, place: str, options: Options) -> Layer | None:
-    root = files.where
-    whole = joined(f"{root}/{place}" if place else root, WEIGHTS)
-    if re.search(r"(^|/)embedding(/|$)", place):
+def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
+    root = files.full_path
+    whole = joined(f"{root}/{folder}" if folder else root, WEIGHTS)
+    if re.search(r"(^|/)embedding(/|$)", folder):
         return None  # of the token embeddings, which no block has written to
-    number = _LAYER.search(place) or _LAYER.search(root)
+    number = _LAYER.search(folder) or _LAYER.search(root)
     if number is None:
         raise UserError(
             f"{whole}: its layer is not known: Gemma Scope's folders are layer_N/width_W/"
@@ -39,7 +39,7 @@ def _layer(files: Files, place: str, options: Options) -> Layer | None:
             f"{whole} belongs to {repository[0]}, whose dictionaries are not of the residual "
             "stream: residual graphs need gemma-scope-*-res."
         )
-    if repository is None and not options.named:
+    if repository is None and not hints.named:
         raise UserError(
             f"{whole} does not say whether it is of the residual stream (Gemma Scope stores MLP "
             f"and attention SAEs alike): if it is, name the format, gemma-scope:{files.title}, or "
@@ -49,8 +49,8 @@ def _layer(files: Files, place: str, options: Options) -> Layer | None:
     if repository is not None:
         tuned = "-it" if repository["tuned"] == "it" else ""
         name = f"google/gemma-2-{repository['model']}{tuned}"
-    weights, layer = joined(place, WEIGHTS), int(number[1])
-    title = place or files.title
+    weights, layer = joined(folder, WEIGHTS), int(number[1])
+    title = folder or files.title
     return Layer(
         layer, RESID_POST, title, (weights,), partial(_read, files, weights, layer, title), name
     )
@@ -61,9 +61,9 @@ LAYOUT = Layout("gemma-scope", (WEIGHTS,), _layer)
 
 def _read(files: Files, weights: str, layer: int, title: str) -> Dictionary:
     path = files.get(weights)
-    found = {name.replace("w_", "W_"): tensor for name, tensor in mapped(path).items()}
+    stored = {name.replace("w_", "W_"): tensor for name, tensor in mapped(path).items()}
     shapes = {"W_enc": "model dict", "W_dec": "dict model", "b_enc": "dict", "b_dec": "model"}
-    t = with_biases(taken(path, found, shapes | {"threshold": "dict"}))
+    t = with_biases(validate_tensors(path, stored, shapes | {"threshold": "dict"}))
     return Dictionary(
         layer + 1,
         t["W_enc"].T,

@@ -12,23 +12,18 @@ from functools import partial
 from typing import Any
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries.dictionary import (
-    ACAUSAL_REASON,
-    RESID_POST,
-    WCC,
-    Dictionary,
-    DictionarySet,
-)
+from circuit_tracer_qk.dictionaries.dictionary import ACAUSAL_REASON, RESID_POST, WCC, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files, joined
 from circuit_tracer_qk.dictionaries.layouts.layout import (
+    Hints,
     Layer,
     Layout,
-    Options,
     neuronpedia,
     scan_of,
     with_biases,
 )
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, validate_tensors
 
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
 PARAMS = "params_layer_*.safetensors"
@@ -38,39 +33,39 @@ _FOLDER = re.compile(r"resid_post(?:_all)?/layer_(\d+)_width")
 _SHAPES = {"b_enc": "dict", "b_dec": "model", "threshold": "dict", "w_enc": "model dict"}
 
 
-def _layer(files: Files, place: str, options: Options) -> Layer:
+def _layer(files: Files, folder: str, hints: Hints) -> Layer:
     """A residual SAE of Gemma Scope 2: JumpReLU, ``w_enc`` [d_model, d_sae]."""
-    config, where = _config(files, place)
-    layers = _layers(where, config)
+    config, source = _config(files, folder)
+    layers = _layers(source, config)
     if len(layers) != 1:
-        raise UserError(f"{where}: one SAE is of one layer, and it names layers {layers}.")
-    weights, title = joined(place, WEIGHTS), place or files.title
+        raise UserError(f"{source}: one SAE is of one layer, and it names layers {layers}.")
+    weights, title = joined(folder, WEIGHTS), folder or files.title
     read = partial(_read, files, weights, layers[0], title)
     return Layer(layers[0], RESID_POST, title, (weights,), read, _model(config))
 
 
-def _config(files: Files, place: str) -> tuple[dict[str, Any], str]:
+def _config(files: Files, folder: str) -> tuple[dict[str, Any], str]:
     """The configuration; where a folder of resid_post has none, what its name says."""
-    if joined(place, CONFIG) in files.names:
-        where = files.get(joined(place, CONFIG))
-        return read_json(where), str(where)
-    root = files.where
-    whole = joined(root, place)
-    told = _FOLDER.search(whole)
-    if told is None:
+    if joined(folder, CONFIG) in files.names:
+        source = files.get(joined(folder, CONFIG))
+        return read_json(source), str(source)
+    root = files.full_path
+    whole = joined(root, folder)
+    match = _FOLDER.search(whole)
+    if match is None:
         raise UserError(
             f"{whole} has no config.json, and is not called resid_post/layer_N_...: it does not say "
             "what it reads."
         )
     return {
         "architecture": "jump_relu",
-        "hf_hook_point_in": f"model.layers.{told[1]}.output",
+        "hf_hook_point_in": f"model.layers.{match[1]}.output",
     }, whole
 
 
 def _read(files: Files, weights: str, layer: int, title: str) -> Dictionary:
     path = files.get(weights)
-    t = with_biases(taken(path, mapped(path), _SHAPES | {"w_dec": "dict model"}))
+    t = with_biases(validate_tensors(path, mapped(path), _SHAPES | {"w_dec": "dict model"}))
     return Dictionary(
         layer + 1,
         t["w_enc"].T,
@@ -82,20 +77,20 @@ def _read(files: Files, weights: str, layer: int, title: str) -> Dictionary:
     )
 
 
-def _crosscoder(files: Files, place: str, options: Options) -> DictionarySet:
+def _crosscoder(files: Files, folder: str, hints: Hints) -> DictionarySet:
     """A weakly causal crosscoder.
 
     Raises:
         UserError: it decodes to earlier sites, or its files do not fit its configuration.
     """
-    where = files.get(joined(place, CONFIG))
-    config = read_json(where)
-    layers = _layers(str(where), config)
-    start = len(joined(place, ""))
+    source = files.get(joined(folder, CONFIG))
+    config = read_json(source)
+    layers = _layers(str(source), config)
+    start = len(joined(folder, ""))
     numbers = sorted(
         int(match[1])
         for name in files.names
-        if name.startswith(joined(place, "params_layer_"))
+        if name.startswith(joined(folder, "params_layer_"))
         and (match := _PARAMS.fullmatch(name[start:]))
     )
     if numbers not in (list(range(len(layers))), layers):
@@ -103,16 +98,16 @@ def _crosscoder(files: Files, place: str, options: Options) -> DictionarySet:
             f"{files.title} has params_layer files {numbers}, and its config names layers {layers}:"
             " one for each is needed."
         )
-    names = [joined(place, f"params_layer_{number}.safetensors") for number in numbers]
+    names = [joined(folder, f"params_layer_{number}.safetensors") for number in numbers]
     files.fetch(names)
-    found: dict[int, Dictionary] = {}
+    by_checkpoint: dict[int, Dictionary] = {}
     for at, (name, layer) in enumerate(zip(names, layers, strict=True)):
         path = files.get(name)
         shapes = _SHAPES | {"w_dec": "dict sites model"}
-        t = with_biases(taken(path, mapped(path), shapes, sizes={"sites": len(layers)}))
+        t = with_biases(validate_tensors(path, mapped(path), shapes, sizes={"sites": len(layers)}))
         if any(bool(piece.any()) for piece in t["w_dec"][:, :at].split(1024)):
             raise UserError(f"{path}: {ACAUSAL_REASON}")
-        found[layer + 1] = Dictionary(
+        by_checkpoint[layer + 1] = Dictionary(
             layer + 1,
             t["w_enc"].T,
             t["b_enc"],
@@ -122,42 +117,42 @@ def _crosscoder(files: Files, place: str, options: Options) -> DictionarySet:
             title=name,
         )
     entries = {layer + 1: layer for layer in layers}
-    title = joined(files.title, place)
+    title = joined(files.title, folder)
     return DictionarySet(
         kind=WCC,
         hook=RESID_POST,
-        scan=options.scan or (scan_of(files) if not place else title.rsplit("/", 1)[-1]),
-        model_name=options.model_name or _model(config),
-        by_checkpoint=found,
+        scan=hints.scan or (scan_of(files) if not folder else title.rsplit("/", 1)[-1]),
+        model_name=hints.model_name or _model(config),
+        by_checkpoint=by_checkpoint,
         folder=files.root,
         entries=entries,
-        neuronpedia=neuronpedia(options, entries),
+        neuronpedia=neuronpedia(hints, entries),
     )
 
 
 LAYOUT = Layout("gemma-scope-2", (WEIGHTS,), _layer, optional=(CONFIG,))
-CROSSCODER = Layout("gemma-scope-2-crosscoder", (CONFIG, PARAMS), whole=_crosscoder)
+CROSSCODER = Layout("gemma-scope-2-crosscoder", (CONFIG, PARAMS), read_set=_crosscoder)
 
 
-def _layers(where: str, config: dict[str, Any]) -> list[int]:
+def _layers(source: str, config: dict[str, Any]) -> list[int]:
     """The layers whose output a Gemma Scope 2 dictionary reads and writes."""
     if config.get("architecture") != "jump_relu":
         raise UserError(
-            f"{where}: architecture is {config.get('architecture')!r}, and what is read here is "
+            f"{source}: architecture is {config.get('architecture')!r}, and what is read here is "
             "jump_relu."
         )
     hook_in, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    found = _HF_OUTPUT.fullmatch(str(hook_in))
-    if found is None or hook_out not in (None, hook_in):
+    match = _HF_OUTPUT.fullmatch(str(hook_in))
+    if match is None or hook_out not in (None, hook_in):
         raise UserError(
-            f"{where}: it reads {hook_in} and writes {hook_out}, and residual graphs need "
+            f"{source}: it reads {hook_in} and writes {hook_out}, and residual graphs need "
             "dictionaries of model.layers.N.output (resid_post_all)."
         )
     if config.get("affine_connection"):
-        raise UserError(f"{where}: it has an affine connection: that is a transcoder, use -t.")
-    layers = [int(n) for n in found[1].strip("{}").split(",")]
+        raise UserError(f"{source}: it has an affine connection: that is a transcoder, use -t.")
+    layers = [int(n) for n in match[1].strip("{}").split(",")]
     if layers != sorted(set(layers)):
-        raise UserError(f"{where}: its layers {layers} do not ascend.")
+        raise UserError(f"{source}: its layers {layers} do not ascend.")
     return layers
 
 

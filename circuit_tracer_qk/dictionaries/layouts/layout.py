@@ -13,20 +13,15 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.catalogue import names_of
-from circuit_tracer_qk.dictionaries.dictionary import (
-    RESID_POST,
-    RESID_PRE,
-    SAE,
-    Dictionary,
-    DictionarySet,
-)
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, SAE, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files
 
 HOOK = re.compile(rf"blocks\.(\d+)\.({RESID_PRE}|{RESID_POST})")
 
 
 @dataclass(frozen=True)
-class Options:
+class Hints:
     """What the files do not say, from a ``config.yaml`` beside them or from the list of names.
 
     Attributes:
@@ -55,12 +50,12 @@ class Options:
         return given.get(layer) if isinstance(given, dict) else given
 
 
-def wanted(found: Iterable[int], options: Options) -> list[int]:
+def wanted(checkpoints: Iterable[int], hints: Hints) -> list[int]:
     """The checkpoints to read, in order: those asked for, or else the first of a set."""
-    every = sorted(found)
-    if options.checkpoints is None:
+    every = sorted(checkpoints)
+    if hints.checkpoints is None:
         return every
-    return [c for c in every if c in options.checkpoints] or every[:1]
+    return [c for c in every if c in hints.checkpoints] or every[:1]
 
 
 class Layer(NamedTuple):
@@ -84,7 +79,7 @@ class Layer(NamedTuple):
 
     @property
     def checkpoint(self) -> int:
-        return checkpoint(self.number, self.hook)
+        return checkpoint_of(self.number, self.hook)
 
 
 @dataclass(frozen=True)
@@ -94,25 +89,25 @@ class Layout:
     Attributes:
         name: what it is called in ``format:``.
         files: the files by which a dictionary's folder is recognised.
-        layer: reads the configuration of one SAE's folder; None where it is no residual SAE that a
-            set would hold (the embedding's, say).
-        whole: reads a folder that is a set by itself, in place of ``layer``.
+        read_layer: reads the configuration of one SAE's folder; None where it is no residual SAE
+            that a set would hold (the embedding's, say).
+        read_set: reads a folder that is a set by itself, in place of ``read_layer``.
         optional: files that a dictionary may have besides.
     """
 
     name: str
     files: tuple[str, ...]
-    layer: Callable[[Files, str, Options], Layer | None] | None = None
-    whole: Callable[[Files, str, Options], DictionarySet] | None = None
+    read_layer: Callable[[Files, str, Hints], Layer | None] | None = None
+    read_set: Callable[[Files, str, Hints], DictionarySet] | None = None
     optional: tuple[str, ...] = field(default=())
 
 
-def checkpoint(layer: int, hook: str) -> int:
+def checkpoint_of(layer: int, hook: str) -> int:
     """The checkpoint of a layer's hook."""
     return layer + (1 if hook == RESID_POST else 0)
 
 
-def assemble(files: Files, layers: Iterable[Layer], options: Options) -> DictionarySet:
+def assemble(files: Files, layers: Iterable[Layer], hints: Hints) -> DictionarySet:
     """One set of SAEs, one a checkpoint, in the files' own dtypes.
 
     Raises:
@@ -127,11 +122,11 @@ def assemble(files: Files, layers: Iterable[Layer], options: Options) -> Diction
                 f"({other.title} and {layer.title}): name those of one set, as a subfolder or with "
                 f"a pattern such as {files.title}/{_pattern(other)}.{names_of(files.repo)}"
             )
-    chosen = {c: by_checkpoint[c] for c in wanted(by_checkpoint, options)}
+    chosen = {c: by_checkpoint[c] for c in wanted(by_checkpoint, hints)}
     files.fetch(name for layer in chosen.values() for name in layer.files)
     read = tqdm(chosen.items(), "Loading dictionaries", leave=False, delay=2, disable=None)
-    found = {c: layer.read() for c, layer in read}
-    widths = {len(d.b_dec) for d in found.values()}
+    dictionaries = {c: layer.read() for c, layer in read}
+    widths = {len(d.b_dec) for d in dictionaries.values()}
     if len(widths) > 1:
         raise UserError(
             f"the SAEs of {files.title} are of different widths d_model ({sorted(widths)}): they do "
@@ -140,16 +135,16 @@ def assemble(files: Files, layers: Iterable[Layer], options: Options) -> Diction
     names = {layer.model_name for layer in chosen.values() if layer.model_name}
     hooks = {layer.hook for layer in chosen.values()}
     hook = RESID_PRE if RESID_PRE in hooks and 0 in chosen else RESID_POST
-    shift = checkpoint(0, hook)  # numbers of their own for layer 11's input and its output
+    shift = checkpoint_of(0, hook)  # numbers of their own for layer 11's input and its output
     return DictionarySet(
         kind=SAE,
         hook=hook,
-        scan=options.scan or scan_of(files),
-        model_name=options.model_name or (names.pop() if len(names) == 1 else None),
-        by_checkpoint=found,
+        scan=hints.scan or scan_of(files),
+        model_name=hints.model_name or (names.pop() if len(names) == 1 else None),
+        by_checkpoint=dictionaries,
         folder=files.root,
         entries={c: c - shift for c in chosen},
-        neuronpedia=neuronpedia(options, {c: layer.number for c, layer in chosen.items()}),
+        neuronpedia=neuronpedia(hints, {c: layer.number for c, layer in chosen.items()}),
     )
 
 
@@ -158,9 +153,9 @@ def scan_of(files: Files) -> str:
     return files.title if files.root is None else files.root.resolve().name
 
 
-def neuronpedia(options: Options, layers: dict[int, int]) -> dict[int, str]:
+def neuronpedia(hints: Hints, layers: dict[int, int]) -> dict[int, str]:
     """checkpoint -> Neuronpedia's id, from checkpoint -> layer."""
-    pattern = options.neuronpedia
+    pattern = hints.neuronpedia
     return (
         {}
         if pattern is None

@@ -19,82 +19,82 @@ from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, Dic
 from circuit_tracer_qk.dictionaries.files import Files, joined
 from circuit_tracer_qk.dictionaries.layouts.layout import (
     HOOK,
+    Hints,
     Layer,
     Layout,
-    Options,
-    checkpoint,
+    checkpoint_of,
     row_norms,
     with_biases,
 )
-from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json, validate_tensors
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 MODEL = "meta-llama/Llama-3.1-8B"
 
 
-def _layer(files: Files, place: str, options: Options) -> Layer:
-    where = files.get(joined(place, CONFIG))
-    config = read_json(where)
+def _layer(files: Files, folder: str, hints: Hints) -> Layer:
+    source = files.get(joined(folder, CONFIG))
+    config = read_json(source)
     hook_in, hook_out = config.get("hook_point_in"), config.get("hook_point_out")
     hook = HOOK.fullmatch(str(hook_in))
     if hook is None or hook_out not in (None, hook_in):
         raise UserError(
-            f"{where}: it reads {hook_in} and writes {hook_out}, and residual graphs need "
+            f"{source}: it reads {hook_in} and writes {hook_out}, and residual graphs need "
             f"dictionaries of blocks.N.{RESID_PRE} or blocks.N.{RESID_POST} (Llama Scope's LXR)."
         )
     if config.get("use_glu_encoder"):
-        raise UserError(f"{where}: use_glu_encoder, a gated linear encoder, is not read here.")
-    layer, weights, title = int(hook[1]), joined(place, WEIGHTS), place or files.title
-    how = _how(where, config)
-    read = partial(_read, files, weights, where, config, how, checkpoint(layer, hook[2]), title)
+        raise UserError(f"{source}: use_glu_encoder, a gated linear encoder, is not read here.")
+    layer, weights, title = int(hook[1]), joined(folder, WEIGHTS), folder or files.title
+    how = _how(source, config)
+    read = partial(_read, files, weights, source, config, how, checkpoint_of(layer, hook[2]), title)
     return Layer(
         layer,
         hook[2],
         title,
         (weights,),
         read,
-        MODEL if "Llama3_1-8B" in where.as_posix() else None,
+        MODEL if "Llama3_1-8B" in source.as_posix() else None,
     )
 
 
 LAYOUT = Layout("llama-scope", (CONFIG, WEIGHTS), _layer)
 
 
-def _how(where: Path, config: dict[str, Any]) -> tuple[float | None, int | None]:
+def _how(source: Path, config: dict[str, Any]) -> tuple[float | None, int | None]:
     """(threshold, k) of the activation function; both None for a plain ReLU."""
     name = str(config.get("act_fn", "relu")).lower()
     threshold, k = config.get("jump_relu_threshold"), config.get("top_k")
     if threshold is not None and type(threshold) not in (int, float):
-        raise UserError(f"{where}: jump_relu_threshold should be a number, found {threshold!r}.")
+        raise UserError(f"{source}: jump_relu_threshold should be a number, found {threshold!r}.")
     if name == "jumprelu" or (name == "topk" and (threshold or 0) > 0):
         if not isinstance(threshold, int | float):
             raise UserError(
-                f"{where}: a jumprelu SAE needs jump_relu_threshold, has {threshold!r}."
+                f"{source}: a jumprelu SAE needs jump_relu_threshold, has {threshold!r}."
             )
         return max(float(threshold), 0.0), None
     if name == "topk":
         if type(k) is not int:
-            raise UserError(f"{where}: a topk SAE needs top_k, a whole number, and has {k!r}.")
+            raise UserError(f"{source}: a topk SAE needs top_k, a whole number, and has {k!r}.")
         return None, k
     if name != "relu":
-        raise UserError(f"{where}: act_fn {name!r} is not read here: relu, topk and jumprelu are.")
+        raise UserError(f"{source}: act_fn {name!r} is not read here: relu, topk and jumprelu are.")
     return None, None
 
 
 def _read(
     files: Files,
     weights: str,
-    where: Path,
+    source: Path,
     config: dict[str, Any],
     how: tuple[float | None, int | None],
     at: int,
     title: str,
 ) -> Dictionary:
     path = files.get(weights)
-    biased = flag(where, config, "use_decoder_bias", True)
+    biased = flag(source, config, "use_decoder_bias", True)
     shapes = {"encoder.weight": "dict model", "decoder.weight": "model dict"}
     shapes |= {"encoder.bias": "dict"} | ({"decoder.bias": "model"} if biased else {})
-    t = with_biases(taken(path, mapped(path), shapes))
+    t = with_biases(validate_tensors(path, mapped(path), shapes))
     W_dec, units = t["decoder.weight"].T, Units()
     d_dict, d_model = W_dec.shape
     s_in, s_out, mode = 1.0, 1.0, config.get("norm_activation", "none")
@@ -104,7 +104,7 @@ def _read(
             isinstance(norms.get(side), int | float) and norms[side] > 0 for side in ("in", "out")
         ):
             raise UserError(
-                f"{where}: norm_activation dataset-wise needs dataset_average_activation_norm with "
+                f"{source}: norm_activation dataset-wise needs dataset_average_activation_norm with "
                 f"numbers `in` and `out`, found {norms!r}."
             )
         s_in, s_out = (d_model**0.5 / norms[side] for side in ("in", "out"))
@@ -112,16 +112,16 @@ def _read(
         units = Units("constant_norm_rescale")
     elif mode not in (None, "none", "inference"):
         raise UserError(
-            f"{where}: norm_activation {mode!r} depends on the whole batch: no position's "
+            f"{source}: norm_activation {mode!r} depends on the whole batch: no position's "
             "reconstruction is its own."
         )
     b_dec = t["decoder.bias"] if biased else torch.zeros(d_model)
     encoder_scale, decoder_scale = None, torch.full((d_dict,), s_in / s_out, dtype=torch.float64)
-    if flag(where, config, "sparsity_include_decoder_norm"):
+    if flag(source, config, "sparsity_include_decoder_norm"):
         norm = row_norms(W_dec) * (s_in / s_out)
         encoder_scale, decoder_scale = norm, decoder_scale / norm.clamp(min=1e-8)
     threshold, k = how
-    minus = flag(where, config, "apply_decoder_bias_to_pre_encoder")
+    minus = flag(source, config, "apply_decoder_bias_to_pre_encoder")
     return Dictionary(
         at,
         t["encoder.weight"],

@@ -9,22 +9,29 @@ their place); for every entry i of that list there are
   ``b_dec_{i}`` and, for JumpReLU, ``threshold_{i}``; ``W_dec_{i}.safetensors`` with ``W_dec_{i}``
   [d_dict, sites from i on, d_model].
 
-Files numbered 0..n-1 are taken in the list's order where they are not numbered by entry.
+Files numbered 0..n-1 are read in the list's order where they are not numbered by entry.
 ``activation: topk`` with ``k`` makes a set TopK.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    model_validator,
+)
 from torch import Tensor
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.validation import validate
 from circuit_tracer_qk.dictionaries.dictionary import (
     ACAUSAL_REASON,
     RESID_POST,
@@ -32,11 +39,11 @@ from circuit_tracer_qk.dictionaries.dictionary import (
     SAE,
     WCC,
     Dictionary,
-    DictionarySet,
 )
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files, joined
-from circuit_tracer_qk.dictionaries.layouts.layout import Layout, Options, scan_of, wanted
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_yaml, taken
+from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layout, scan_of, wanted
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_yaml, validate_tensors
 
 CONFIG = "config.yaml"
 _TRANSCODER_KINDS = ("transcoder_set", "cross_layer_transcoder")
@@ -44,46 +51,113 @@ _ACAUSAL_KINDS = ("crosscoder", "acausal_crosscoder")
 _BESIDE = ("labels.json", "features.zip")
 
 
-@dataclass(frozen=True)
-class _Config:
-    """What ``config.yaml`` says, checked."""
-
-    path: str
-    kind: str
-    hook: str
-    entries: tuple[int, ...]  # as listed: layers, or checkpoints
-    shift: int  # checkpoint of an entry minus the entry
-    activation: str | None
-    k: int | None
-    scan: str | None
-    model_name: str | None
+def _known_kind(kind: object) -> object:
+    if kind in _TRANSCODER_KINDS:
+        raise ValueError(
+            f"model_kind {kind} is no residual dictionary; give transcoders with "
+            "-t/--transcoder_set instead"
+        )
+    if kind in _ACAUSAL_KINDS:
+        raise ValueError(f"model_kind {kind}: {ACAUSAL_REASON}")
+    return kind
 
 
-def _load(files: Files, place: str, options: Options) -> DictionarySet:
+_Kind = Annotated[
+    Literal["residual_sae_set", "weakly_causal_crosscoder"], BeforeValidator(_known_kind)
+]
+_Entries = Annotated[
+    list[NonNegativeInt] | None,
+    Field(min_length=1, description="a list of integers, counted from 0"),
+]
+
+
+class _Config(BaseModel):
+    """What ``config.yaml`` says; the keys that are not here change nothing."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    model_kind: _Kind = Field(description=f"{SAE} or {WCC}")
+    layers: _Entries = None
+    checkpoints: _Entries = None
+    feature_input_hook: Literal["hook_resid_pre", "hook_resid_post"] | None = Field(
+        None, description=f"{RESID_PRE} or {RESID_POST}"
+    )
+    feature_output_hook: Any = None
+    activation: Literal["relu", "jumprelu", "topk"] | None = Field(
+        None, description="relu, jumprelu or topk"
+    )
+    k: Any = None
+    scan: str | None = Field(None, description="a name")
+    model_name: str | None = Field(None, description="a name")
+
+    @property
+    def entries(self) -> list[int]:
+        """As listed: layers, or checkpoints."""
+        return self.layers or self.checkpoints or []
+
+    @property
+    def shift(self) -> int:
+        """The checkpoint of an entry minus the entry."""
+        return 1 if self.layers and self.feature_input_hook == RESID_POST else 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> _Config:
+        entries, key = self.entries, "checkpoints" if self.checkpoints else "layers"
+        if self.layers and self.checkpoints:
+            raise ValueError("it has both layers and checkpoints; keep one of them")
+        if not entries:
+            raise ValueError("layers should be a list of integers, found nothing")
+        for entry in entries:
+            if entries.count(entry) > 1:
+                raise ValueError(f"{key} holds {entry} twice; list each once")
+        if self.model_kind == WCC and entries != sorted(entries):
+            raise ValueError(f"{key} should ascend, found {entries}; the decoders' sites follow it")
+        if self.checkpoints and self.feature_input_hook is None:
+            self.feature_input_hook = RESID_PRE if 0 in entries else RESID_POST
+        hook, output = self.feature_input_hook, self.feature_output_hook
+        if hook is None:
+            raise ValueError(
+                f"feature_input_hook should be {RESID_PRE} or {RESID_POST}, found nothing"
+            )
+        if output not in (None, hook):
+            raise ValueError(
+                f"feature_output_hook {output!r} differs from feature_input_hook {hook!r}; "
+                "residual dictionaries write where they read"
+            )
+        if self.activation != "topk":
+            self.k = None
+        elif type(self.k) is not int or self.k < 1:
+            raise ValueError(f"activation topk needs k, an integer of at least 1, found {self.k!r}")
+        return self
+
+
+def _load(files: Files, folder: str, hints: Hints) -> DictionarySet:
     """Read a set, its tensors mapped into memory.
 
     Raises:
         UserError: the dictionaries cannot be had or are not what their config says.
     """
-    config = _read_config(files, place)  # refuse other kinds before their weights are fetched
-    numbers = _file_numbers(files, place, config)
-    if config.kind == SAE:  # a crosscoder is needed whole
-        kept = wanted((entry + config.shift for entry in numbers), options)
+    config = _read_config(files, folder)  # refuse other kinds before their weights are fetched
+    numbers = _file_numbers(files, folder, config)
+    if config.model_kind == SAE:  # a crosscoder is needed whole
+        kept = wanted((entry + config.shift for entry in numbers), hints)
         numbers = {c - config.shift: numbers[c - config.shift] for c in kept}
-    stored = {entry: _layout(config.kind, number) for entry, number in numbers.items()}
-    beside = [name for name in _BESIDE if joined(place, name) in files.names]
+    stored = {entry: _layout(config.model_kind, number) for entry, number in numbers.items()}
+    beside = [name for name in _BESIDE if joined(folder, name) in files.names]
     every = [name for parts in stored.values() for name, _ in parts]
-    files.fetch(joined(place, name) for name in (*every, *beside))
-    config_path = files.get(joined(place, CONFIG))
+    files.fetch(joined(folder, name) for name in (*every, *beside))
+    config_path = files.get(joined(folder, CONFIG))
 
     by_checkpoint: dict[int, Dictionary] = {}
     d_model: int | None = None
     bar = tqdm(sorted(stored.items()), "Loading dictionaries", leave=False, delay=2, disable=None)
     for entry, parts in bar:
         at = entry + config.shift
-        t = _read_tensors(files, place, config, entry, parts, d_model)
+        t = _read_tensors(files, folder, config, entry, parts, d_model)
         d_model = len(t["b_dec"])
-        sites = [c + config.shift for c in config.entries if config.kind == WCC and c >= entry]
+        sites = [
+            c + config.shift for c in config.entries if config.model_kind == WCC and c >= entry
+        ]
         by_checkpoint[at] = Dictionary(
             checkpoint=at,
             W_enc=t["W_enc"],
@@ -91,7 +165,7 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
             b_dec=t["b_dec"],
             decoders=(
                 {c: t["W_dec"][:, s] for s, c in enumerate(sites)}
-                if config.kind == WCC
+                if config.model_kind == WCC
                 else {at: t["W_dec"]}
             ),
             threshold=t.get("threshold"),
@@ -99,107 +173,32 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
             title=f"entry {entry} of {files.title}",
         )
     return DictionarySet(
-        kind=config.kind,
-        hook=config.hook,
-        scan=options.scan or config.scan or scan_of(files),
-        model_name=options.model_name or config.model_name,
+        kind=config.model_kind,
+        hook=config.feature_input_hook or RESID_POST,
+        scan=hints.scan or config.scan or scan_of(files),
+        model_name=hints.model_name or config.model_name,
         by_checkpoint=by_checkpoint,
         folder=config_path.parent,
         entries={entry + config.shift: number for entry, number in numbers.items()},
     )
 
 
-LAYOUT = Layout("native", (CONFIG,), whole=_load)
+LAYOUT = Layout("native", (CONFIG,), read_set=_load)
 
 
-def _read_config(files: Files, place: str) -> _Config:
+def _read_config(files: Files, folder: str) -> _Config:
     """Read and check ``config.yaml``, except for what the weights have to say about it."""
-    path = files.get(joined(place, CONFIG))
+    path = files.get(joined(folder, CONFIG))
     config = read_yaml(path, f"model_kind: {SAE}")
-    kind = config.get("model_kind")
-    if kind in _TRANSCODER_KINDS:
-        raise UserError(
-            f"{path}: model_kind {kind} is no residual dictionary; give transcoders with "
-            "-t/--transcoder_set instead"
-        )
-    if kind in _ACAUSAL_KINDS:
-        raise UserError(f"{path}: model_kind {kind}: {ACAUSAL_REASON}")
-    if kind not in (SAE, WCC):
-        raise UserError(f"{path}: unknown model_kind {kind!r}; known are {SAE} and {WCC}")
-
-    key = "checkpoints" if "checkpoints" in config else "layers"
-    if "checkpoints" in config and "layers" in config:
-        raise UserError(f"{path} has both layers and checkpoints; keep one of them")
-    entries = _read_entries(path, key, config.get(key))
-    hook = _read_hook(path, key, entries, config)
-    activation, k = _read_activation(path, config)
-    for name in ("scan", "model_name"):
-        if not isinstance(config.get(name), str | None):
-            raise UserError(f"{path}: {name} should be a name, found {config[name]!r}")
-    if kind == WCC and list(entries) != sorted(entries):
-        raise UserError(
-            f"{path}: {key} should ascend, found {list(entries)}; the decoders' sites follow it"
-        )
-    return _Config(
-        path=str(path),
-        kind=kind,
-        hook=hook,
-        entries=entries,
-        shift=1 if key == "layers" and hook == RESID_POST else 0,
-        activation=activation,
-        k=k,
-        scan=config.get("scan"),
-        model_name=config.get("model_name"),
-    )
+    if "activation_function" in config:  # an older name
+        config = {"activation": config["activation_function"]} | config
+    return validate(_Config, config, f"{path}: ")
 
 
-def _read_entries(path: object, key: str, entries: Any) -> tuple[int, ...]:
-    if not isinstance(entries, list) or not entries or any(type(i) is not int for i in entries):
-        found = "nothing" if entries is None else repr(entries)
-        raise UserError(f"{path}: {key} should be a list of integers, found {found}")
-    if min(entries) < 0:
-        raise UserError(f"{path}: {key} holds {min(entries)}; {key} are counted from 0")
-    repeated = [i for i in entries if entries.count(i) > 1]
-    if repeated:
-        raise UserError(f"{path}: {key} holds {repeated[0]} twice; list each once")
-    return tuple(entries)
-
-
-def _read_hook(path: object, key: str, entries: tuple[int, ...], config: Mapping[str, Any]) -> str:
-    hook = config.get("feature_input_hook")
-    if hook is None and key == "checkpoints":
-        hook = RESID_PRE if 0 in entries else RESID_POST
-    if hook not in (RESID_PRE, RESID_POST):
-        raise UserError(
-            f"{path}: feature_input_hook should be {RESID_PRE} or {RESID_POST}, found {hook!r}"
-        )
-    output = config.get("feature_output_hook", hook)
-    if output != hook:
-        raise UserError(
-            f"{path}: feature_output_hook {output!r} differs from feature_input_hook {hook!r}; "
-            "residual dictionaries write where they read"
-        )
-    return hook
-
-
-def _read_activation(path: object, config: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    activation = config.get("activation", config.get("activation_function"))
-    if activation not in (None, "relu", "jumprelu", "topk"):
-        raise UserError(
-            f"{path}: unknown activation {activation!r}; known are relu, jumprelu and topk"
-        )
-    if activation != "topk":
-        return activation, None
-    k = config.get("k")
-    if type(k) is not int or k < 1:
-        raise UserError(f"{path}: activation topk needs k, an integer of at least 1, found {k!r}")
-    return activation, k
-
-
-def _file_numbers(files: Files, place: str, config: _Config) -> dict[int, int]:
+def _file_numbers(files: Files, folder: str, config: _Config) -> dict[int, int]:
     """The number in the file names of each entry."""
-    stem = "layer" if config.kind == SAE else "W_enc"
-    pattern = re.compile(re.escape(joined(place, stem)) + r"_(0|[1-9][0-9]*)\.safetensors")
+    stem = "layer" if config.model_kind == SAE else "W_enc"
+    pattern = re.compile(re.escape(joined(folder, stem)) + r"_(0|[1-9][0-9]*)\.safetensors")
     matches = (pattern.fullmatch(name) for name in files.names)
     present = {int(match[1]) for match in matches if match}
     missing = sorted(set(config.entries) - present)
@@ -208,8 +207,8 @@ def _file_numbers(files: Files, place: str, config: _Config) -> dict[int, int]:
     if present == set(range(len(config.entries))):
         return {entry: number for number, entry in enumerate(config.entries)}
     raise UserError(
-        f"{joined(files.title, joined(place, f'{stem}_{missing[0]}.safetensors'))} is missing: "
-        f"config.yaml lists {list(config.entries)} and the folder has {sorted(present)}; add the "
+        f"{joined(files.title, joined(folder, f'{stem}_{missing[0]}.safetensors'))} is missing: "
+        f"config.yaml lists {config.entries} and the folder has {sorted(present)}; add the "
         "file or correct the list"
     )
 
@@ -229,7 +228,7 @@ def _layout(kind: str, number: int) -> list[tuple[str, dict[str, str]]]:
 
 def _read_tensors(
     files: Files,
-    place: str,
+    folder: str,
     config: _Config,
     entry: int,
     parts: list[tuple[str, dict[str, str]]],
@@ -240,13 +239,13 @@ def _read_tensors(
     Raises:
         UserError: naming the file and the tensor that is wrong.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     titles: dict[str, str] = {}
     for name, names in parts:
-        path = files.get(joined(place, name))
-        found |= _read_file(path, names, config.activation)
+        path = files.get(joined(folder, name))
+        tensors |= _read_file(path, names, config.activation)
         titles |= {ours: f"the tensor {stored} of {path}" for ours, stored in names.items()}
-    n_sites = sum(i >= entry for i in config.entries) if config.kind == WCC else None
+    n_sites = sum(i >= entry for i in config.entries) if config.model_kind == WCC else None
     spec = {
         "W_enc": "dict model",
         "W_dec": "dict model" if n_sites is None else "dict sites model",
@@ -254,48 +253,41 @@ def _read_tensors(
         "b_dec": "model",
         "threshold": "dict",
     }
-    if "threshold" in found and found["threshold"].numel() == 1:
-        found["threshold"] = found["threshold"].reshape(1).repeat(len(found["b_enc"]))
+    if "threshold" in tensors and tensors["threshold"].numel() == 1:
+        tensors["threshold"] = tensors["threshold"].reshape(1).repeat(len(tensors["b_enc"]))
     every = len(config.entries)
-    decoders = found["W_dec"]
+    decoders = tensors["W_dec"]
     if n_sites not in (None, every) and decoders.ndim == 3 and decoders.shape[1] == every:
         raise UserError(
             f"{titles['W_dec']} has {every} sites where {n_sites} are left, decoders at every site:"
             f" {ACAUSAL_REASON}"
         )
-    tensors = taken(
+    return validate_tensors(
         titles,
-        found,
-        {name: spec[name] for name in found},
+        tensors,
+        {name: spec[name] for name in tensors},
         sizes=({} if d_model is None else {"model": d_model})
         | ({} if n_sites is None else {"sites": n_sites}),
     )
-    d_dict = len(tensors["b_enc"])
-    if config.k is not None and config.k > d_dict:
-        raise UserError(
-            f"{config.path}: k should be at most {d_dict}, the number of features at {entry}, and "
-            f"is {config.k}"
-        )
-    return tensors
 
 
 def _read_file(path: Path, names: dict[str, str], activation: str | None) -> dict[str, Tensor]:
     """The tensors of one file, of which only the threshold may be absent."""
     if not path.is_file():
         raise UserError(f"{path} is missing; add the file or correct config.yaml")
-    found = mapped(path)
+    tensors = mapped(path)
     for name, stored in names.items():
-        if stored not in found and (name != "threshold" or activation == "jumprelu"):
-            has = ", ".join(sorted(found)) or "no tensors"
+        if stored not in tensors and (name != "threshold" or activation == "jumprelu"):
+            has = ", ".join(sorted(tensors)) or "no tensors"
             raise UserError(f"{path} lacks the tensor {stored}; it has {has}")
-    unknown = sorted(set(found) - set(names.values()))
+    unknown = sorted(set(tensors) - set(names.values()))
     if unknown:
         raise UserError(
             f"{path} has the unknown tensor {unknown[0]}; expected are {', '.join(names.values())}"
         )
-    if activation in ("relu", "topk") and names.get("threshold") in found:
+    if activation in ("relu", "topk") and names.get("threshold") in tensors:
         raise UserError(
             f"{path} has the tensor {names['threshold']}, but config.yaml says activation "
             f"{activation}; remove one of them"
         )
-    return {name: found[stored] for name, stored in names.items() if stored in found}
+    return {name: tensors[stored] for name, stored in names.items() if stored in tensors}

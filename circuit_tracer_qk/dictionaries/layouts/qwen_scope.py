@@ -8,41 +8,42 @@ from __future__ import annotations
 import re
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary, DictionarySet
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files, joined
 from circuit_tracer_qk.dictionaries.layouts.layout import (
+    Hints,
     Layer,
     Layout,
-    Options,
     assemble,
     with_biases,
 )
-from circuit_tracer_qk.dictionaries.tensors import mapped, taken
+from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
 
 FILES = "layer*.sae.pt"
 _FILE = re.compile(r"layer(\d+)\.sae\.pt")
 _NAME = re.compile(r"SAE-Res-(?P<model>.+)-W\d+K-L0_(?P<k>\d+)")
 
 
-def _load(files: Files, place: str, options: Options) -> DictionarySet:
-    root = files.where
-    told = _NAME.search(joined(root, place))
-    if told is None:
+def _load(files: Files, folder: str, hints: Hints) -> DictionarySet:
+    root = files.full_path
+    repository = _NAME.search(joined(root, folder))
+    if repository is None:
         raise UserError(
             f"{files.title}: the k of Qwen Scope's TopK is in the name of its repository, "
             "SAE-Res-MODEL-W32K-L0_50: keep that name for the folder."
         )
-    k, start = int(told["k"]), len(joined(place, ""))
+    k, start = int(repository["k"]), len(joined(folder, ""))
     names = {
         int(match[1]): name
         for name in files.names
-        if name.startswith(joined(place, "layer")) and (match := _FILE.fullmatch(name[start:]))
+        if name.startswith(joined(folder, "layer")) and (match := _FILE.fullmatch(name[start:]))
     }
 
     def read(layer: int) -> Dictionary:
         path = files.get(names[layer])
         shapes = {"W_enc": "dict model", "W_dec": "model dict", "b_enc": "dict", "b_dec": "model"}
-        t = with_biases(taken(path, mapped(path), shapes))
+        t = with_biases(validate_tensors(path, mapped(path), shapes))
         return Dictionary(
             layer + 1,
             t["W_enc"],
@@ -54,10 +55,10 @@ def _load(files: Files, place: str, options: Options) -> DictionarySet:
         )
 
     layers = [
-        Layer(n, RESID_POST, name, (name,), lambda n=n: read(n), f"Qwen/{told['model']}")
+        Layer(n, RESID_POST, name, (name,), lambda n=n: read(n), f"Qwen/{repository['model']}")
         for n, name in names.items()
     ]
-    return assemble(files, layers, options)
+    return assemble(files, layers, hints)
 
 
-LAYOUT = Layout("qwen-scope", (FILES,), whole=_load)
+LAYOUT = Layout("qwen-scope", (FILES,), read_set=_load)

@@ -18,14 +18,14 @@ from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, Dic
 from circuit_tracer_qk.dictionaries.files import Files, joined
 from circuit_tracer_qk.dictionaries.layouts.layout import (
     HOOK,
+    Hints,
     Layer,
     Layout,
-    Options,
-    checkpoint,
+    checkpoint_of,
     row_norms,
     with_biases,
 )
-from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json, validate_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
@@ -36,32 +36,32 @@ _BIASES = {
 }
 
 
-def _layer(files: Files, place: str, options: Options) -> Layer:
+def _layer(files: Files, folder: str, hints: Hints) -> Layer:
     """One SAE, refused where its configuration asks for what cannot be done exactly."""
-    where = files.get(joined(place, CONFIG))
-    cfg = read_json(where)
+    source = files.get(joined(folder, CONFIG))
+    cfg = read_json(source)
     metadata = cfg.get("metadata")
     about: dict[str, Any] = metadata if isinstance(metadata, dict) else cfg  # before SAELens 6
     hook_name = about.get("hook_name", about.get("hook_point"))
     hook = HOOK.fullmatch(str(hook_name))
     if hook is None:
         raise UserError(
-            f"{where}: hook_name is {hook_name!r}, and residual graphs need "
+            f"{source}: hook_name is {hook_name!r}, and residual graphs need "
             f"dictionaries of blocks.N.{RESID_PRE} or blocks.N.{RESID_POST}."
         )
     layer = int(hook[1])
     if cfg.get("reshape_activations", "none") not in (None, "none"):
-        raise UserError(f"{where}: reshape_activations is for head outputs, not the residual.")
-    units = _units(where, cfg, about, options, layer)
-    weights = joined(place, WEIGHTS)
-    title = place or files.title
-    at = checkpoint(layer, hook[2])
-    architecture, k = _architecture(where, cfg)
+        raise UserError(f"{source}: reshape_activations is for head outputs, not the residual.")
+    units = _units(source, cfg, about, hints, layer)
+    weights = joined(folder, WEIGHTS)
+    title = folder or files.title
+    at = checkpoint_of(layer, hook[2])
+    architecture, k = _architecture(source, cfg)
     if architecture not in _ARCHITECTURES:
-        read = partial(_through_sae_lens, files, place, architecture, at, units, title)
+        read = partial(_through_sae_lens, files, folder, architecture, at, units, title)
     else:
-        minus = flag(where, cfg, "apply_b_dec_to_input", True)
-        rescaled = flag(where, cfg, "rescale_acts_by_decoder_norm") and architecture == "topk"
+        minus = flag(source, cfg, "apply_b_dec_to_input", True)
+        rescaled = flag(source, cfg, "rescale_acts_by_decoder_norm") and architecture == "topk"
         read = partial(
             _read, files, weights, at, architecture, k, minus, rescaled, units, title=title
         )
@@ -72,7 +72,7 @@ def _layer(files: Files, place: str, options: Options) -> Layer:
 LAYOUT = Layout("sae-lens", (CONFIG, WEIGHTS), _layer)
 
 
-def _architecture(where: Path, cfg: dict[str, Any]) -> tuple[str, int | None]:
+def _architecture(source: Path, cfg: dict[str, Any]) -> tuple[str, int | None]:
     activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
     architecture, k = cfg.get("architecture", "standard"), cfg.get("k")
     more = cfg.get("activation_fn_kwargs")
@@ -80,18 +80,18 @@ def _architecture(where: Path, cfg: dict[str, Any]) -> tuple[str, int | None]:
         architecture, k = "topk", more["k"]  # before SAELens 6
     if activation not in ("relu", "topk"):
         raise UserError(
-            f"{where}: the activation {activation!r} is not read exactly: relu and topk are."
+            f"{source}: the activation {activation!r} is not read exactly: relu and topk are."
         )
     if architecture == "topk" and type(k) is not int:
-        raise UserError(f"{where}: a topk SAE needs k, a whole number, and has {k!r}.")
+        raise UserError(f"{source}: a topk SAE needs k, a whole number, and has {k!r}.")
     return str(architecture), k if architecture == "topk" else None
 
 
 def _units(
-    where: Path, cfg: dict[str, Any], about: dict[str, Any], options: Options, layer: int
+    source: Path, cfg: dict[str, Any], about: dict[str, Any], hints: Hints, layer: int
 ) -> Units:
     """What the SAE was trained to see."""
-    centred = options.centred
+    centred = hints.centred
     asked = about.get("model_from_pretrained_kwargs")
     if centred is None and isinstance(asked, dict) and "center_writing_weights" in asked:
         centred = bool(asked["center_writing_weights"])
@@ -100,7 +100,7 @@ def _units(
         mode = "expected_average_only_in" if mode else "none"
     if centred is None and mode != "layer_norm" and _may_be_centred(cfg, about):
         raise UserError(
-            f"{where} does not say whether this SAE was trained on GPT-2 with centred writing "
+            f"{source} does not say whether this SAE was trained on GPT-2 with centred writing "
             "weights, as SAELens once did (gpt2-small-res-jb is), and the two differ: say `centred:"
             " true` or `false`, beside `format: sae-lens`, in a config.yaml in its folder."
         )
@@ -109,11 +109,11 @@ def _units(
         return Units(centred=centred)
     if mode in ("layer_norm", "constant_norm_rescale"):
         return Units(mode, centred=centred)
-    factor = options.factor(layer)
+    factor = hints.factor(layer)
     if mode == "expected_average_only_in" and factor is not None:
         return Units(factor=factor, centred=centred)
     raise UserError(
-        f"{where}: normalize_activations is {mode!r}, whose statistics are not in its files: "
+        f"{source}: normalize_activations is {mode!r}, whose statistics are not in its files: "
         + (
             "say `norm_scaling_factor: NUMBER`, beside `format: sae-lens`, in a config.yaml in its "
             "folder, or fold it in with SAELens (fold_activation_norm_scaling_factor)."
@@ -142,14 +142,16 @@ def _read(
     title: str,
 ) -> Dictionary:
     path = files.get(name)
-    found = mapped(path)
+    stored = mapped(path)
     for scaling in ("scaling_factor", "finetuning_scaling_factor"):
-        if scaling in found and not bool((found[scaling] == 1).all()):
+        if scaling in stored and not bool((stored[scaling] == 1).all()):
             raise UserError(
                 f"{path} has the tensor {scaling}, a finetuned output scale that is not read here: "
                 "fold it into W_dec."
             )
-    t = with_biases(taken(path, found, _SHAPES | _BIASES.get(architecture, {"b_enc": "dict"})))
+    t = with_biases(
+        validate_tensors(path, stored, _SHAPES | _BIASES.get(architecture, {"b_enc": "dict"}))
+    )
     return from_tensors(
         at,
         architecture,
@@ -218,7 +220,7 @@ def from_tensors(
 
 
 def _through_sae_lens(
-    files: Files, place: str, architecture: str, at: int, units: Units, title: str
+    files: Files, folder: str, architecture: str, at: int, units: Units, title: str
 ) -> Dictionary:
     """Any other architecture, by SAELens' own code; its decoder has to be linear.
 
@@ -234,13 +236,13 @@ def _through_sae_lens(
             "install 'circuit-tracer-qk[sae-lens]'`. (standard, jumprelu, topk and gated need no "
             "SAELens, which saves batchtopk and matryoshka SAEs as jumprelu.)"
         ) from error
-    folder = files.get(joined(place, CONFIG)).parent
+    local = files.get(joined(folder, CONFIG)).parent
     try:
-        sae: Any = SAE.load_from_disk(str(folder), device="cpu", dtype="float32")
+        sae: Any = SAE.load_from_disk(str(local), device="cpu", dtype="float32")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{title}: SAELens cannot read the architecture {architecture!r} of {folder}: {reason}."
+            f"{title}: SAELens cannot read the architecture {architecture!r} of {local}: {reason}."
         ) from error
     sae.run_time_activation_norm_fn_in = lambda x: x  # which Units do
     sae.run_time_activation_norm_fn_out = lambda x: x
@@ -263,7 +265,7 @@ def _through_sae_lens(
         b_dec / units.factor,
         {at: W_dec / units.factor},
         units=units,
-        own=encode,
+        encoder=encode,
         title=title,
     )
 

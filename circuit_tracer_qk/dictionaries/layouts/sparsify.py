@@ -15,52 +15,52 @@ import torch
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
 from circuit_tracer_qk.dictionaries.files import Files, joined
-from circuit_tracer_qk.dictionaries.layouts.layout import Layer, Layout, Options, with_biases
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, taken
+from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layer, Layout, with_biases
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, validate_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _RESIDUAL = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")
 
 
-def _layer(files: Files, place: str, options: Options) -> Layer | None:
-    module = (place or files.where).rsplit("/", 1)[-1]
-    found = _RESIDUAL.fullmatch(module)
-    if found is None:
-        if place:
+def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
+    module = (folder or files.full_path).rsplit("/", 1)[-1]
+    match = _RESIDUAL.fullmatch(module)
+    if match is None:
+        if folder:
             return None  # another module's, or the embedding's, beside those of the residual
         raise UserError(
             f"{files.title} is of the module {module!r}, and residual graphs need the output of a "
             "block: sparsify calls it layers.N (or h.N)."
         )
-    where = files.get(joined(place, CONFIG))
-    config = read_json(where)
+    source = files.get(joined(folder, CONFIG))
+    config = read_json(source)
     for name, reason in (
         ("transcode", "it is a transcoder, use -t"),
         ("signed", "its latents may be negative, which is not read here"),
         ("skip_connection", "it has a skip connection, which no feature carries"),
     ):
         if config.get(name):
-            raise UserError(f"{where}: {name} is set: {reason}.")
+            raise UserError(f"{source}: {name} is set: {reason}.")
     if config.get("activation", "topk") != "topk":
-        raise UserError(f"{where}: activation {config['activation']!r} is not read here: topk is.")
+        raise UserError(f"{source}: activation {config['activation']!r} is not read here: topk is.")
     k = config.get("k")
     if type(k) is not int or k < 1:
-        raise UserError(f"{where}: k should be a whole number, found {k!r}.")
-    layer, weights, title = int(found[1]), joined(place, WEIGHTS), place or files.title
-    read = partial(_read, files, weights, where, layer, k, title)
+        raise UserError(f"{source}: k should be a whole number, found {k!r}.")
+    layer, weights, title = int(match[1]), joined(folder, WEIGHTS), folder or files.title
+    read = partial(_read, files, weights, source, layer, k, title)
     return Layer(layer, RESID_POST, title, (weights,), read)
 
 
 LAYOUT = Layout("sparsify", (CONFIG, WEIGHTS), _layer)
 
 
-def _read(files: Files, weights: str, where: Path, layer: int, k: int, title: str) -> Dictionary:
+def _read(files: Files, weights: str, source: Path, layer: int, k: int, title: str) -> Dictionary:
     path = files.get(weights)
     shapes = {"encoder.weight": "dict model", "W_dec": "dict model", "b_dec": "model"}
-    t = with_biases(taken(path, mapped(path), shapes, {"encoder.bias": "dict"}))
+    t = with_biases(validate_tensors(path, mapped(path), shapes, {"encoder.bias": "dict"}))
     W_enc = t["encoder.weight"]
     if k > len(W_enc):
-        raise UserError(f"{where}: k is {k}, and {path} has {len(W_enc)} latents.")
+        raise UserError(f"{source}: k is {k}, and {path} has {len(W_enc)} latents.")
     return Dictionary(
         layer + 1,
         W_enc,

@@ -15,14 +15,16 @@ import secrets
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from circuit_tracer_qk.base.files import check_folder, remove_temporaries, write_atomically
 from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.base.package import __version__
-from circuit_tracer_qk.cli.prompts.file import Request
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.cli.prompts.lines import Request
 
 FOLDER = ".prompts"
 KINDS = frozenset(".safetensors .json .yaml .yml .npz .pt .pth .bin .model .txt .zip".split())

@@ -1,17 +1,21 @@
-"""A file of prompts, one JSON object a line, and what is wrong with its lines."""
+"""A file of prompts, one JSON object a line, and what is wrong with its lines.
+
+Importing this module loads pydantic.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names
+from circuit_tracer_qk.base.validation import validate
 
 
 @dataclass(frozen=True)
@@ -38,28 +42,24 @@ class BadLine(NamedTuple):
     problem: str
 
 
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= least
+class Line(BaseModel):
+    """What a line may say: the prompt, the name of its files, and flags for itself alone."""
 
+    model_config = ConfigDict(strict=True, extra="forbid")
 
-def _share(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 1
-
-
-OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_n_logits": (_whole(1), "a whole number from 1"),
-    "desired_logit_prob": (_share, "a number from 0 to 1"),
-    "max_feature_nodes": (_whole(0), "a whole number from 0"),
-    "node_threshold": (_share, "a number from 0 to 1"),
-    "edge_threshold": (_share, "a number from 0 to 1"),
-}
-"""Flags that a line may set for itself: what they may be, and in words."""
+    prompt: str = Field(min_length=1, description="a text of valid Unicode that is not empty")
+    slug: str = Field("", description="a name")
+    max_n_logits: int = Field(1, ge=1, description="a whole number from 1")
+    desired_logit_prob: float = Field(0, ge=0, le=1, description="a number from 0 to 1")
+    max_feature_nodes: int = Field(0, ge=0, description="a whole number from 0")
+    node_threshold: float = Field(0, ge=0, le=1, description="a number from 0 to 1")
+    edge_threshold: float = Field(0, ge=0, le=1, description="a number from 0 to 1")
 
 
 def read_prompts(path: Path, prefix: str | None = None) -> tuple[list[Request], list[BadLine]]:
     """What a file asks for.
 
-    A line is ``{"prompt": "..."}``, with ``"slug"`` and any of ``OPTIONS`` beside it, or the prompt
+    A line is ``{"prompt": "..."}``, with the other keys of :class:`Line` beside it, or the prompt
     alone as a JSON string. Without a slug it is called after the file and the line's number, so
     that a line keeps its name when others are mended. Empty lines are left out.
 
@@ -110,32 +110,16 @@ def _request(number: int, line: bytes, prefix: str) -> Request:
         UserError: what is wrong with it.
     """
     try:
-        said = json.loads(line.decode())
+        content = json.loads(line.decode())
     except UnicodeDecodeError:
         raise UserError("it is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"it is not JSON ({error})") from None
-    if isinstance(said, str):
-        said = {"prompt": said}
-    if not isinstance(said, dict):
+    if isinstance(content, str):
+        content = {"prompt": content}
+    if not isinstance(content, dict):
         raise UserError('it is neither {"prompt": "..."} nor a string')
-    unknown = sorted(said.keys() - OPTIONS.keys() - {"prompt", "slug"})
-    if unknown:
-        raise UserError(
-            f"{unknown[0]!r} is unknown here: a line has prompt, slug, {', '.join(OPTIONS)}"
-        )
-    prompt = said.get("prompt")
-    if not isinstance(prompt, str):
-        raise UserError("it has no prompt" if prompt is None else "its prompt is no string")
-    if not prompt:
-        raise UserError("its prompt is empty")
-    slug = said.get("slug", f"{prefix}-{number:04d}")
-    if not isinstance(slug, str):
-        raise UserError("its slug is no string")
+    options = validate(Line, content).model_dump(exclude_unset=True)
+    prompt, slug = options.pop("prompt"), options.pop("slug", f"{prefix}-{number:04d}")
     check_names(slug, None)
-    options = {name: said[name] for name in OPTIONS if name in said}
-    for name, value in options.items():
-        allowed, words = OPTIONS[name]
-        if not allowed(value):
-            raise UserError(f"its {name} is {json.dumps(value)[:40]}: it must be {words}")
     return Request(number, prompt, slug, options)

@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LISTING, put_in_place, temporary_for
-from circuit_tracer_qk.cli.output import hushed, noise
-from circuit_tracer_qk.cli.prompts.file import Request
-from circuit_tracer_qk.cli.prompts.finished import Marks
-from circuit_tracer_qk.host.cli import DTYPES
+from circuit_tracer_qk.cli.loading import torch_dtype
+from circuit_tracer_qk.cli.output import log_output, silence_stdout
+from circuit_tracer_qk.cli.prompts.progress import Marks
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.cli.prompts.lines import Request
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class Plan:
 
     Attributes:
         args: the parsed arguments.
-        work: of :func:`circuit_tracer_qk.cli.prompts.finished.work_of`.
+        work: of :func:`circuit_tracer_qk.cli.prompts.progress.work_of`.
         home: the working directory.
         folder_id: of :meth:`Marks.prepare`.
     """
@@ -118,13 +120,10 @@ class ResidualMaker(Maker):
 
     def __init__(self, args: Namespace, marks: Marks) -> None:
         super().__init__(args, marks)
-        import torch
-
         from circuit_tracer_qk.attribution.residual.attribution import check_graph_set
         from circuit_tracer_qk.attribution.residual.model import load_model
 
-        dtype = getattr(torch, DTYPES.get(args.dtype) or args.dtype)
-        self.model = load_model(args.model, args.dictionaries, dtype=dtype)
+        self.model = load_model(args.model, args.dictionaries, dtype=torch_dtype(args.dtype))
         check_graph_set(self.model.dictionaries, self.model.cfg.n_layers)
 
     def make(self, request: Request, args: Namespace) -> Made:
@@ -260,7 +259,7 @@ def set_up(plan: Plan) -> Maker:
         UserError: the model or the dictionaries cannot be loaded.
     """
     kind = ResidualMaker if plan.args.transcoder_set is None else TranscoderMaker
-    with hushed():
+    with silence_stdout():
         return kind(plan.args, plan.marks())
 
 
@@ -273,7 +272,7 @@ def set_up_worker(plan: Plan, program: str) -> Maker:
     if os.path.isdir(plan.home):
         os.chdir(plan.home)
     sys.stderr = _NoTerminal(sys.stderr.fileno())  # progress bars are the first process's
-    _WHILE_IT_LIVES.enter_context(noise(program, plan.args.verbose))
+    _WHILE_IT_LIVES.enter_context(log_output(program, plan.args.verbose))
     marks = plan.marks()
     if not marks.here(plan.folder_id):
         raise UserError(
@@ -304,7 +303,7 @@ def work(maker: Maker, request: Request) -> Outcome:
     args = Namespace(**vars(maker.args) | request.options)
     args.prompt, args.slug = request.prompt, request.slug
     made, problem = None, ""
-    with warnings.catch_warnings(record=True) as warned, hushed():
+    with warnings.catch_warnings(record=True) as warned, silence_stdout():
         try:
             maker.marks.remove(request)
             made = maker.make(request, args)

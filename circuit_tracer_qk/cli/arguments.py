@@ -1,0 +1,148 @@
+"""The arguments that several commands share, and the checks of them that need no model."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.host.cli import DTYPES
+
+PROGRAM = "circuit-tracer-qk"
+DEMO_PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+DEMO_PORT = 8041
+DTYPE_NAMES = ("float32", "float64", "bfloat16", "float16", *DTYPES)
+SET_FORMS = (
+    "a folder, a hub id org/name[/folder][@revision], or a name of `circuit-tracer-qk dictionaries`"
+)
+
+# Arguments ----------------------------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """``-m``, and ``--dtype``."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        help="model folder, hub id or TransformerLens name (default: the one that the dictionaries "
+        "or transcoders name)",
+    )
+    add_dtype(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """``--dtype``, which every command that loads a model takes."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="float32",
+        metavar="DTYPE",
+        help=f"of the weights: {', '.join(DTYPE_NAMES)} (default: float32)",
+    )
+
+
+def add_dictionaries(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """``-d``."""
+    parser.add_argument(
+        "-d",
+        "--dictionaries",
+        metavar="REF",
+        required=required,
+        help=f"residual SAEs or a weakly causal crosscoder: {SET_FORMS}",
+    )
+
+
+def add_transcoders(parser: argparse.ArgumentParser) -> None:
+    """``-t``."""
+    parser.add_argument(
+        "-t",
+        "--transcoder_set",
+        help="transcoders or a CLT: a hub id org/name[@revision] or a local folder",
+    )
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """``-p``."""
+    parser.add_argument(
+        "-p", "--prompt", help=f"the prompt (default on the miniature: {DEMO_PROMPT!r})"
+    )
+
+
+def add_np_model(parser: argparse.ArgumentParser) -> None:
+    """``--np-model``."""
+    parser.add_argument(
+        "--np-model", metavar="ID", help="Neuronpedia's model id, for files to be uploaded there"
+    )
+
+
+def add_serving(parser: argparse.ArgumentParser, port: str | None = None) -> None:
+    """``--host`` and ``--online``, and ``--port`` unless circuit-tracer's own is there.
+
+    Args:
+        parser: the command's.
+        port: what the command does with ``--port``; None to add none.
+    """
+    add = parser.add_argument
+    if port is not None:
+        add("--port", type=int, default=DEMO_PORT, help=f"{port} (default: {DEMO_PORT})")
+    add(
+        "--host",
+        metavar="ADDR",
+        default="127.0.0.1",
+        help="address to serve on; everyone who reaches it can read and save the graphs "
+        "(default: 127.0.0.1, this machine alone)",
+    )
+    add(
+        "--online",
+        action="store_true",
+        help="let the page ask circuit-tracer's own hosts for feature examples that no folder holds",
+    )
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """``-v``, which every command takes."""
+    parser.add_argument("-v", "--verbose", action="store_true", help="show logs and progress")
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse an empty prompt."""
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one token of text with -p.")
+
+
+def check_thresholds(args: argparse.Namespace) -> None:
+    """Refuse thresholds that are no shares."""
+    for name in ("node_threshold", "edge_threshold"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be 0 to 1.")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that files cannot be written to; leaves nothing behind."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{folder} cannot be written to ({reason}): choose another folder."
+        ) from error
+    finally:
+        for path in reversed(made):
+            path.rmdir()
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Refuse a file that cannot be written; ``flag`` is the one that names it."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give {flag} the name of a file.")
+    check_writable(path.parent)

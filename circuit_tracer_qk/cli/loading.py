@@ -1,0 +1,88 @@
+"""What commands work on: a model with its dictionaries, a prompt, a saved graph."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import circuit_tracer_qk
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.cli.arguments import DEMO_PROMPT, check_prompt
+from circuit_tracer_qk.cli.output import silence_stdout
+from circuit_tracer_qk.host.cli import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+    from circuit_tracer_qk.attribution.residual.model import ResidualModel
+    from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that ``--dtype`` names."""
+    import torch
+
+    return getattr(torch, DTYPES.get(name, name))
+
+
+def load_model(
+    args: argparse.Namespace, ref: str | None = None, checkpoints: Sequence[int] | None = None
+) -> ResidualModel:
+    """The model of ``-m``, ``-d`` and ``--dtype``.
+
+    Args:
+        args: the parsed arguments.
+        ref: the dictionaries, in place of those of ``-d``.
+        checkpoints: the dictionaries to load; all if left out.
+    """
+    with silence_stdout():
+        return circuit_tracer_qk.load_model(
+            args.model,
+            ref or args.dictionaries,
+            dtype=torch_dtype(args.dtype),
+            checkpoints=checkpoints,
+        )
+
+
+def load_prompt_and_model(
+    args: argparse.Namespace, checkpoints: Sequence[int] | None = None
+) -> tuple[str, ResidualModel]:
+    """The prompt and the model to run it on; without both, the miniature and the demo's prompt."""
+    prompt = args.prompt
+    if args.dictionaries is None:
+        if args.model is not None:
+            raise UserError("-m is given without -d/--dictionaries: name the dictionaries too.")
+        prompt = DEMO_PROMPT if prompt is None else prompt
+    if prompt is None:
+        raise UserError("-p/--prompt is missing: give the prompt to explain.")
+    check_prompt(prompt)
+    return prompt, load_model(args, args.dictionaries or "miniature-sae", checkpoints)
+
+
+def check_graph(path: Path) -> None:
+    """Refuse a saved graph that is not there."""
+    if not path.is_file():
+        raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
+
+
+def explain_saved_graph(args: argparse.Namespace, path: Path) -> TranscoderGraph:
+    """A saved graph of circuit-tracer's, explained with ``-m``, ``-t`` and ``--dtype``."""
+    from circuit_tracer_qk.host import graph as host
+    from circuit_tracer_qk.plugin import host_command
+
+    if args.transcoder_set is None:
+        raise UserError(
+            "-t/--transcoder_set is missing: name the transcoders that the graph was made with."
+        )
+    check_graph(path)
+    try:
+        stock = host.load_graph(path)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path} is no graph that circuit-tracer can read ({error}).") from error
+    with silence_stdout():
+        model = host_command.load_replacement_model(
+            args.model, args.transcoder_set, torch_dtype(args.dtype)
+        )
+        return circuit_tracer_qk.explain_graph(stock, model)
