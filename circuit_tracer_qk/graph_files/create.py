@@ -1,7 +1,8 @@
 """Graph files: what circuit-tracer's page shows, with heads on links and QK attributions added.
 
-``graph.schema.json`` describes the graph's file. Beside it lies, in the folder that its ``scan``
-names, one file of examples for every feature that it mentions.
+``graph.schema.json`` describes the graph's file. Of graphs that write their examples
+(:attr:`ExplainedGraph.writes_examples`) one file for every feature that the graph mentions lies
+beside it, in the folder that its ``scan`` names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.graph_files.feature_files import folder_name, write_features
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 from circuit_tracer_qk.graph_files.nodes import mention_nodes, prune
-from circuit_tracer_qk.graph_files.select_tables import Attributions, Limits, attributions
+from circuit_tracer_qk.graph_files.select_tables import Attributions, Limits, select_tables
 from circuit_tracer_qk.graph_files.sidecars import (
     FILE_BYTES,
     divide,
@@ -33,7 +34,7 @@ from circuit_tracer_qk.host import graph as host
 LIMITS = Limits(tables=512, size=24 << 20, terms=TOP_TERMS)
 
 
-class Written(NamedTuple):
+class GraphFiles(NamedTuple):
     """What the files of one graph are.
 
     Attributes:
@@ -95,7 +96,7 @@ def create_graph_files(
         UserError: a slug, threshold or folder that cannot be used, or a file that cannot be
             written; files that were there before are then whole.
     """
-    written = write_graph_files(
+    files = write_graph_files(
         graph,
         slug,
         output_path,
@@ -107,8 +108,8 @@ def create_graph_files(
         max_file_bytes=max_file_bytes,
         np_model=np_model,
     )
-    add_to_listing(written.page.parent, [written.listed])
-    return written.page
+    add_to_listing(files.page.parent, [files.listed])
+    return files.page
 
 
 @exactly
@@ -124,7 +125,7 @@ def write_graph_files(
     limits: Limits = LIMITS,
     max_file_bytes: int = FILE_BYTES,
     np_model: str | None = None,
-) -> Written:
+) -> GraphFiles:
     """The files of :func:`create_graph_files`, which the folder's list does not name yet.
 
     Args:
@@ -161,15 +162,18 @@ def write_graph_files(
     )
     path, examples = folder / f"{slug}.json", []
     with without_collection():
-        document, names, found = _document(graph, metadata, edge_threshold, limits if qk else None)
-        data, beside = _encoded(document, found, path, max_file_bytes)
+        document, names, attributions = _document(
+            graph, metadata, edge_threshold, limits if qk else None
+        )
+        data, sidecars = _encoded(document, attributions, path, max_file_bytes)
     if graph.writes_examples:
         features = names.features.values()
         examples = write_features(graph, folder / scan_name, features, scan_name)
-    _write(path, data, beside)
+    _write(path, data, sidecars)
     # the local page finds the file by its name, also where Neuronpedia's slug differs
-    sidecars = [folder / name for name in beside]
-    return Written(path, sidecars, examples, document["metadata"] | {"slug": slug})
+    return GraphFiles(
+        path, [folder / name for name in sidecars], examples, document["metadata"] | {"slug": slug}
+    )
 
 
 def _document(
@@ -203,11 +207,11 @@ def _document(
     if limits is None:
         return document, names, None
     nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
-    return document, names, attributions(graph, links, nodes, names, limits)
+    return document, names, select_tables(graph, links, nodes, names, limits)
 
 
 def _encoded(
-    document: dict[str, Any], found: Attributions | None, path: Path, max_file_bytes: int
+    document: dict[str, Any], attributions: Attributions | None, path: Path, max_file_bytes: int
 ) -> tuple[bytes, dict[str, bytes]]:
     """The graph's file, and the sidecars of the tables that it has no room for.
 
@@ -216,16 +220,16 @@ def _encoded(
     """
     # one after the other, so that what the tables may take is known
     parts = {key: Encoded(encode(value, str(path))) for key, value in document.items()}
-    if found is None:
+    if attributions is None:
         return encode(parts), {}
-    outsiders = Encoded(encode(found.outsiders, str(path)))
+    outsiders = Encoded(encode(attributions.outsiders, str(path)))
     empty = {"attributions": [], "rows": []}
-    frame = encode({**parts, "qk": {**found.facts, **empty}, "qk_only_nodes": outsiders})
-    divided = divide(found, path.stem, max_file_bytes - len(frame))
+    frame = encode({**parts, "qk": {**attributions.facts, **empty}, "qk_only_nodes": outsiders})
+    divided = divide(attributions, path.stem, max_file_bytes - len(frame))
     return encode({**parts, "qk": divided.qk, "qk_only_nodes": outsiders}), divided.files
 
 
-def _write(path: Path, data: bytes, beside: dict[str, bytes]) -> None:
+def _write(path: Path, data: bytes, sidecars: dict[str, bytes]) -> None:
     """Put a graph's file and its sidecars in place of the old ones, all or none.
 
     Raises:
@@ -235,9 +239,9 @@ def _write(path: Path, data: bytes, beside: dict[str, bytes]) -> None:
     before = sidecars_of(folder, slug)
     done = False
     try:
-        if beside:
+        if sidecars:
             check_folder(folder / folder_of(slug))
-        write_together({folder / name: part for name, part in beside.items()} | {path: data})
+        write_together({folder / name: part for name, part in sidecars.items()} | {path: data})
         done = True
     finally:  # those that the graph's file does not name
-        remove_others(folder, slug, beside if done else before)
+        remove_others(folder, slug, sidecars if done else before)

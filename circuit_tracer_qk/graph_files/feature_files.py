@@ -17,7 +17,7 @@ from circuit_tracer_qk.dictionaries.features import FeatureExamples, feature_ind
 from circuit_tracer_qk.host import graph as host
 
 TOGETHER_BYTES = 64 << 20
-"""How many bytes of examples are at hand before they are written."""
+"""How many bytes of examples are held before they are written."""
 
 
 def folder_name(graph: ExplainedGraph, scan: str | None = None) -> str:
@@ -45,7 +45,7 @@ def write_features(
     check_folder(folder)
     written = []
     examples = stored_examples(graph)
-    there = {entry.name for entry in os.scandir(folder)}
+    existing = {entry.name for entry in os.scandir(folder)}
     changed: dict[Path, bytes] = {}
     size = 0
     for checkpoint, feature in tqdm(
@@ -55,7 +55,7 @@ def write_features(
         name = f"{feature_index(checkpoint, feature)}.json"
         path = folder / name
         data = data or encode(without_examples(feature, scan))
-        if name not in there or not path.is_file() or path.read_bytes() != data:
+        if name not in existing or not path.is_file() or path.read_bytes() != data:
             changed[path] = data
             size += len(data)
         written.append(path)

@@ -42,27 +42,27 @@ def _nodes(
     probabilities = graph.logit_probabilities.tolist()
 
     def node(i: int) -> host.Node:
-        share = rounded(influence[i]) if math.isfinite(influence[i]) else None
+        rounded_influence = rounded(influence[i]) if math.isfinite(influence[i]) else None
         if i < graph.n_features:
             layer, position, feature = selected[i]
-            made = host.Node.feature_node(
+            created = host.Node.feature_node(
                 layer=layer,
                 pos=position,
                 feat_idx=feature,
-                influence=share,
+                influence=rounded_influence,
                 activation=rounded(activations[i]),
             )
-            return made.model_copy(update={"clerp": graph.label(layer + 1, feature)})
+            return created.model_copy(update={"clerp": graph.label(layer + 1, feature)})
         if i < tokens:
             slot, position = divmod(i - graph.n_features, n_pos)
             layer = slot + graph.first_error_layer
-            made = host.Node.error_node(layer=layer, pos=position, influence=share)
+            created = host.Node.error_node(layer=layer, pos=position, influence=rounded_influence)
             ids = {"node_id": f"{layer}_-1_{position}", "jsNodeId": f"{layer}_-1-{position}"}
-            return made.model_copy(update=ids)
+            return created.model_copy(update=ids)
         if i < logits:
             position = i - tokens
             return host.Node.token_node(
-                pos=position, vocab_idx=input_tokens[position], influence=share
+                pos=position, vocab_idx=input_tokens[position], influence=rounded_influence
             )
         token, vocab_idx = graph.logit_targets[i - logits]
         return host.Node.logit_node(

@@ -59,7 +59,7 @@ class Attributions(NamedTuple):
     outsiders: dict[str, dict[str, Any]]
 
 
-def attributions(
+def select_tables(
     graph: ExplainedGraph,
     links: Links,
     nodes: dict[int, dict[str, Any]],
@@ -74,14 +74,14 @@ def attributions(
     others = [place for place in links.others if place not in required]
     others = others[: max(limits.tables - len(required), 0)]
     wanted = [*required, *others]
-    made = _Made()
+    encoded = _Encoded()
     traced = _Traced(names)
     by_query = groupby(
-        _each(graph, wanted, names, limits.terms, made), key=lambda t: (t[0].layer, t[0].query)
+        _each(graph, wanted, names, limits.terms, encoded), key=lambda t: (t[0].layer, t[0].query)
     )
     projected = _projected(links.required)
-    for at, some in by_query:  # those that share both are at hand together, and then let go
-        tables = dict(some)
+    for at, tables_here in by_query:  # those that share both are at hand together, and then let go
+        tables = dict(tables_here)
         for target in projected.pop(at, ()):
             traced.add(target, {p: tables[p] for p in links.required[target] if p in tables})
     traced.finish()
@@ -92,12 +92,12 @@ def attributions(
     mentioned: set[tuple[int, int]] = set()
     size = 0
     for place in wanted:
-        data, features = made.tables[place]
+        data, features = encoded.tables[place]
         if place not in required and size + len(data) > limits.size:
             break
         if place[:3] not in used:
-            used[place[:3]] = made.rows[place[:3]]
-            size += len(made.rows[place[:3]])
+            used[place[:3]] = encoded.rows[place[:3]]
+            size += len(encoded.rows[place[:3]])
         written[place] = data
         size += len(data)
         mentioned.update(features)
@@ -119,14 +119,14 @@ def _facts(graph: ExplainedGraph) -> dict[str, Any]:
 
 def _projected(required: dict[int, list[Place]]) -> dict[tuple[int, int], list[int]]:
     """Targets by the block and query of their first place, whose tables they show summed."""
-    out: dict[tuple[int, int], list[int]] = defaultdict(list)
+    targets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for target, places in required.items():
-        out[places[0].layer, places[0].query].append(target)
-    return out
+        targets[places[0].layer, places[0].query].append(target)
+    return targets
 
 
 @dataclass
-class _Made:
+class _Encoded:
     """Tables and rows in JSON, by their places."""
 
     tables: dict[Place, Table] = field(default_factory=dict)
@@ -134,14 +134,14 @@ class _Made:
 
 
 def _each(
-    graph: ExplainedGraph, places: Sequence[Place], names: Names, top_terms: int, made: _Made
+    graph: ExplainedGraph, places: Sequence[Place], names: Names, top_terms: int, encoded: _Encoded
 ) -> Iterator[tuple[Place, Terms]]:
-    """Tables one by one, by block and query; ``made`` gets them as they are written."""
+    """Tables one by one, by block and query; ``encoded`` gets them as they are written."""
     with tqdm(total=len(places), desc="QK attributions", delay=2, disable=None) as progress:
         for batch in graph.batches(places):
             tables = written_tables(batch, names, top_terms)
-            made.tables.update(zip(batch.places, tables, strict=True))
-            made.rows.update(written_rows(batch.rows))
+            encoded.tables.update(zip(batch.places, tables, strict=True))
+            encoded.rows.update(written_rows(batch.rows))
             yield from batch.each()
             progress.update(len(batch.places))
 
@@ -163,14 +163,14 @@ class _Traced:
 
     def add(self, target: int, tables: dict[Place, Terms]) -> None:
         """A target's tables, of one layer and query, so that their query components agree."""
-        some = tuple(tables)
-        if some in self._waiting:
-            self._waiting[some][1].append(target)
+        places = tuple(tables)
+        if places in self._waiting:
+            self._waiting[places][1].append(target)
             return
         size = sum(table.terms.numel() for table in tables.values())
         if self._waiting and self._size + size > BATCH_TERMS:
             self.finish()
-        self._waiting[some] = _summed(list(tables.values())), [target]
+        self._waiting[places] = _summed(list(tables.values())), [target]
         self._size += size
 
     def finish(self) -> None:
@@ -220,15 +220,15 @@ class _Traced:
 def _summed(tables: Sequence[Terms]) -> Terms:
     """The sum of some tables of one query."""
     sides = {id(table.key): table.key for table in tables}  # heads share a key's list
-    at: dict[Component, int] = {}  # carried to several keys, one node may be in several lists
+    column: dict[Component, int] = {}  # carried to several keys, one node may be in several lists
     for side in sides.values():
         for c in side:
-            at.setdefault(c, len(at))
-    columns = {i: torch.tensor([at[c] for c in side]) for i, side in sides.items()}
-    terms = tables[0].terms.new_zeros(len(tables[0].query), len(at))
+            column.setdefault(c, len(column))
+    columns = {i: torch.tensor([column[c] for c in side]) for i, side in sides.items()}
+    terms = tables[0].terms.new_zeros(len(tables[0].query), len(column))
     for table in tables:
         terms.index_add_(1, columns[id(table.key)], table.terms)
-    return Terms(tables[0].query, list(at), terms)
+    return Terms(tables[0].query, list(column), terms)
 
 
 def _top(marginals: Tensor, lengths: Sequence[int]) -> list[list[tuple[int, float]]]:
@@ -238,9 +238,9 @@ def _top(marginals: Tensor, lengths: Sequence[int]) -> list[list[tuple[int, floa
         marginals: (n_tables, n_components).
         lengths: how many components each table has.
     """
-    there = torch.arange(marginals.shape[1]) < torch.tensor(lengths)[:, None]
+    exists = torch.arange(marginals.shape[1]) < torch.tensor(lengths)[:, None]
     most = min(PROJECTED, marginals.shape[1])
-    index = marginals.abs().masked_fill(~there, -1).topk(most).indices
+    index = marginals.abs().masked_fill(~exists, -1).topk(most).indices
     columns = zip(index.tolist(), rounded_all(marginals.gather(1, index)), lengths, strict=True)
     return [list(zip(at[:n], values[:n], strict=True)) for at, values, n in columns]
 
@@ -252,7 +252,7 @@ def _outsider(c: Component, names: Names) -> dict[str, Any]:
     if c.feature is not None:
         index = names.mention(c.checkpoint, c.feature)
     node_id = names.node_id(c)
-    out = {
+    node = {
         "node_id": node_id,
         "jsNodeId": node_id,
         "feature": index,
@@ -262,5 +262,5 @@ def _outsider(c: Component, names: Names) -> dict[str, Any]:
         "clerp": c.label,
     }
     if c.activation is not None:
-        out["activation"] = rounded(c.activation)
-    return out
+        node["activation"] = rounded(c.activation)
+    return node

@@ -3,9 +3,9 @@
     a.json                          qk.sidecars: {"L3H5": {"file": "a.qk/L3H5-5f0c2a91.json", ...}}
     a.qk/L3H5-5f0c2a91.json         tables and rows of that head (``sidecar`` of the schema)
 
-A sidecar's name tells its contents, so a graph that is written anew never changes a file that
-the old one names: the new files are there before the graph's file takes its place, and the old
-ones go after that.
+A sidecar's name ends with a hash of its contents, so writing a graph anew never changes a file
+that the old one names: the new files are there before the graph's file takes its place, and the
+old ones go after that.
 """
 
 from __future__ import annotations
@@ -40,52 +40,58 @@ class Divided(NamedTuple):
     files: dict[str, bytes]
 
 
-def divide(found: Attributions, slug: str, room: int) -> Divided:
+def divide(attributions: Attributions, slug: str, room: int) -> Divided:
     """The most wanted tables into the graph's file while it has room, others into sidecars.
 
     Args:
-        found: tables, the most wanted first.
+        attributions: tables, the most wanted first.
         slug: names the folder of the sidecars.
         room: how many bytes the graph's file has left for tables and rows.
     """
-    n_fit = _n_fit(found, room)
-    if n_fit < len(found.tables):  # they must be listed, too: no longer than all in their heads
-        listed = _by_head(found, list(found.tables), slug, lambda _: b"")
-        n_fit = _n_fit(found, room - len(encode(_index(listed))))
-    places = list(found.tables)
-    qk: dict[str, Any] = found.facts | _tables(found, places[:n_fit])
+    n_fit = _n_fit(attributions, room)
+    if n_fit < len(attributions.tables):
+        # the list of sidecars takes room too: at most that of all tables
+        listed = _by_head(attributions, list(attributions.tables), slug, lambda _: b"")
+        n_fit = _n_fit(attributions, room - len(encode(_index(listed))))
+    places = list(attributions.tables)
+    qk: dict[str, Any] = attributions.facts | _tables(attributions, places[:n_fit])
     files: dict[str, bytes] = {}
     if n_fit < len(places):
-        heads = _by_head(found, places[n_fit:], slug, lambda some: encode(_sidecar(found, some)))
+        heads = _by_head(
+            attributions,
+            places[n_fit:],
+            slug,
+            lambda of_head: encode(_sidecar(attributions, of_head)),
+        )
         qk["sidecars"] = _index(heads)
         files = {head.file: head.data for head in heads.values()}
     return Divided(qk, files)
 
 
-def _n_fit(found: Attributions, room: int) -> int:
+def _n_fit(attributions: Attributions, room: int) -> int:
     """How many of the tables fit, with the rows that they need."""
     rows: set[tuple[int, int, int]] = set()
-    for n, (place, data) in enumerate(found.tables.items()):
+    for n, (place, data) in enumerate(attributions.tables.items()):
         room -= len(data) + 1
         if place[:3] not in rows:
             rows.add(place[:3])
-            room -= len(found.rows[place[:3]]) + 1
+            room -= len(attributions.rows[place[:3]]) + 1
         if room < 0:
             return n
-    return len(found.tables)
+    return len(attributions.tables)
 
 
-def _tables(found: Attributions, places: Collection[Place]) -> dict[str, Encoded]:
+def _tables(attributions: Attributions, places: Collection[Place]) -> dict[str, Encoded]:
     rows = sorted({place[:3] for place in places})
     return {
-        "attributions": Encoded.listed([found.tables[place] for place in sorted(places)]),
-        "rows": Encoded.listed([found.rows[at] for at in rows]),
+        "attributions": Encoded.listed([attributions.tables[place] for place in sorted(places)]),
+        "rows": Encoded.listed([attributions.rows[at] for at in rows]),
     }
 
 
-def _sidecar(found: Attributions, places: list[Place]) -> dict[str, Any]:
+def _sidecar(attributions: Attributions, places: list[Place]) -> dict[str, Any]:
     layer, head, *_ = places[0]
-    return {"schema_version": 1, "layer": layer, "head": head, **_tables(found, places)}
+    return {"schema_version": 1, "layer": layer, "head": head, **_tables(attributions, places)}
 
 
 class _Head(NamedTuple):
@@ -103,16 +109,19 @@ class _Head(NamedTuple):
 
 
 def _by_head(
-    found: Attributions, places: list[Place], slug: str, made: Callable[[list[Place]], bytes]
+    attributions: Attributions,
+    places: list[Place],
+    slug: str,
+    data_of: Callable[[list[Place]], bytes],
 ) -> dict[str, _Head]:
     by_head: dict[tuple[int, int], list[Place]] = defaultdict(list)
     for place in sorted(places):
         by_head[place.layer, place.head].append(place)
     heads = {}
-    for (layer, head), some in by_head.items():
-        name, data = f"L{layer}H{head}", made(some)
+    for (layer, head), of_head in by_head.items():
+        name, data = f"L{layer}H{head}", data_of(of_head)
         file = f"{folder_of(slug)}/{name}-{sha256(data).hexdigest()[:8]}.json"
-        heads[name] = _Head(file, data, [(place.query, place.key) for place in some])
+        heads[name] = _Head(file, data, [(place.query, place.key) for place in of_head])
     return heads
 
 

@@ -176,8 +176,8 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
         score, capped, pattern = head
         features: list[tuple[int, int]] = []
         wide = wide[: len(query), : len(key)]
-        query_text = _side("query", query, *of_query, wide, names, score, features)
-        key_text = _side("key", key, *of_key, wide.T, names, score, features)
+        query_text = _side("query", query, of_query, wide, names, score, features)
+        key_text = _side("key", key, of_key, wide.T, names, score, features)
         n_query, n_key = (min(len(order), MARGINALS_LISTED) for order, _ in (of_query, of_key))
         cells = cells[:n_query, :n_key].flatten().tolist()
         by_kind = blocks_by_kind(query, key, totals)
@@ -240,7 +240,7 @@ def largest_terms(terms: Tensor, n: int, of_sign: int = 0) -> tuple[Tensor, Tens
     chosen = [largest(flat, min(n, width))[1]]
     for sign in (1, -1) if of_sign else ():
         size, at = largest((sign * flat).clamp_min(0), min(of_sign, width))
-        # others of this sign are not there: the largest of all, which is there already
+        # where this sign has no more terms: the largest of all, which is chosen already
         chosen.append(torch.where(size > 0, at, chosen[0][:, :1]))
     index = torch.cat(chosen, 1).sort().values
     size = flat.gather(1, index).abs()
@@ -284,13 +284,13 @@ def _listed(
     """
     size, chosen = marginals.abs(), used.clone()
     n = torch.tensor([len(side) for side in components])
-    there = torch.arange(size.shape[1]) < n[:, None]
+    exists = torch.arange(size.shape[1]) < n[:, None]
     most = min(MARGINALS_LISTED, size.shape[1])
-    chosen.scatter_(1, size.masked_fill(~there, -1).topk(most).indices, True)
+    chosen.scatter_(1, size.masked_fill(~exists, -1).topk(most).indices, True)
     for i, (side, p) in enumerate(zip(components, position, strict=True)):
         others = [j for j, c in enumerate(side) if c.kind != "feature" and c.position == p]
         chosen[i, others] = True
-    chosen &= there
+    chosen &= exists
     order = size.masked_fill(~chosen, -1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(size.shape[1]).expand_as(order))
     n_listed = chosen.sum(1)
@@ -300,8 +300,7 @@ def _listed(
 def _side(
     name: str,
     components: Sequence[Component],
-    order: list[int],
-    marginals: list[float],
+    listed: tuple[list[int], list[float]],
     terms: Tensor,
     names: Names,
     score: float,
@@ -310,15 +309,15 @@ def _side(
     """One side's listed components, and the sum of the marginals left out.
 
     Args:
-        order: which components to list.
-        marginals: of those, as written.
+        listed: which components to list, and their marginals as written.
         terms: (n_components, n_components of the other side).
         features: gets those that are listed.
     """
-    listed = [components[i] for i in order]
-    columns = column_values(listed, terms[order])
+    order, marginals = listed
+    components = [components[i] for i in order]
+    columns = column_values(components, terms[order])
     entries = []
-    for i, (c, marginal) in enumerate(zip(listed, marginals, strict=True)):
+    for i, (c, marginal) in enumerate(zip(components, marginals, strict=True)):
         before, label, after = names.written(c)
         numbers_here = "".join(f',"{key}":{_number(column[i])}' for key, column in columns.items())
         entries.append(f'{before}{numbers_here}{label},"marginal":{marginal!r}{after}')

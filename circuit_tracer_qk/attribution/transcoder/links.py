@@ -102,13 +102,13 @@ def _blocks(kept: Kept, splits: Splits, pairs: Pairs) -> list[list[dict[str, Any
     listed = torch.ones_like(pairs.edge)
     n_listed.index_put_((pairs.edge, pairs.layer), listed, accumulate=True)
     ends = n_listed[link, layer].cumsum(0).tolist()
-    out: list[list[dict[str, Any]]] = [[] for _ in kept.sources]
+    blocks: list[list[dict[str, Any]]] = [[] for _ in kept.sources]
     start = 0
     values = rounded_all(bypass[link, layer])
-    for at, block, value, end in zip(link.tolist(), layer.tolist(), values, ends, strict=True):
-        out[at].append({"layer": block, "heads": heads[start:end], "bypass": value})
+    for i, block, value, end in zip(link.tolist(), layer.tolist(), values, ends, strict=True):
+        blocks[i].append({"layer": block, "heads": heads[start:end], "bypass": value})
         start = end
-    return out
+    return blocks
 
 
 def _heads(parts: Tensor, pairs: Pairs) -> list[list[Any]]:
@@ -117,8 +117,8 @@ def _heads(parts: Tensor, pairs: Pairs) -> list[list[Any]]:
     columns = [pairs.query.flatten().tolist(), pairs.key.flatten().tolist()]
     columns.append(rounded_all(pairs.value.flatten()))
     triples = [*map(list, zip(*columns, strict=True))]
-    there = pairs.value.abs() > NOTHING * parts.abs()[:, None]
-    ends = (n * torch.arange(len(parts)) + there.sum(1)).tolist()
+    listed = pairs.value.abs() > NOTHING * parts.abs()[:, None]
+    ends = (n * torch.arange(len(parts)) + listed.sum(1)).tolist()
     heads = zip(pairs.head.tolist(), rounded_all(parts), ends, strict=True)
     return [[head, part, triples[i * n : end]] for i, (head, part, end) in enumerate(heads)]
 
@@ -128,7 +128,7 @@ def _delivered(splits: Splits) -> list[list[list[int | float | None]]]:
     last = splits.last.flatten(1)
     n_links, n_heads = len(last), splits.last.shape[2]
     most = max(DELIVERED, DELIVERED_IN_ALL // max(n_links, 1))
-    out = []
+    delivered = []
     for part in last.split(1 << 14):
         order = part.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
         values = part.gather(1, order)
@@ -137,8 +137,8 @@ def _delivered(splits: Splits) -> list[list[list[int | float | None]]]:
         columns.append(rounded_all(values.flatten()))
         entries = [*map(list, zip(*columns, strict=True))]
         width = order.shape[1]
-        out += [entries[i * width : i * width + n] for i, n in enumerate(n_listed)]
-    return out
+        delivered += [entries[i * width : i * width + n] for i, n in enumerate(n_listed)]
+    return delivered
 
 
 def _places(
