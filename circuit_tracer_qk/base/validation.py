@@ -31,12 +31,12 @@ def validate(model: type[Model], content: Mapping[str, Any], where: str = "") ->
         return model.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
-    key = next(iter(problem["loc"]), "")
+    key = str(next(iter(problem["loc"]), ""))
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])  # pyright: ignore[reportTypedDictNotRequiredAccess]
     elif problem["type"] in ("extra_forbidden", "invalid_key"):
         message = f"{key} is unknown here: known are {', '.join(model.model_fields)}"
     else:
         found = "nothing" if content.get(key) is None else f"{content[key]!r:.60}"
-        message = f"{key} should be {model.model_fields[str(key)].description}, found {found}"
+        message = f"{key} should be {model.model_fields[key].description}, found {found}"
     raise UserError(f"{where}{message}")

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
         next_free_port(args.port, args.host)
         check_page()
-    dictionaries = SETS.get(args.dictionaries, args.dictionaries)
+    dictionaries = SETS.get(args.dictionaries) or args.dictionaries
     model = load_model(args, dictionaries)
     with silence_stdout():
         graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)

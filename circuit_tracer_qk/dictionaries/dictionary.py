@@ -100,10 +100,10 @@ class Dictionary:
     >>> import torch
     >>> from circuit_tracer_qk import load_dictionaries
     >>> dictionary = load_dictionaries("miniature-sae").by_checkpoint[1]
-    >>> dictionary.encode(torch.zeros(3, 64)).shape
+    >>> dictionary.encode(torch.zeros(3, 128)).shape
     torch.Size([3, 512])
     >>> dictionary.vectors(1, torch.tensor([61, 177])).shape
-    torch.Size([2, 64])
+    torch.Size([2, 128])
 
     Attributes:
         checkpoint: the checkpoint the features read.

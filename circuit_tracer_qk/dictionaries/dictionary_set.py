@@ -33,7 +33,7 @@ class DictionarySet:
     >>> from circuit_tracer_qk import load_dictionaries
     >>> dictionaries = load_dictionaries("miniature-wcc")
     >>> dictionaries.kind, dictionaries.d_model
-    ('weakly_causal_crosscoder', 64)
+    ('weakly_causal_crosscoder', 128)
     >>> list(dictionaries.by_checkpoint[3].decoders)  # the checkpoints that its features write to
     [3, 4]
     """
