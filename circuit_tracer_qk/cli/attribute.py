@@ -27,7 +27,6 @@ DESCRIPTION = (
     "With -d, residual dictionaries: the same flags, of which those that only a transcoder's "
     "backward passes need (--offload, --lazy-encoder, --lazy-decoder, --backend) change nothing."
 )
-EPILOG = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

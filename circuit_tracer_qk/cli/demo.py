@@ -17,7 +17,6 @@ DESCRIPTION = (
     "Attribute a prompt on the bundled miniature, print its strongest edges with their heads and "
     "the QK terms behind them, write the graph files and serve them."
 )
-EPILOG = None
 SETS = {"sae": "miniature-sae", "wcc": "miniature-wcc"}
 
 
