@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph, explain_graph
     from circuit_tracer_qk.base.errors import UserError
     from circuit_tracer_qk.base.precision import tf32
+    from circuit_tracer_qk.dictionaries.dictionary import Dictionary
+    from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
     from circuit_tracer_qk.dictionaries.load import load_dictionaries
     from circuit_tracer_qk.frontend.server import serve
     from circuit_tracer_qk.graph_files.create import create_graph_files
@@ -37,6 +39,8 @@ _HOMES = {
     "explain_graph": "attribution.transcoder.graph",
     "TranscoderGraph": "attribution.transcoder.graph",
     "Component": "attribution.component",
+    "Dictionary": "dictionaries.dictionary",
+    "DictionarySet": "dictionaries.dictionary_set",
     "load_dictionaries": "dictionaries.load",
     "enable": "plugin.enable",
     "disable": "plugin.enable",
@@ -66,6 +70,8 @@ _HOMES = {
 
 __all__ = [
     "Component",
+    "Dictionary",
+    "DictionarySet",
     "Edge",
     "HeadEdit",
     "LiveGraphs",

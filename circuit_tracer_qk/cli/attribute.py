@@ -27,7 +27,6 @@ DESCRIPTION = (
     "With -d, residual dictionaries: the same flags, of which those that only a transcoder's "
     "backward passes need (--offload, --lazy-encoder, --lazy-decoder, --backend) change nothing."
 )
-EPILOG = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,8 +156,8 @@ def _check_outputs(args: argparse.Namespace) -> tuple[str, str] | None:
     arguments.check_thresholds(args)
     arguments.check_prompt(args.prompt)
     if files is not None:
-        check_names(slug, args.np_model)
-        arguments.check_writable(Path(folder))
+        check_names(files[0], args.np_model)
+        arguments.check_writable(Path(files[1]))
     elif slug is not None or folder is not None:
         print("warning: graph files need both --slug and --graph_file_dir", file=sys.stderr)
     if args.graph_output_path is not None:

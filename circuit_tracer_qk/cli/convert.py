@@ -15,7 +15,6 @@ DESCRIPTION = (
     "Read residual dictionaries of any layout and write them in the native format, with their "
     "labels and examples."
 )
-EPILOG = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ DESCRIPTION = (
     "Attribute a prompt on the bundled miniature, print its strongest edges with their heads and "
     "the QK terms behind them, write the graph files and serve them."
 )
-EPILOG = None
 SETS = {"sae": "miniature-sae", "wcc": "miniature-wcc"}
 
 
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
         next_free_port(args.port, args.host)
         check_page()
-    dictionaries = SETS.get(args.dictionaries, args.dictionaries)
+    dictionaries = SETS.get(args.dictionaries) or args.dictionaries
     model = load_model(args, dictionaries)
     with silence_stdout():
         graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)

@@ -12,7 +12,6 @@ DESCRIPTION = (
     "List the dictionary sets that -d knows by name: those that cover every layer of a model's "
     "residual stream, and crosscoders. Nothing is fetched."
 )
-EPILOG = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

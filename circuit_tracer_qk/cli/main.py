@@ -36,7 +36,7 @@ COMMANDS = {
     "features": features,
     "start-server": start_server,
 }
-"""Each has HELP, DESCRIPTION, EPILOG, ``add_arguments(parser)`` and ``run(args)``, and imports what
+"""Each has HELP, DESCRIPTION, perhaps EPILOG, ``add_arguments(parser)`` and ``run(args)``, and imports what
 takes time (torch, the model, circuit-tracer) only when it runs."""
 
 
@@ -95,7 +95,7 @@ def command_line(command: str) -> argparse.ArgumentParser:
             name,
             help=module.HELP,
             description=module.DESCRIPTION,
-            epilog=module.EPILOG,
+            epilog=getattr(module, "EPILOG", None),
             conflict_handler="resolve",  # a flag of ours takes the place of circuit-tracer's
         )
         if name == command:

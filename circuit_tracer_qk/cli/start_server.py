@@ -13,7 +13,6 @@ from circuit_tracer_qk.host.cli import command_parser
 
 HELP = "serve a folder of graph files"
 DESCRIPTION = "Serve a folder of graph files until interrupted."
-EPILOG = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -97,6 +97,14 @@ class Dictionary:
 
     whatever normalisation the dictionary was trained with.
 
+    >>> import torch
+    >>> from circuit_tracer_qk import load_dictionaries
+    >>> dictionary = load_dictionaries("miniature-sae").by_checkpoint[1]
+    >>> dictionary.encode(torch.zeros(3, 128)).shape
+    torch.Size([3, 512])
+    >>> dictionary.vectors(1, torch.tensor([61, 177])).shape
+    torch.Size([2, 128])
+
     Attributes:
         checkpoint: the checkpoint the features read.
         W_enc: encoder, (d_dict, d_model), as stored.
@@ -194,11 +202,14 @@ class Dictionary:
         return pre
 
     def vectors(self, checkpoint: int, features: Tensor) -> Tensor:
-        """(n, d_model): what one unit of activation of each feature writes at a checkpoint.
+        """What one unit of activation of each feature writes at a checkpoint, in the model's units.
 
         Args:
             checkpoint: one of ``decoders``.
             features: (n,) indices; only these rows are read.
+
+        Returns:
+            (n, d_model)
 
         Raises:
             UserError: they hold NaN or infinite values.
@@ -218,7 +229,14 @@ class Dictionary:
         return rows.to(dtype) * scale.to(dtype)[:, None]
 
     def bias(self, x: Tensor) -> Tensor:
-        """(n_pos, d_model): what the dictionary reconstructs without any feature."""
+        """What the dictionary reconstructs without any feature, in the model's units.
+
+        Args:
+            x: the residual stream at ``checkpoint``, (n_pos, d_model).
+
+        Returns:
+            (n_pos, d_model)
+        """
         _, scale, shift = self.units.of(x)
         b_dec = like(self.b_dec, x).expand_as(x)
         b_dec = b_dec if scale is None else b_dec * scale

@@ -29,6 +29,13 @@ class DictionarySet:
             for the checkpoints left out.
         neuronpedia: the id on Neuronpedia of each checkpoint's dictionary, such as
             "gemma-2-2b/12-gemmascope-res-16k", where the set has them.
+
+    >>> from circuit_tracer_qk import load_dictionaries
+    >>> dictionaries = load_dictionaries("miniature-wcc")
+    >>> dictionaries.kind, dictionaries.d_model
+    ('weakly_causal_crosscoder', 128)
+    >>> list(dictionaries.by_checkpoint[3].decoders)  # the checkpoints that its features write to
+    [3, 4]
     """
 
     kind: str

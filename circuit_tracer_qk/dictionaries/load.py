@@ -58,8 +58,15 @@ def load_dictionaries(
         checkpoints: fetch and read only the SAEs of these (the first, if there are none); QK
             attributions of block ``l`` need checkpoint ``l``. Crosscoders are read whole.
 
+    Returns:
+        The set; activations and decoder vectors come out in the model's own units.
+
     Raises:
         UserError: the dictionaries cannot be had, or cannot be read exactly.
+
+    >>> from circuit_tracer_qk import load_dictionaries
+    >>> load_dictionaries("miniature-sae").checkpoints
+    (1, 2, 3, 4)
     """
     try:
         dictionaries = _find(ref, None if checkpoints is None else frozenset(checkpoints))

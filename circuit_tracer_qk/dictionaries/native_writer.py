@@ -19,7 +19,7 @@ from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 
 
 def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
-    """Write a set in the native format (:func:`circuit_tracer_qk.dictionaries.dictionary.load_dictionaries`).
+    """Write a set in the native format (:mod:`circuit_tracer_qk.dictionaries.layouts.native`).
 
     The folder appears whole or not at all. Loading it gives the same activations and decoder
     vectors, to the rounding of what had to be folded into the encoder; with nothing to fold, bit

@@ -195,7 +195,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     options: dict[str, Any] = {"context": CONTEXT, "batch": 2, "examples": 2}
     build_features(model, TEXTS, whole, **options)
     monkeypatch.setattr(feature_examples, "SAVED_EVERY", -1.0)  # after every batch
-    streams, runs = feature_collection._streams, []
+    streams, runs = feature_collection.read_streams, []
 
     def counted(*arguments: Any) -> Any:
         runs.append(1)
@@ -203,7 +203,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return streams(*arguments)
 
-    monkeypatch.setattr(feature_collection, "_streams", counted)
+    monkeypatch.setattr(feature_collection, "read_streams", counted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             build_features(model, TEXTS, broken, **options)
@@ -240,7 +240,7 @@ import json, torch
 torch.set_num_threads(1)
 where, folder, saes, model, texts = sys.argv[1:]
 f.SAVED_EVERY = -1.0
-module, name, at = {"reading": (feature_collection, "_streams", 5), "writing": (f, "_label", 700)}[where]
+module, name, at = {"reading": (feature_collection, "read_streams", 5), "writing": (f, "label_of", 700)}[where]
 plain, calls = getattr(module, name), []
 def killed(*args):
     calls.append(1)
@@ -277,7 +277,7 @@ def test_other_weights_are_other_work(model: ctqk.ResidualModel) -> None:
         zeros = torch.zeros(70), torch.zeros(model.cfg.d_model)
         known = DictionarySet(SAE, "x", "x", None, {1: Dictionary(1, W, *zeros, {1: W})})
         other = ctqk.ResidualModel(model.transformer, known, model.zero_positions)
-        return feature_collection._fingerprint(other, corpus, [1], 4)
+        return feature_collection.fingerprint_of(other, corpus, [1], 4)
 
     assert printed(0) == printed(0)
     before = printed(0), printed(1)

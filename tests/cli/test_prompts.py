@@ -623,8 +623,9 @@ def test_writers_of_one_list_lose_nothing(tmp_path: Path):
 def locked(tmp_path: Path) -> Iterator[Path]:
     """A folder whose list another process writes."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom circuit_tracer_qk.graph_files import index as listing\n"
-        "with listing._locked(Path(sys.argv[1])):\n    print('locked', flush=True)\n    time.sleep(60)"
+        "import sys, time\nfrom pathlib import Path\nfrom filelock import FileLock\n"
+        "from circuit_tracer_qk.graph_files.index import LOCK\n"
+        "with FileLock(Path(sys.argv[1], LOCK)):\n    print('locked', flush=True)\n    time.sleep(60)"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True

@@ -165,7 +165,7 @@ def collect(
         save_when: after how many batches it is written.
     """
     known = model.dictionaries.by_checkpoint
-    fingerprint = _fingerprint(model, corpus, checkpoints, k)
+    fingerprint = fingerprint_of(model, corpus, checkpoints, k)
     for torn in progress.parent.glob(f".{progress.name}.*.tmp"):  # of a run that was killed
         torn.unlink(missing_ok=True)
     found, done = _resumed(progress, fingerprint)
@@ -174,7 +174,7 @@ def collect(
     batches = corpus.batches()
     bar = tqdm(batches, "Reading the corpus", initial=done, leave=False, delay=2, disable=None)
     for i, numbers in enumerate(batches[done:], done):
-        streams, counted = _streams(model, corpus, numbers, checkpoints)
+        streams, counted = read_streams(model, corpus, numbers, checkpoints)
         for c in checkpoints:
             x = streams[c]
             acts = known[c].encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
@@ -186,7 +186,7 @@ def collect(
     return found
 
 
-def _streams(
+def read_streams(
     model: ResidualModel, corpus: Corpus, numbers: range, checkpoints: Sequence[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
     """checkpoint -> (n_chunks, n_pos, d_model), and (n_chunks, n_pos) which positions count."""
@@ -211,7 +211,7 @@ def _streams(
 # The work on the disk -----------------------------------------------------------------------------
 
 
-def _fingerprint(model: ResidualModel, corpus: Corpus, checkpoints: Sequence[int], k: int) -> str:
+def fingerprint_of(model: ResidualModel, corpus: Corpus, checkpoints: Sequence[int], k: int) -> str:
     """Differs where the result would: of weights, numbers spread over each of them are read."""
     digest = hashlib.sha256()
     weights = list(model.transformer.parameters())

@@ -273,7 +273,7 @@ def _records(
             yield {
                 "transcoder_id": model.dictionaries.scan,
                 "index": i,
-                "label": _label(windows, decode),
+                "label": label_of(windows, decode),
                 "examples_quantiles": [{"quantile_name": "Top activations", "examples": shown}]
                 if shown
                 else [],
@@ -349,7 +349,7 @@ def _examples(
     ]
 
 
-def _label(windows: Sequence[Window], decode: Callable[[int], str]) -> str:
+def label_of(windows: Sequence[Window], decode: Callable[[int], str]) -> str:
     """The token that holds most of the strongest activations, else the first three; "" if dead."""
     share: dict[int, float] = {}
     for w in windows:
