@@ -193,7 +193,7 @@ def _edit(request: SteerRequest) -> Edit:
 
 
 def _document(run: SteeredRun, query: int) -> dict[str, Any]:
-    from circuit_tracer_qk.steering.edits import parse_head
+    from circuit_tracer_qk.attribution.head import parse_head
     from circuit_tracer_qk.steering.to_json import run_document
 
     leading = [i for r in (run.clean, run) for _, i, _ in r.top(LEADING)]

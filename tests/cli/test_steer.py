@@ -108,7 +108,7 @@ MISTAKES = {
     "has neither": ["--edit", "side=key heads=L1H0 checkpoint=1 features=1"],
     "'L1' is no head": ["--edit", TAGS.replace("L1H2,", "L1,")],
     "no head L9H0": ["--edit", TAGS.replace("L1H2", "L9H0")],
-    "feature 5 of checkpoint 1 is not active at position 6": [
+    "L0/5 (feature 5 of checkpoint 1) is not active at position 6": [
         "--edit",
         TAGS.replace("61,177", "5"),
     ],

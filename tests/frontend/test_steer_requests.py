@@ -18,6 +18,7 @@ from helpers.serving import Reply, ask
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
+from circuit_tracer_qk.attribution.head import parse_head
 from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.frontend import server
@@ -25,7 +26,6 @@ from circuit_tracer_qk.frontend.answers import Refusal
 from circuit_tracer_qk.frontend.steer_requests import SteerRequest, read_request
 from circuit_tracer_qk.plugin import live
 from circuit_tracer_qk.plugin.live import LiveGraphs
-from circuit_tracer_qk.steering.edits import parse_head
 from circuit_tracer_qk.steering.steer import Session
 from circuit_tracer_qk.steering.to_json import run_document
 

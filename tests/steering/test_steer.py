@@ -15,6 +15,7 @@ from torch import Tensor
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.steering.controls import matched
+from circuit_tracer_qk.steering.options import SteeringOptions
 from circuit_tracer_qk.steering.resolve import Changed
 from circuit_tracer_qk.steering.steer import Session
 
@@ -284,7 +285,7 @@ def test_frozen_patterns_are_the_clean_ones_bit_for_bit(case: Case) -> None:
         case.model.transformer(torch.tensor([case.ids]))
     session = Session(case.model, case.ids)
     watch = [(layer, h) for layer in range(case.n_layers) for h in range(case.reference.n_heads)]
-    ran = session.engine("patterns", "live").run(session.resolve(edits), watch)
+    ran = session.engine(SteeringOptions(freeze="patterns")).run(session.resolve(edits), watch)
     for layer, head in watch:
         same = torch.equal(ran.patterns[layer, head], seen[names[layer]][head])
         assert same == ((layer, head) not in heads)
@@ -412,8 +413,8 @@ REFUSALS = {
     "no head L9H0": dict(heads=(9, 0)),
     "'L4' is no head": dict(heads="L4"),
     "no dictionary at checkpoint 40": dict(checkpoint=40),
-    "have no decoder vector at checkpoint 1": dict(checkpoint=2),
-    "no feature 100000 at checkpoint 1": dict(features=100000),
+    "(L1/0) have no decoder vector at checkpoint 1": dict(checkpoint=2),
+    "no feature 100000 at checkpoint 1 (L0/100000)": dict(features=100000),
     "position 99 is out of range": dict(positions=99),
     "positions are empty": dict(positions=[]),
     "features are []": dict(features=[]),
@@ -441,7 +442,9 @@ def test_edits_that_mean_nothing_are_refused(gemma: Case, message: str) -> None:
 def test_a_factor_of_what_is_not_there_is_refused(gemma: Case) -> None:
     f = _absent(gemma, 1, 3)
     here = _active(gemma, 1, 3, 1)[0][1]
-    with pytest.raises(ctqk.UserError, match=f"feature {f} .* is not active at position 3.*{here}"):
+    with pytest.raises(
+        ctqk.UserError, match=f"L0/{f} .feature {f} of .* is not active at position 3.*L0/{here}"
+    ):
         ctqk.steer(gemma.model, gemma.ids, ctqk.QKEdit((1, 0), "key", 1, f, 3, factor=0.0))
 
 
@@ -531,7 +534,7 @@ def test_controls_of_a_generation_hold_as_the_edit_does(gemma: Case) -> None:
     for control in controls.features:
         ((place, held),) = control.held.items()
         assert (place.layer, place.head, place.side) == (1, 0, "key")
-        assert held[0].features != (f,) and held[0].factor == -3.0
+        assert held[0].features != ((c, f),) and held[0].apply(1.0) == -3.0
         assert control.held_outputs == {(1, 1): 0.0}
     (other,) = controls.heads
     assert {(s.layer, s.head) for s in other.held} | set(other.held_outputs) == {(1, 2), (1, 3)}
