@@ -47,12 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--edits", metavar="FILE", help="edits from a JSON file: a list, or another run's --json")
     add("--token", action="append", default=[], help="a next token to report; repeatable")
     for option in OPTIONS:
-        add(
-            f"--{option.name}",
-            default=option.default,
-            help=f"{option.help} (default: {option.default})",
-            **({"choices": tuple(option.values)} if option.values else {"type": int}),
-        )
+        how: dict[str, Any] = {"choices": tuple(option.values)} if option.values else {"type": int}
+        help = f"{option.help} (default: {option.default})"
+        add(f"--{option.name}", default=option.default, help=help, **how)
     add(
         "--sweep",
         metavar="F,F,...",

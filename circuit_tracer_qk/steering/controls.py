@@ -122,7 +122,7 @@ def _other_features(
             "their position: the controls leave them as they are"
         )
     sizes = _pool_sizes(groups, ranked, n)
-    controls: dict[frozenset[tuple[Side, int, StandIn]], Intervention] = {}
+    controls: dict[frozenset[tuple[str, int, StandIn]], Intervention] = {}
     for _ in range(TRIES * n):
         chosen: dict[_EditedFeature, StandIn] = {}
         for group, features in groups.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from helpers.steered_reference import SteeredReference, steered
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.base.feature_names import feature_name
 from circuit_tracer_qk.steering.controls import matched
 from circuit_tracer_qk.steering.options import SteeringOptions
+from circuit_tracer_qk.steering.parse import read_edit
 from circuit_tracer_qk.steering.resolve import Changed
 from circuit_tracer_qk.steering.steer import Session
+from circuit_tracer_qk.steering.to_json import run_document
 
 ALL = list(ARCHITECTURES)
 MODES = [(f, n) for f in ("none", "patterns") for n in ("frozen", "live")]
@@ -569,3 +573,74 @@ def test_half_precision_is_steered_too(tmp_path: Path) -> None:
         gone = ctqk.QKEdit((1, 0), "key", 1, "all", p, factor=0.0)
         run = ctqk.steer(model, case.ids, gone, norms=norms, controls=2)
         assert run.logits.isfinite().all() and not torch.equal(run.logits, run.clean.logits)
+
+
+# Names of features
+
+
+def test_names_and_indices_say_the_same_edit() -> None:
+    plain = ctqk.QKEdit((1, 0), "key", 1, [3, 4], 5, factor=0.0)
+    for features in (["L0/3", "L0/4"], ["L0/3", "L0/4", "L0/3"], ("l0/3", " L0/4")):
+        assert ctqk.QKEdit((1, 0), "key", features=features, positions=5, factor=0.0) == plain
+    assert ctqk.QKEdit((1, 0), "key", 1, ["L0/3", 4], 5, factor=0.0) == plain
+    assert (plain.features, plain.resolved.names) == ((3, 4), ("L0/3", "L0/4"))
+    mixed = ctqk.QKEdit((1, 0), "key", features=["L0/3", "in/5"], factor=0.0)
+    assert (mixed.checkpoint, mixed.features) == (None, ("L0/3", "in/5"))
+    assert mixed.resolved.components == ((1, 3), (0, 5))
+    assert replace(mixed, factor=2.0).resolved.components == mixed.resolved.components
+    away, put = ctqk.swap("L1H0", "key", remove="L0/3", inject="in/5", activation=2, positions=5)
+    assert away == ctqk.QKEdit((1, 0), "key", 1, 3, 5, factor=0.0)
+    assert put == ctqk.QKEdit((1, 0), "key", 0, 5, 5, inject=2.0)
+
+
+@pytest.mark.parametrize(
+    "features, checkpoint, message",
+    [
+        ("L0/3", 2, "L0/3 is feature 3 of checkpoint 1, and the edit says checkpoint 2"),
+        (3, None, "an edit of 3 lacks checkpoint"),
+        (["L0/3", "error"], None, "an edit of 'error' lacks checkpoint"),
+        ("L5attn/61", None, "a feature of an attention graph"),
+        ("L0-3", None, "names, such as L0/61"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(features, checkpoint, message) -> None:
+    with pytest.raises(ctqk.UserError, match=message):
+        ctqk.QKEdit((1, 0), "key", checkpoint, features, factor=0.0)
+
+
+def test_one_edit_of_several_checkpoints(tmp_path: Path) -> None:
+    """A crosscoder's features of two checkpoints, both read by one block; held in generation too."""
+    case = build("gemma2", tmp_path, "wcc")
+    layer = case.n_layers - 1
+    p = _where(case, layer, at_least=9)
+    largest = {c: f for c, f, _ in reversed(_active(case, layer, p, 99))}
+    assert len(largest) > 1
+    components = list(largest.items())[:2]
+    one = ctqk.QKEdit((layer, 0), "key", features=[feature_name(*x) for x in components], factor=-2)
+    two = [ctqk.QKEdit((layer, 0), "key", c, f, factor=-2) for c, f in components]
+    session = Session(case.model, case.ids)
+    run, same = (session.steer(edits, controls=2) for edits in (one, two))
+    assert torch.equal(run.logits, same.logits) and run.changes == same.changes
+    assert [set(c.changes) for c in run.controls] == [set(run.changes)] * 2
+    held, same = (session.generate(edits, 4, controls=0) for edits in (one, two))
+    assert held.steered == same.steered
+    document = run_document(run, [5])
+    [edit] = document["edits"]
+    assert edit["features"] == edit["names"] == list(one.resolved.names)
+    assert read_edit(edit) == one
+
+
+def test_a_run_prints_in_a_few_lines(gemma: Case) -> None:
+    """Without a tokenizer tokens have no text, so the miniature's examples show more."""
+    p = _where(gemma, 1)
+    (c, f, _), *_ = _active(gemma, 1, p, 1)
+    edits = [ctqk.QKEdit((1, 0), "key", c, f, p, factor=x) for x in (-1.0, 0.5, 2.0, 3.0, 4.0)]
+    run = ctqk.steer(gemma.model, gemma.ids, edits, controls=2)
+    text = repr(run)
+    assert f"key of L1H0 at {p}: {feature_name(c, f)} x -1\n" in text and "and 2 more" in text
+    assert "2 with other features, 2 with other heads" in text and len(text.splitlines()) <= 8
+    assert "nothing, or a control" in repr(run.clean)
+    swept = ctqk.sweep(gemma.model, gemma.ids, edits[:1], [1, 0], controls=0)
+    assert len(repr(swept).splitlines()) == 3
+    held = ctqk.generate(gemma.model, gemma.ids, edits[:1], 2, controls=0)
+    assert len(repr(held).splitlines()) == 4
