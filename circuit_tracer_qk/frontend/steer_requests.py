@@ -95,9 +95,19 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _field(default: Any, sentence: str, **limits: Any) -> Any:
     """A field and the end of the sentence that refuses a wrong value."""
-    return Field(default, description=sentence, **limits)
+    return Field(default, description=f"must be {sentence}", **limits)
 
 
+def _list(default: Any, most: int, items: str) -> Any:
+    return _field(default, f"different ones, at most {most}, {items}", max_length=most)
+
+
+def _decimal(largest: int) -> Any:
+    sentence = f"a decimal number from -{largest} to {largest}"
+    return _field(None, sentence, ge=-largest, le=largest)
+
+
+_FROM_0 = "a whole number from 0 on"
 _WHOLE = "[0-9]{1,9}"
 _Whole = Annotated[int, _matching(_WHOLE, int)]
 _Decimal = Annotated[float, _matching(r"-?[0-9]{1,9}(\.[0-9]{1,17})?", float)]
@@ -111,37 +121,20 @@ class _AskedEdit(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    heads: Annotated[tuple[_Head, ...], _split, _different] = _field(
-        ...,
-        f"must be different ones, at most {MOST_HEADS}, written as L1H2,L1H3",
-        max_length=MOST_HEADS,
+    heads: Annotated[tuple[_Head, ...], _split, _different] = _list(
+        ..., MOST_HEADS, "written as L1H2,L1H3"
     )
-    side: Side | None = _field(None, "must be query or key")
-    checkpoint: _Whole | None = _field(None, "must be a whole number from 0 on")
-    features: Annotated[tuple[_Feature, ...], _split, _different] = _field(
-        (),
-        f"must be different ones, at most {MOST_FEATURES}: names such as L0/61, whole numbers from "
-        f"0 on, or {', '.join(_KINDS)}",
-        max_length=MOST_FEATURES,
+    side: Side | None = _field(None, "query or key")
+    checkpoint: _Whole | None = _field(None, _FROM_0)
+    features: Annotated[tuple[_Feature, ...], _split, _different] = _list(
+        (), MOST_FEATURES, f"names such as L0/61, whole numbers from 0 on, or {', '.join(_KINDS)}"
     )
-    positions: Annotated[tuple[_Whole, ...], _split, _different] | None = _field(
-        None,
-        f"must be different whole numbers from 0 on, at most {MOST_POSITIONS}",
-        max_length=MOST_POSITIONS,
+    positions: Annotated[tuple[_Whole, ...], _split, _different] | None = _list(
+        None, MOST_POSITIONS, "whole numbers from 0 on"
     )
-    factor: _Decimal | None = _field(
-        None,
-        f"must be a decimal number from -{LARGEST_FACTOR} to {LARGEST_FACTOR}",
-        ge=-LARGEST_FACTOR,
-        le=LARGEST_FACTOR,
-    )
-    inject: _Decimal | None = _field(
-        None,
-        f"must be a decimal number from -{LARGEST_ACTIVATION} to {LARGEST_ACTIVATION}",
-        ge=-LARGEST_ACTIVATION,
-        le=LARGEST_ACTIVATION,
-    )
-    query: _Whole | None = _field(None, "must be a whole number from 0 on")
+    factor: _Decimal | None = _decimal(LARGEST_FACTOR)
+    inject: _Decimal | None = _decimal(LARGEST_ACTIVATION)
+    query: _Whole | None = _field(None, _FROM_0)
 
     @model_validator(mode="after")
     def _whole_edit(self) -> _AskedEdit:
@@ -158,26 +151,17 @@ class _AskedEdit(BaseModel):
 
     def edit(self) -> Edit:
         if self.side is None:
-            assert self.factor is not None, "what is injected has a side"
-            return HeadEdit(self.heads, self.factor, self.positions)
-        return QKEdit(
-            self.heads,
-            self.side,
-            self.checkpoint,
-            self.features,
-            self.positions,
-            self.factor,
-            self.inject,
-        )
+            return HeadEdit(**self.model_dump(include={"heads", "factor", "positions"}))
+        return QKEdit(**self.model_dump(include=set(_AskedEdit.model_fields) - {"query"}))
 
 
 def _option_field(option: Option) -> tuple[Any, Any]:
     if option.values:
         values = tuple(option.values)
-        return Literal[values], _field(option.default, f"must be {' or '.join(values)}")
+        return Literal[values], _field(option.default, " or ".join(values))
     most = MOST.get(option.name)
-    limit = "" if most is None else f", at most {most}"
-    return _Whole, _field(option.default, f"must be a whole number from 0 on{limit}", le=most)
+    sentence = _FROM_0 if most is None else f"{_FROM_0}, at most {most}"
+    return _Whole, _field(option.default, sentence, le=most)
 
 
 _option_fields: dict[str, Any] = {option.name: _option_field(option) for option in OPTIONS}

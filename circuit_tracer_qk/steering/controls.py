@@ -35,7 +35,7 @@ StandIn = tuple[int, int]
 """(checkpoint, feature) of a feature that takes the place of an edited one."""
 
 
-class _EditedFeature(NamedTuple):
+class _Edited(NamedTuple):
     """A feature at one position of one side: the same edit in every head that it is made in."""
 
     side: Side
@@ -94,15 +94,15 @@ def _other_features(
     n: int,
     random: Random,
 ) -> tuple[list[Intervention], list[str]]:
-    edited: dict[_EditedFeature, float] = {}  # its activation
-    layers: dict[_EditedFeature, set[int]] = {}
+    edited: dict[_Edited, float] = {}  # its activation
+    layers: dict[_Edited, set[int]] = {}
     for place, feature, change in _feature_changes(intervention):
         edited[feature] = change.before
         layers.setdefault(feature, set()).add(place.layer)
     if not edited:
         return [], ["no feature is edited, so there are no other features to compare with"]
     pools = _Pools(dictionaries, parts, edited)
-    groups: dict[_Group, list[_EditedFeature]] = {}
+    groups: dict[_Group, list[_Edited]] = {}
     for feature, before in edited.items():
         group = _Group(
             feature.side, frozenset(layers[feature]), feature.position, active=before != 0
@@ -124,7 +124,7 @@ def _other_features(
     sizes = _pool_sizes(groups, ranked, n)
     controls: dict[frozenset[tuple[str, int, StandIn]], Intervention] = {}
     for _ in range(TRIES * n):
-        chosen: dict[_EditedFeature, StandIn] = {}
+        chosen: dict[_Edited, StandIn] = {}
         for group, features in groups.items():
             pool = ranked[group][: sizes[group]]
             drawn = random.sample(pool, min(len(features), len(pool)))
@@ -149,23 +149,15 @@ def _other_features(
     return list(controls.values()), notes
 
 
-def _feature_changes(
-    intervention: Intervention,
-) -> Iterator[tuple[HeadSide, _EditedFeature, Changed]]:
+def _feature_changes(intervention: Intervention) -> Iterator[tuple[HeadSide, _Edited, Changed]]:
     """Every change of a feature, by head; errors and biases have no counterparts."""
     for place, changes in intervention.changes.items():
         for c in changes:
             if not isinstance(c.component, str):
-                yield (
-                    place,
-                    _EditedFeature(place.side, c.checkpoint, c.component, c.position),
-                    c,
-                )
+                yield (place, _Edited(place.side, c.checkpoint, c.component, c.position), c)
 
 
-def _activity(
-    controls: Iterable[Intervention], edited: dict[_EditedFeature, float]
-) -> float | None:
+def _activity(controls: Iterable[Intervention], edited: dict[_Edited, float]) -> float | None:
     """Mean activation of stand-ins over that of edited features; None where all are absent."""
     stand_ins = [c.before for run in controls for *_, c in _feature_changes(run) if c.before]
     replaced = [before for before in edited.values() if before]
@@ -178,10 +170,7 @@ class _Pools:
     """Which features may stand in for edited ones."""
 
     def __init__(
-        self,
-        dictionaries: DictionarySet,
-        parts: Decomposition,
-        edited: dict[_EditedFeature, float],
+        self, dictionaries: DictionarySet, parts: Decomposition, edited: dict[_Edited, float]
     ) -> None:
         self.dictionaries, self.parts = dictionaries.by_checkpoint, parts
         self.edited, self.active = edited, activations(parts)
@@ -189,7 +178,7 @@ class _Pools:
     def activation(self, stand_in: StandIn, position: int) -> float:
         return self.active.get((*stand_in, position), 0.0)
 
-    def ranked(self, group: _Group, features: list[_EditedFeature]) -> list[StandIn]:
+    def ranked(self, group: _Group, features: list[_Edited]) -> list[StandIn]:
         """What may replace a group's features, best first."""
         readable = {c for c, d in self.dictionaries.items() if group.layers <= set(d.decoders)}
         edited = {
@@ -219,9 +208,7 @@ class _Pools:
 
 
 def _pool_sizes(
-    groups: dict[_Group, list[_EditedFeature]],
-    ranked: dict[_Group, list[StandIn]],
-    n: int,
+    groups: dict[_Group, list[_Edited]], ranked: dict[_Group, list[StandIn]], n: int
 ) -> dict[_Group, int]:
     """How many of the best candidates to draw from: as few as give ``n`` distinct draws."""
     sizes = {group: min(len(features), len(ranked[group])) for group, features in groups.items()}
@@ -235,7 +222,7 @@ def _pool_sizes(
 
 
 def _with_features(
-    intervention: Intervention, chosen: dict[_EditedFeature, StandIn], pools: _Pools
+    intervention: Intervention, chosen: dict[_Edited, StandIn], pools: _Pools
 ) -> Intervention:
     """The same intervention on the stand-ins."""
     changes: dict[HeadSide, tuple[Changed, ...]] = {}
@@ -245,7 +232,7 @@ def _with_features(
             if isinstance(c.component, str):
                 replaced.append(c)
                 continue
-            stand_in = chosen.get(_EditedFeature(place.side, c.checkpoint, c.component, c.position))
+            stand_in = chosen.get(_Edited(place.side, c.checkpoint, c.component, c.position))
             if stand_in is not None:
                 before = pools.activation(stand_in, c.position)
                 after = before * (c.after / c.before) if c.before else c.after

@@ -16,11 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from circuit_tracer_qk.attribution.head import Head, HeadLike, head_name, parse_head
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.feature_names import (
-    feature_name,
-    is_feature_name,
-    parse_feature_name,
-)
+from circuit_tracer_qk.base.feature_names import feature_name, is_feature_name, parse_feature_name
 
 Side = Literal["query", "key"]
 SIDES: tuple[Side, ...] = ("query", "key")

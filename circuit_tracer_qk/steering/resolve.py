@@ -90,10 +90,7 @@ class Intervention:
 
 
 def resolve(
-    edits: Edit | Iterable[Edit],
-    dictionaries: DictionarySet,
-    parts: Decomposition,
-    zero: slice,
+    edits: Edit | Iterable[Edit], dictionaries: DictionarySet, parts: Decomposition, zero: slice
 ) -> Intervention:
     """Read edits on one run.
 

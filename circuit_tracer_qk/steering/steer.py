@@ -26,13 +26,7 @@ from circuit_tracer_qk.steering.edits import Edit, QKEdit, listed_edits
 from circuit_tracer_qk.steering.hooks import Pass, Steered
 from circuit_tracer_qk.steering.options import DEFAULTS, Freeze, Norms, SteeringOptions
 from circuit_tracer_qk.steering.resolve import Intervention, resolve
-from circuit_tracer_qk.steering.results import (
-    Continued,
-    Generation,
-    HeadMaps,
-    SteeredRun,
-    Swept,
-)
+from circuit_tracer_qk.steering.results import Continued, Generation, HeadMaps, SteeredRun, Swept
 
 
 def steer(
