@@ -266,23 +266,23 @@ class _Hooks:
             moved = torch.zeros_like(base)
             moved[rows] = block.live((x + dx)[rows], at[rows], number, side) - base[rows]
             return _Side(base, moved)
-        known = at < run.n_pos
+        of_prompt = at < run.n_pos
         base = torch.cat(
             [
-                self.steered.whole(layer)[side][at[known], number].to(wide),
-                block.live(x[~known], at[~known], number, side),
+                self.steered.whole(layer)[side][at[of_prompt], number].to(wide),
+                block.live(x[~of_prompt], at[~of_prompt], number, side),
             ]
         )
         moved = torch.zeros_like(base)
         for clean in (True, False):
-            here = rows & (known == clean)
-            if bool(here.any()):
+            edited = rows & (of_prompt == clean)
+            if bool(edited.any()):
                 by = (
-                    self.heads.frozen(layer, at[here], number, side)
+                    self.heads.frozen(layer, at[edited], number, side)
                     if clean
-                    else block.denominators(x[here], number, side)
+                    else block.denominators(x[edited], number, side)
                 )
-                moved[here] = block.image(dx[here], at[here], number, side, by)
+                moved[edited] = block.image(dx[edited], at[edited], number, side, by)
         return _Side(base, moved)
 
     def _moved(self, place: HeadSide, offset: int, n: int) -> Tensor:
@@ -339,8 +339,8 @@ class _Hooks:
             full = n >= self.run.n_pos  # else one generated token at a time
             for head in range(z.shape[2]):
                 later = self.intervention.held_outputs.get((layer, head), 1.0)
-                known = self.intervention.outputs.get((layer, head), (1.0,) * self.run.n_pos)
-                factors = [*known, *[later] * (n - len(known))] if full else [later] * n
+                of_prompt = self.intervention.outputs.get((layer, head), (1.0,) * self.run.n_pos)
+                factors = [*of_prompt, *[later] * (n - len(of_prompt))] if full else [later] * n
                 if any(f != 1 for f in factors):
                     z[0, :, head] *= z.new_tensor(factors)[:, None]
             return z

@@ -17,7 +17,7 @@ from torch import Tensor
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.base.feature_names import feature_name
 from circuit_tracer_qk.steering.controls import matched
-from circuit_tracer_qk.steering.options import SteeringOptions
+from circuit_tracer_qk.steering.options import Freeze, SteeringOptions
 from circuit_tracer_qk.steering.parse import read_edit
 from circuit_tracer_qk.steering.resolve import Changed
 from circuit_tracer_qk.steering.steer import Session
@@ -77,9 +77,9 @@ def _edits(case: Case) -> tuple[list[ctqk.QKEdit], dict[tuple[int, int, str], Te
     edits, moves = [], {}
 
     def edit(
-        heads: Sequence[tuple[int, int]], side: str, position: int, c: int, f: int, **how: float
+        heads: Sequence[tuple[int, int]], side: Any, position: int, c: int, f: int, **how: float
     ) -> None:
-        edits.append(ctqk.QKEdit(heads, side, c, f, [position], **how))  # type: ignore[arg-type]
+        edits.append(ctqk.QKEdit(heads, side, c, f, [position], **how))
         for layer, head in heads:
             held = [a for cc, ff, a in _active(case, layer, position, 999) if (cc, ff) == (c, f)]
             before = sum(held)
@@ -112,7 +112,7 @@ def _close(case: Case, what: str, ours: Tensor, theirs: Tensor, factor: float = 
     assert error <= factor * (1e-10 if f64 else 1e-4), f"{what}: {error:.1e}"
 
 
-def _expected(case: Case, moves: dict, freeze: str, norms: str, **more) -> SteeredReference:
+def _expected(case: Case, moves: dict, freeze: Any, norms: Any, **more) -> SteeredReference:
     keep = case.run if freeze == "patterns" else None
     return steered(
         case.reference, case.ids, moves, frozen_norms=norms == "frozen", keep=keep, **more
@@ -120,10 +120,10 @@ def _expected(case: Case, moves: dict, freeze: str, norms: str, **more) -> Steer
 
 
 @pytest.mark.parametrize("freeze, norms", MODES)
-def test_a_steered_run_is_the_independent_one(case: Case, freeze: str, norms: str) -> None:
+def test_a_steered_run_is_the_independent_one(case: Case, freeze: Any, norms: Any) -> None:
     """Queries and keys, scaled and injected, in several heads of two layers, through the cap."""
     edits, moves = _edits(case)
-    run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, norms=norms, controls=0)  # type: ignore
+    run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, norms=norms, controls=0)
     expected = _expected(case, moves, freeze, norms)
     assert {(layer, head) for layer, head, _ in moves} == set(run.heads)
     for layer, head in run.heads:
@@ -139,12 +139,12 @@ def test_a_steered_run_is_the_independent_one(case: Case, freeze: str, norms: st
 @pytest.mark.parametrize("factor", [0.0, -2.0])
 @pytest.mark.parametrize("side", ["query", "key"])
 def test_with_frozen_norms_scores_change_by_the_marginal(
-    case: Case, side: str, factor: float
+    case: Case, side: Any, factor: float
 ) -> None:
     layer, head = case.n_layers - 1, 1
     p = _where(case, layer)
     (c, f, _), *_ = _active(case, layer, p, 1)
-    edit = ctqk.QKEdit((layer, head), side, c, f, p, factor=factor)  # type: ignore[arg-type]
+    edit = ctqk.QKEdit((layer, head), side, c, f, p, factor=factor)
     run = ctqk.steer(case.model, case.ids, edit, norms="frozen", controls=0)
     change = run.scores[layer, head] - run.clean.scores[layer, head]
     for q in range(len(case.ids)):
@@ -182,7 +182,7 @@ def test_both_sides_of_a_pair(case: Case) -> None:
 
 
 @pytest.mark.parametrize("freeze, norms", MODES)
-def test_factor_one_is_the_clean_run_bit_for_bit(case: Case, freeze: str, norms: str) -> None:
+def test_factor_one_is_the_clean_run_bit_for_bit(case: Case, freeze: Any, norms: Any) -> None:
     layer = case.n_layers - 1
     p = _where(case, layer)
     features = [f for c, f, _ in _active(case, layer, p, 9) if c == layer] or [
@@ -194,7 +194,7 @@ def test_factor_one_is_the_clean_run_bit_for_bit(case: Case, freeze: str, norms:
         ctqk.QKEdit([(layer, 0)], "query", layer, "all", factor=1.0),
         ctqk.HeadEdit([(layer, 1)], 1.0),
     ]
-    run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, norms=norms, controls=3)  # type: ignore
+    run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, norms=norms, controls=3)
     plain = case.model.transformer(torch.tensor([case.ids]))[0, -1]
     assert torch.equal(run.logits, plain.to(run.logits)) and torch.equal(run.clean.logits, plain)
     for head in run.heads:
@@ -204,15 +204,15 @@ def test_factor_one_is_the_clean_run_bit_for_bit(case: Case, freeze: str, norms:
 
 
 @pytest.mark.parametrize("norms", ["frozen", "live"])
-def test_injecting_and_then_removing_is_the_clean_run(case: Case, norms: str) -> None:
+def test_injecting_and_then_removing_is_the_clean_run(case: Case, norms: Any) -> None:
     f = _absent(case, 1, 3)
     heads = [(1, 0), (1, 1)]
     inject = ctqk.QKEdit(heads, "key", 1, f, 3, inject=2.5)
     for undo in ({"factor": 0.0}, {"inject": -2.5}):
         edits = [inject, ctqk.QKEdit(heads, "key", 1, f, 3, **undo)]
-        run = ctqk.steer(case.model, case.ids, edits, norms=norms, controls=0)  # type: ignore
+        run = ctqk.steer(case.model, case.ids, edits, norms=norms, controls=0)
         assert torch.equal(run.logits, run.clean.logits)
-    alone = ctqk.steer(case.model, case.ids, inject, norms=norms, controls=0)  # type: ignore
+    alone = ctqk.steer(case.model, case.ids, inject, norms=norms, controls=0)
     assert not torch.equal(alone.logits, alone.clean.logits)
 
 
@@ -302,8 +302,9 @@ def test_a_head_scaled_away_writes_nothing(case: Case) -> None:
     edits = [ctqk.HeadEdit((layer, 0), 0.0), ctqk.HeadEdit((layer, 1), 2.0, positions=[-1])]
     factors = {(layer, 0): torch.zeros(n), (layer, 1): torch.ones(n)}
     factors[layer, 1][-1] = 2.0
-    for freeze in ("none", "patterns"):
-        run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, controls=2)  # type: ignore
+    freezes: tuple[Freeze, ...] = ("none", "patterns")
+    for freeze in freezes:
+        run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, controls=2)
         expected = _expected(case, {}, freeze, "live", outputs=factors)
         _close(case, "scaled heads", run.logits, expected.logits[-1])
         assert not run.controls, "no feature is edited"
@@ -311,7 +312,7 @@ def test_a_head_scaled_away_writes_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("freeze, norms", MODES)
-def test_cached_generation_is_uncached_generation(case: Case, freeze: str, norms: str) -> None:
+def test_cached_generation_is_uncached_generation(case: Case, freeze: Any, norms: Any) -> None:
     """With edits held on at prompt positions, at every position, and on heads' outputs."""
     layer = case.n_layers - 1
     edits, _ = _edits(case)
@@ -330,13 +331,13 @@ def test_cached_generation_is_uncached_generation(case: Case, freeze: str, norms
 
 
 @pytest.mark.parametrize("norms", ["frozen", "live"])
-def test_generation_holds_prompt_keys_for_later_queries(case: Case, norms: str) -> None:
+def test_generation_holds_prompt_keys_for_later_queries(case: Case, norms: Any) -> None:
     """Live q . stored k(f): the continuation is the reference's, token by token, greedily."""
     layer = case.n_layers - 1
     p = _where(case, layer)
     (c, f, a), *_ = _active(case, layer, p, 1)
     edit = ctqk.QKEdit([(layer, 0), (layer, 1)], "key", c, f, p, factor=-8.0)
-    found = ctqk.generate(case.model, case.ids, edit, 6, norms=norms, controls=0)  # type: ignore
+    found = ctqk.generate(case.model, case.ids, edit, 6, norms=norms, controls=0)
     ids = list(case.ids)
     while len(ids) < len(case.ids) + 6:
         move = torch.zeros(len(ids), case.reference.W_E.shape[1]).double()
