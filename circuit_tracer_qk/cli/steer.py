@@ -14,6 +14,7 @@ from circuit_tracer_qk.base.files import write_together
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.loading import load_prompt_and_model
 from circuit_tracer_qk.cli.output import show, silence_stdout
+from circuit_tracer_qk.steering.options import OPTIONS
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.steering.parse import HeadChoice
@@ -26,7 +27,7 @@ DESCRIPTION = (
     "the bundled miniature."
 )
 EPILOG = (
-    'example: circuit-tracer-qk steer --edit "side=key heads=3@q14:k6 checkpoint=1 features=61,177 '
+    'example: circuit-tracer-qk steer --edit "side=key heads=3@q14:k6 features=L0/61,L0/177 '
     'positions=6 factor=0" --norms frozen --token " Sally"'
 )
 
@@ -42,27 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="EDIT",
-        help="side=query|key heads=L1H2,L1H7 checkpoint=1 features=61,177 [positions=6] and "
-        "factor=0 or inject=ACTIVATION; without a side and features, the heads' outputs are scaled. "
-        "heads=3@q14:k6 takes the 3 heads (or 80%%) that carried most from 6 to 14. Repeatable",
+        help="side=query|key heads=L1H2,L1H7 features=L0/61,L0/177 (or checkpoint=1 "
+        "features=61,177) [positions=6] and factor=0 or inject=ACTIVATION; without a side and "
+        "features, the heads' outputs are scaled. heads=3@q14:k6 takes the 3 heads (or 80%%) that "
+        "carried most from 6 to 14. Repeatable",
     )
     add("--edits", metavar="FILE", help="edits from a JSON file: a list, or another run's --json")
     add("--token", action="append", default=[], help="a next token to report; repeatable")
-    add(
-        "--freeze",
-        default="none",
-        choices=("none", "patterns"),
-        help="patterns: heads that are not steered keep their clean patterns (default: none)",
-    )
-    add(
-        "--norms",
-        default="live",
-        choices=("live", "frozen"),
-        help="frozen: the clean run's denominators inside the edited QK circuits, so that a score "
-        "changes by (factor - 1) times the marginal (default: live)",
-    )
-    add("--controls", type=int, default=20, help="matched controls of either kind (default: 20)")
-    add("--seed", type=int, default=0, help="of the controls' draw (default: 0)")
+    for option in OPTIONS:
+        how: dict[str, Any] = {"choices": tuple(option.values)} if option.values else {"type": int}
+        help = f"{option.help} (default: {option.default})"
+        add(f"--{option.name}", default=option.default, help=help, **how)
     add(
         "--sweep",
         metavar="F,F,...",
@@ -98,8 +89,8 @@ def check(args: argparse.Namespace) -> None:
         parse_edit(text, lambda choice: [(0, 0)])
     if args.edits is not None:
         read_edits(args.edits)
-    if args.controls < 0:
-        raise UserError(f"--controls is {args.controls}: it must be 0 or more.")
+    for option in OPTIONS:
+        option.checked(getattr(args, option.name), f"--{option.name}")
     if args.generate is not None and args.generate < 1:
         raise UserError(f"--generate is {args.generate}: it must be at least 1.")
     _factors(args.sweep)
@@ -109,12 +100,12 @@ def _factors(text: str | None) -> list[float]:
     if text is None:
         return []
     try:
-        found = [float(x) for x in text.split(",") if x.strip()]
+        factors = [float(x) for x in text.split(",") if x.strip()]
     except ValueError:
-        found = []
-    if not found or not all(abs(x) < 1e6 for x in found):
+        factors = []
+    if not factors or not all(abs(x) < 1e6 for x in factors):
         raise UserError(f"--sweep is {text!r}: give factors such as 1,0.5,0,-1.")
-    return found
+    return factors
 
 
 def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
@@ -133,29 +124,21 @@ def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
     """
     from circuit_tracer_qk.host import graph as host
     from circuit_tracer_qk.steering.parse import parse_edit, read_edits
-    from circuit_tracer_qk.steering.results import Swept
-    from circuit_tracer_qk.steering.steer import Session, at_factor
+    from circuit_tracer_qk.steering.steer import Session
 
     session = Session(model, prompt)
     choose = _chooser(prompt, model)
     edits = [parse_edit(text, choose) for text in args.edit]
     edits += [] if args.edits is None else read_edits(args.edits)
-    options = {"freeze": args.freeze, "norms": args.norms, "seed": args.seed}
+    options: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
     tokens = [host.token_id(_token(t), model.tokenizer, model.cfg.d_vocab) for t in args.token]
-    run = session.steer(edits, controls=args.controls, verbose=args.verbose, **options)
+    run = session.steer(edits, verbose=args.verbose, **options)
     factors = _factors(args.sweep)
-    swept = Swept(
-        factors,
-        [
-            session.steer([at_factor(e, f) for e in edits], controls=args.controls, **options)
-            for f in factors
-        ],
-    )
+    swept = session.sweep(edits, factors, **options) if factors else None
     continued = None
     if args.generate is not None:
-        continued = session.generate(
-            edits, args.generate, controls=min(args.controls, 3), **options
-        )
+        fewer = options | {"controls": min(args.controls, 3)}
+        continued = session.generate(edits, args.generate, **fewer)
     if args.json is not None:
         about = {
             "model": str(model.cfg.model_name),
@@ -181,23 +164,24 @@ def _chooser(prompt: Any, model: Any) -> Callable[[HeadChoice], list[tuple[int, 
         return ctqk.attribute(prompt, model)
 
     def choose(choice: HeadChoice) -> list[tuple[int, int]]:
-        found = ctqk.select_heads(graph(), **choice._asdict())
-        if not found:
+        heads = ctqk.select_heads(graph(), **choice._asdict())
+        if not heads:
             raise UserError("no head carried anything between these positions.")
-        return found
+        return heads
 
     return choose
 
 
 def _document(
-    run: SteeredRun, swept: Swept, continued: Generation | None, tokens: list[int]
+    run: SteeredRun, swept: Swept | None, continued: Generation | None, tokens: list[int]
 ) -> dict[str, Any]:
     from circuit_tracer_qk.steering.to_json import run_document
 
-    leading = [r.top(1)[0][1] for r in (run.clean, run, *swept.runs)]
-    asked = tokens or list(dict.fromkeys(leading))  # the same tokens at every factor
+    runs = [run.clean, run, *(swept.runs if swept else ())]
+    # the same tokens at every factor
+    asked = tokens or list(dict.fromkeys(run.top(1)[0][1] for run in runs))
     document = run_document(run, asked)
-    if swept.runs:
+    if swept:
         document["sweep"] = [
             {"factor": f, **{k: run_document(r, asked)[k] for k in ("tokens", "steered")}}
             for f, r in zip(swept.factors, swept.runs, strict=True)
@@ -215,29 +199,29 @@ def _document(
 
 def _lines(
     run: SteeredRun,
-    swept: Swept,
+    swept: Swept | None,
     continued: Generation | None,
     tokens: list[int],
     label: Callable[[int, int], str],
 ) -> list[str]:
-    from circuit_tracer_qk.cli import steering_text as steering_report
-    from circuit_tracer_qk.cli import text as report
+    from circuit_tracer_qk.cli import steering_text
+    from circuit_tracer_qk.cli.text import prompt_lines
 
     leading = [i for r in (run.clean, run) for _, i, _ in r.top(3)]
     shown = list(dict.fromkeys([*tokens, *leading]))
     lines = [
-        *report.prompt_lines(run.token_strings),
+        *prompt_lines(run.token_strings),
         "",
-        *steering_report.change_lines(run, label),
+        *steering_text.change_lines(run, label),
         "",
-        *steering_report.effect_lines(run, shown),
+        *steering_text.effect_lines(run, shown),
         "",
-        *steering_report.attention_lines(run),
+        *steering_text.attention_lines(run),
     ]
-    if swept.runs:
-        lines += ["", *steering_report.sweep_lines(swept, shown[0])]
+    if swept:
+        lines += ["", *steering_text.sweep_lines(swept, shown[0])]
     if continued is not None:
-        lines += ["", *steering_report.generation_lines(continued)]
+        lines += ["", *steering_text.generation_lines(continued)]
     return lines
 
 

@@ -5,23 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 
+from circuit_tracer_qk.attribution.head import head_name
 from circuit_tracer_qk.cli.text import WIDTH, cut, cut_line, token_name, wrap
 from circuit_tracer_qk.steering.edits import QKEdit
 from circuit_tracer_qk.steering.resolve import Changed
 from circuit_tracer_qk.steering.results import Effect, Generation, Spread, SteeredRun, Swept
-from circuit_tracer_qk.steering.to_json import head_name
 
 MOST_CHANGES = 12
 MOST_HEADS = 12
-NORMS = {
-    "frozen": "norms inside the edited QK circuits frozen at the clean run's",
-    "live": "norms inside the edited QK circuits recomputed on the edited stream",
-}
-FREEZE = {
-    "none": "everything downstream live",
-    "patterns": "patterns of all other heads frozen at the clean run's",
-}
-
 Label = Callable[[int, int], str]
 
 
@@ -32,24 +23,26 @@ def change_lines(run: SteeredRun, label: Label) -> list[str]:
     for (layer, head, side), changes in run.changes.items():
         for change in changes:
             groups.setdefault((side, change), []).append(head_name((layer, head)))
+    both_forms: dict[str, None] = {}
     for (side, c), heads in list(groups.items())[:MOST_CHANGES]:
-        if isinstance(c.component, str):
-            what, amount = c.component, f"x {c.after:g}"
-        else:
-            what = f"c{c.checkpoint}/{c.component} {label(c.checkpoint, c.component)}".strip()
+        shown, amount = c.name, f"x {c.after:g}"
+        if not isinstance(c.component, str):
+            shown = f"{c.name} {label(c.checkpoint, c.component)}".strip()
             amount = f"{c.before:.4g} -> {c.after:.4g}"
+            both_forms[f"{c.name} (checkpoint {c.checkpoint}, feature {c.component})"] = None
         at = token_name(run.token_strings, c.position)
-        lines.append(cut_line(f"  {side:5} of {' '.join(heads)}: {amount:18} at {at}  {what}"))
+        lines.append(cut_line(f"  {side:5} of {' '.join(heads)}: {amount:18} at {at}  {shown}"))
     if len(groups) > MOST_CHANGES:
         lines.append(f"  and {len(groups) - MOST_CHANGES} more")
+    lines += wrap(both_forms)
     for head, factors in run.outputs.items():
-        some = {f for f in factors if f != 1}
-        values = ", ".join(f"{f:g}" for f in sorted(some))
+        values = ", ".join(f"{f:g}" for f in sorted({f for f in factors if f != 1}))
         count = sum(f != 1 for f in factors)
         lines.append(f"  output of {head_name(head)} x {values} at {count} positions")
     if len(lines) == 1:
         lines.append("  nothing: this is the clean run")
-    return [*lines, f"{NORMS[run.norms]}; {FREEZE[run.freeze]}"]
+    # from the edited heads outwards
+    return [*lines, "; ".join(reversed(run.options.sentences))]
 
 
 def effect_lines(run: SteeredRun, tokens: Sequence[int]) -> list[str]:
@@ -123,11 +116,13 @@ def sweep_lines(swept: Swept, token: int) -> list[str]:
     return lines
 
 
-def generation_lines(found: Generation) -> list[str]:
+def generation_lines(generation: Generation) -> list[str]:
     """The prompt's continuations: clean, steered and of the controls."""
-    lines = ["continued, greedily"]
-    lines.append(cut_line(f"  clean           {found.clean.text!r}"))
-    lines.append(cut_line(f"  steered         {found.steered.text!r}"))
-    lines += [cut_line(f"  other features  {c.text!r}") for c in found.controls]
-    lines += [cut_line(f"  other heads     {c.text!r}") for c in found.head_controls]
-    return [*lines, *note_lines(found.notes)]
+    continuations = [("clean", generation.clean), ("steered", generation.steered)]
+    continuations += [("other features", c) for c in generation.controls]
+    continuations += [("other heads", c) for c in generation.head_controls]
+    return [
+        "continued, greedily",
+        *(cut_line(f"  {name:14}  {continued.text!r}") for name, continued in continuations),
+        *note_lines(generation.notes),
+    ]

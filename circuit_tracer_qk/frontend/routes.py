@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from circuit_tracer_qk.base.errors import UserError
@@ -16,7 +16,9 @@ from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.frontend.answers import Refusal, not_found
 from circuit_tracer_qk.frontend.page import INDEX, Page
 from circuit_tracer_qk.frontend.static import ASSET_KINDS, Content, Folder, made
-from circuit_tracer_qk.frontend.steer_requests import SteerRequest, read_request
+
+if TYPE_CHECKING:
+    from circuit_tracer_qk.frontend.steer_requests import SteerRequest
 
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")  # the last two mean more on Windows
 _QUERY_NUMBER = re.compile(r"[0-9]{1,9}")
@@ -155,9 +157,11 @@ class Site:
 
     def _steer(self, slug: str, query: str) -> bytes:
         """A steered run on the prompt of a graph in memory."""
-        live, request = self._in_memory(slug), read_request(query)
+        from circuit_tracer_qk.frontend.steer_requests import read_request  # loads pydantic
+
+        live = self._in_memory(slug)
         try:
-            return live.steer(slug, request)
+            return live.steer(slug, read_request(query))
         except UserError as error:
             raise Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
 

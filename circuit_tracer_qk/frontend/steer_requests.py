@@ -1,58 +1,53 @@
 """What the page asks to have steered, read from the query of its address.
 
-Plain values, so that the server needs no torch to read them; what they mean for a model, and
-whether it has them, is :mod:`circuit_tracer_qk.steering.steer`'s to say.
+Loads pydantic, so the server imports this at the first such request; loads no torch. Whether a
+model has what is asked for is :mod:`circuit_tracer_qk.steering.steer`'s to say.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
-from circuit_tracer_qk.frontend.answers import Refusal
-
-MOST_HEADS, MOST_FEATURES, MOST_POSITIONS, MOST_CONTROLS = 256, 256, 1024, 50
-LARGEST_FACTOR, LARGEST_ACTIVATION = 100, 1_000_000
-KINDS = ("all", "bias", "embedding", "error", "position")
-"""What may stand in place of a feature's index."""
-
-_NAMES = (
-    *("heads", "side", "checkpoint", "features", "positions", "factor", "inject"),
-    *("norms", "freeze", "controls", "seed", "query"),
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
 )
-_OF_A_SIDE = ("checkpoint", "features", "inject")
-_WHOLE = re.compile(r"[0-9]{1,9}")
-_DECIMAL = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,17})?")
-_HEAD = re.compile(r"L([0-9]{1,4})H([0-9]{1,4})")
+
+from circuit_tracer_qk.attribution.head import parse_head
+from circuit_tracer_qk.base.feature_names import is_feature_name
+from circuit_tracer_qk.frontend.answers import Refusal
+from circuit_tracer_qk.steering.edits import ALL, OTHER_KINDS, Edit, HeadEdit, QKEdit, Side
+from circuit_tracer_qk.steering.options import OPTIONS, Option, SteeringOptions
+
+MOST_HEADS, MOST_FEATURES, MOST_POSITIONS = 256, 256, 1024
+MOST = {"controls": 50}
+"""The largest whole number that an option may be."""
+
+LARGEST_FACTOR, LARGEST_ACTIVATION = 100, 1_000_000
+_KINDS = (ALL, *sorted(OTHER_KINDS))
 
 
-@dataclass(frozen=True)
-class SteerRequest:
-    """One edit and how to run it: of features in heads' QK circuits, or of heads' outputs.
+class SteerRequest(NamedTuple):
+    """One edit and how to run it.
 
     Attributes:
-        heads: (layer, head) of every head.
-        side: "query" or "key"; None for the heads' outputs.
-        checkpoint, features, positions, factor, inject: as in :class:`~circuit_tracer_qk.QKEdit`.
-        norms, freeze, controls, seed: as in :func:`circuit_tracer_qk.steer`.
+        edit: of features in heads' QK circuits, or of heads' outputs.
+        options: as of :func:`circuit_tracer_qk.steer`.
         query: the position whose attention rows are wanted; None for the last.
     """
 
-    heads: tuple[tuple[int, int], ...]
-    side: Literal["query", "key"] | None = None
-    checkpoint: int | None = None
-    features: tuple[int | str, ...] = ()
-    positions: tuple[int, ...] | None = None
-    factor: float | None = None
-    inject: float | None = None
-    norms: Literal["live", "frozen"] = "live"
-    freeze: Literal["none", "patterns"] = "none"
-    controls: int = 20
-    seed: int = 0
-    query: int | None = None
+    edit: Edit
+    options: SteeringOptions
+    query: int | None
 
 
 def read_request(query: str) -> SteerRequest:
@@ -60,86 +55,133 @@ def read_request(query: str) -> SteerRequest:
 
     Raises:
         Refusal: something is missing, malformed, given twice or not known.
+        UserError: an edit that means nothing.
     """
     pairs = parse_qsl(query, keep_blank_values=True)
-    given = dict(pairs)
-    unknown = sorted(set(given) - set(_NAMES))
-    if unknown or len(pairs) != len(given):
-        raise _refused(f"what can be given, each once, is {', '.join(_NAMES)}")
-    if "heads" not in given:
-        raise _refused("heads is missing: such as L1H2,L1H3")
-    if ("factor" in given) == ("inject" in given):
-        raise _refused("either factor or inject must be given")
-    if "side" not in given and any(name in given for name in _OF_A_SIDE):
-        raise _refused("side is missing: query or key; only heads' outputs have none")
-    values: dict[str, Any] = {"heads": _list("heads", given["heads"], _head, MOST_HEADS)}
-    if "side" in given:
-        values["side"] = _one_of("side", given["side"], ("query", "key"))
-        for name in ("checkpoint", "features"):
-            if name not in given:
-                raise _refused(f"{name} is missing: a side's edit needs it")
-        values["features"] = _list("features", given["features"], _feature, MOST_FEATURES)
-    if "positions" in given:
-        values["positions"] = _list("positions", given["positions"], _position, MOST_POSITIONS)
-    for name in ("checkpoint", "controls", "seed", "query"):
-        if name in given:
-            values[name] = _whole(name, given[name])
-    if values.get("controls", 0) > MOST_CONTROLS:
-        raise _refused(f"controls must be at most {MOST_CONTROLS}")
-    for name, largest in (("factor", LARGEST_FACTOR), ("inject", LARGEST_ACTIVATION)):
-        if name in given:
-            values[name] = _decimal(name, given[name], largest)
-    for name, known in (("norms", ("live", "frozen")), ("freeze", ("none", "patterns"))):
-        if name in given:
-            values[name] = _one_of(name, given[name], known)
-    return SteerRequest(**values)
+    if len(pairs) != len(dict(pairs)):
+        raise _refused(_KNOWN)
+    try:
+        asked = _Asked.model_validate(dict(pairs))
+    except ValidationError as error:
+        raise _refused(_sentence(error.errors()[0])) from None
+    options = SteeringOptions(**asked.model_dump(include={option.name for option in OPTIONS}))
+    return SteerRequest(asked.edit(), options, asked.query)
+
+
+def _matching(pattern: str, convert: Any) -> BeforeValidator:
+    """Reads a text of one form."""
+
+    def read(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(text)
+        return convert(text)
+
+    return BeforeValidator(read)
+
+
+def _feature(text: str) -> int | str:
+    if text in _KINDS or is_feature_name(text):
+        return text
+    if not re.fullmatch(_WHOLE, text):
+        raise ValueError(text)
+    return int(text)
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(values)
+    return values
+
+
+def _field(default: Any, sentence: str, **limits: Any) -> Any:
+    """A field and the end of the sentence that refuses a wrong value."""
+    return Field(default, description=f"must be {sentence}", **limits)
+
+
+def _list(default: Any, most: int, items: str) -> Any:
+    return _field(default, f"different ones, at most {most}, {items}", max_length=most)
+
+
+def _decimal(largest: int) -> Any:
+    sentence = f"a decimal number from -{largest} to {largest}"
+    return _field(None, sentence, ge=-largest, le=largest)
+
+
+_FROM_0 = "a whole number from 0 on"
+_WHOLE = "[0-9]{1,9}"
+_Whole = Annotated[int, _matching(_WHOLE, int)]
+_Decimal = Annotated[float, _matching(r"-?[0-9]{1,9}(\.[0-9]{1,17})?", float)]
+_Head = Annotated[tuple[int, int], _matching("L[0-9]{1,4}H[0-9]{1,4}", parse_head)]
+_Feature = Annotated[int | str, BeforeValidator(_feature)]
+_split, _different = BeforeValidator(lambda text: text.split(",")), AfterValidator(_distinct)
+
+
+class _AskedEdit(BaseModel):
+    """The fields of an edit, as texts, read and bounded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    heads: Annotated[tuple[_Head, ...], _split, _different] = _list(
+        ..., MOST_HEADS, "written as L1H2,L1H3"
+    )
+    side: Side | None = _field(None, "query or key")
+    checkpoint: _Whole | None = _field(None, _FROM_0)
+    features: Annotated[tuple[_Feature, ...], _split, _different] = _list(
+        (), MOST_FEATURES, f"names such as L0/61, whole numbers from 0 on, or {', '.join(_KINDS)}"
+    )
+    positions: Annotated[tuple[_Whole, ...], _split, _different] | None = _list(
+        None, MOST_POSITIONS, "whole numbers from 0 on"
+    )
+    factor: _Decimal | None = _decimal(LARGEST_FACTOR)
+    inject: _Decimal | None = _decimal(LARGEST_ACTIVATION)
+    query: _Whole | None = _field(None, _FROM_0)
+
+    @model_validator(mode="after")
+    def _whole_edit(self) -> _AskedEdit:
+        if (self.factor is None) == (self.inject is None):
+            raise ValueError("either factor or inject must be given")
+        if self.side is None:
+            if self.model_fields_set & {"checkpoint", "features", "inject"}:
+                raise ValueError("side is missing: query or key; only heads' outputs have none")
+        elif not self.features:
+            raise ValueError("features is missing: a side's edit needs it")
+        elif self.checkpoint is None and not all(is_feature_name(str(f)) for f in self.features):
+            raise ValueError("checkpoint is missing: only features by name need none")
+        return self
+
+    def edit(self) -> Edit:
+        if self.side is None:
+            return HeadEdit(**self.model_dump(include={"heads", "factor", "positions"}))
+        return QKEdit(**self.model_dump(include=set(_AskedEdit.model_fields) - {"query"}))
+
+
+def _option_field(option: Option) -> tuple[Any, Any]:
+    if option.values:
+        values = tuple(option.values)
+        return Literal[values], _field(option.default, " or ".join(values))
+    most = MOST.get(option.name)
+    sentence = _FROM_0 if most is None else f"{_FROM_0}, at most {most}"
+    return _Whole, _field(option.default, sentence, le=most)
+
+
+_option_fields: dict[str, Any] = {option.name: _option_field(option) for option in OPTIONS}
+_Asked = create_model("_Asked", __base__=_AskedEdit, **_option_fields)
+_KNOWN = f"what can be given, each once, is {', '.join(_Asked.model_fields)}"
+
+
+def _sentence(error: Any) -> str:
+    if not error["loc"]:
+        return str(error["ctx"]["error"])
+    name = error["loc"][0]
+    if error["type"] == "extra_forbidden":
+        return _KNOWN
+    description = _Asked.model_fields[name].description
+    return (
+        f"{name} is missing; it {description}"
+        if error["type"] == "missing"
+        else f"{name} {description}"
+    )
 
 
 def _refused(reason: str) -> Refusal:
     return Refusal(HTTPStatus.BAD_REQUEST, f"{reason}.")
-
-
-def _list(name: str, text: str, read: Any, most: int) -> tuple[Any, ...]:
-    found = tuple(read(part) for part in text.split(",", most))
-    if len(found) > most:
-        raise _refused(f"{name} can be at most {most}")
-    if len(set(found)) < len(found):
-        raise _refused(f"{name} must be different ones")
-    return found
-
-
-def _head(text: str) -> tuple[int, int]:
-    found = _HEAD.fullmatch(text)
-    if found is None:
-        raise _refused("heads must be written as L1H2,L1H3")
-    return int(found[1]), int(found[2])
-
-
-def _feature(text: str) -> int | str:
-    if text in KINDS:
-        return text
-    if not _WHOLE.fullmatch(text):
-        raise _refused(f"features must be whole numbers from 0 on, or {', '.join(KINDS)}")
-    return int(text)
-
-
-def _position(text: str) -> int:
-    return _whole("positions", text)
-
-
-def _whole(name: str, text: str) -> int:
-    if not _WHOLE.fullmatch(text):
-        raise _refused(f"{name} must be a whole number from 0 on")
-    return int(text)
-
-
-def _decimal(name: str, text: str, largest: float) -> float:
-    if not _DECIMAL.fullmatch(text) or abs(float(text)) > largest:
-        raise _refused(f"{name} must be a decimal number from -{largest} to {largest}")
-    return float(text)
-
-
-def _one_of(name: str, text: str, known: tuple[str, str]) -> Any:
-    if text not in known:
-        raise _refused(f"{name} must be {known[0]} or {known[1]}")
-    return text

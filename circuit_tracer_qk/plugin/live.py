@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import asdict
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.dictionaries.features import indexed_feature
-from circuit_tracer_qk.frontend.steer_requests import SteerRequest
 from circuit_tracer_qk.graph_files.feature_files import (
     folder_name,
     stored_examples,
@@ -23,7 +23,7 @@ from circuit_tracer_qk.host import graph as host
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution.residual.model import ResidualModel
-    from circuit_tracer_qk.steering.edits import Edit
+    from circuit_tracer_qk.frontend.steer_requests import SteerRequest
     from circuit_tracer_qk.steering.results import SteeredRun
     from circuit_tracer_qk.steering.steer import Session
 
@@ -123,13 +123,7 @@ class LiveGraphs:
             if (slug, request) in self._steered:
                 self._steered.move_to_end((slug, request))
                 return self._steered[slug, request]
-            run = self._session(slug).steer(
-                _edit(request),
-                freeze=request.freeze,
-                norms=request.norms,
-                controls=request.controls,
-                seed=request.seed,
-            )
+            run = self._session(slug).steer(request.edit, **asdict(request.options))
             answer = encode(_document(run, query), "the steered run")
             self._steered[slug, request] = answer
             while len(self._steered) > KEPT_ANSWERS:
@@ -175,31 +169,14 @@ def _check_model(slug: str, graph: ExplainedGraph | None, model: ResidualModel) 
         )
 
 
-def _edit(request: SteerRequest) -> Edit:
-    from circuit_tracer_qk.steering.edits import HeadEdit, QKEdit
-
-    if request.side is None or request.checkpoint is None:
-        factor = 1.0 if request.factor is None else request.factor
-        return HeadEdit(request.heads, factor, request.positions)
-    return QKEdit(
-        request.heads,
-        request.side,
-        request.checkpoint,
-        request.features,
-        request.positions,
-        request.factor,
-        request.inject,
-    )
-
-
 def _document(run: SteeredRun, query: int) -> dict[str, Any]:
-    from circuit_tracer_qk.steering.edits import parse_head
+    from circuit_tracer_qk.attribution.head import parse_head
     from circuit_tracer_qk.steering.to_json import run_document
 
     leading = [i for r in (run.clean, run) for _, i, _ in r.top(LEADING)]
     document = run_document(run, list(dict.fromkeys(leading)), [query])
     for row in document["attention"]:
         head = parse_head(row["head"])
-        for name, of in (("scores_before", run.clean), ("scores_after", run)):
-            row[name] = of.scores[head][query, : query + 1].tolist()
+        for name, source in (("scores_before", run.clean), ("scores_after", run)):
+            row[name] = source.scores[head][query, : query + 1].tolist()
     return document

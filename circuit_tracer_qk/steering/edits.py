@@ -1,29 +1,88 @@
 """What to change: features in the queries or keys of chosen heads, or what heads write.
 
-Plain values, checked while they are made and normalised to tuples; what they come to on a prompt is
-:mod:`circuit_tracer_qk.steering.resolve`'s to say (paper, "Induction" and "Antonyms"; method, section 5).
+:class:`QKEdit` and :class:`HeadEdit` take what a user may write and check it while they are made.
+Their ``resolved`` is the same edit in narrow types, which the rest of this room reads; what it does
+to a prompt is for :mod:`circuit_tracer_qk.steering.resolve` to say (paper, "Induction" and
+"Antonyms"; attribution/README.md, section 5).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from circuit_tracer_qk.attribution.head import Head, HeadLike, head_name, parse_head
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.feature_names import feature_name, is_feature_name, parse_feature_name
 
-SIDES = ("query", "key")
+Side = Literal["query", "key"]
+SIDES: tuple[Side, ...] = ("query", "key")
 OTHER_KINDS = ("bias", "error", "embedding", "position")
 ALL = "all"
 
-Head = tuple[int, int]
-"""(layer, head)."""
+Amount = TypeVar("Amount")
 
-HeadLike = Head | str
-"""A head as ``(4, 0)`` or ``"L4H0"``."""
+
+def component_name(checkpoint: int, component: int | str) -> str:
+    """A feature's name, such as L0/61; other components are named by their kind."""
+    return component if isinstance(component, str) else feature_name(checkpoint, component)
+
+
+@dataclass(frozen=True)
+class ResolvedQKEdit:
+    """A :class:`QKEdit`, checked, in narrow types.
+
+    Attributes:
+        heads: (layer, head) of every head.
+        side: "query" or "key".
+        components: (checkpoint, feature index or kind) of every component.
+        positions: as given; None where none were.
+        amount: what activations are multiplied with, or what is added to them.
+        injects: whether ``amount`` is added.
+    """
+
+    heads: tuple[Head, ...]
+    side: Side
+    components: tuple[tuple[int, int | str], ...]
+    positions: tuple[int, ...] | None
+    amount: float
+    injects: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The components' names."""
+        return tuple(component_name(*component) for component in self.components)
+
+    @property
+    def features(self) -> tuple[tuple[int, int], ...]:
+        """(checkpoint, index) of the components that are features."""
+        return tuple((c, f) for c, f in self.components if not isinstance(f, str))
+
+    def apply(self, activation: Amount) -> Amount:
+        """An activation, or a tensor of them, after the edit."""
+        value: Any = activation
+        return value + self.amount if self.injects else value * self.amount
+
+    def __str__(self) -> str:
+        how = f"{self.amount:+g}" if self.injects else f"x {self.amount:g}"
+        return (
+            f"{self.side} of {_heads_at(self.heads, self.positions)}: {', '.join(self.names)} {how}"
+        )
+
+
+@dataclass(frozen=True)
+class ResolvedHeadEdit:
+    """A :class:`HeadEdit`, checked, in narrow types."""
+
+    heads: tuple[Head, ...]
+    factor: float
+    positions: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        return f"output of {_heads_at(self.heads, self.positions)} x {self.factor:g}"
 
 
 @dataclass(frozen=True)
@@ -31,37 +90,51 @@ class QKEdit:
     """Scale, remove or inject features on one side of some heads' QK circuit.
 
     Several edits combine in the order given: each starts from the activations that the one before
-    left, so injecting a feature and then removing it is the clean run.
+    left, so injecting a feature and then removing it is the clean run. (Paper, "Induction" and
+    "Antonyms".)
 
     Attributes:
         heads: ``(layer, head)`` or ``"L4H0"``, one or several; query heads, also under GQA.
         side: "query" or "key".
-        checkpoint: the checkpoint that the features read (as in ``Component.checkpoint``).
-        features: indices in that checkpoint's dictionary; or other kinds of components ("bias",
-            "error", "embedding", "position"), or "all" for everything, where ``checkpoint`` is the
-            heads' own, their layer.
+        checkpoint: the checkpoint that the features read (as in ``Component.checkpoint``); not
+            needed where every feature is given by its name.
+        features: names such as "L0/61" or "in/5", also of several checkpoints; or indices in the
+            dictionary of ``checkpoint``; or other kinds of components ("bias", "error",
+            "embedding", "position"), or "all" for everything, where ``checkpoint`` is the heads'
+            own, their layer.
         positions: query or key positions, negative ones from the end. None: wherever a feature is
             active (``factor``), or every position that has features at all (``inject``); in
             generation also at the tokens generated.
         factor: what activations are multiplied with; 0 removes, 1 changes nothing.
-        inject: what is added to the activations instead, for features that are not active.
+        inject: what is added to the activations instead, in their own units, for features that are
+            not active.
+        resolved: the same in narrow types.
+
+    Once made, ``heads``, ``features`` and ``positions`` are tuples; features of one checkpoint are
+    indices, those of several are names.
 
     Raises:
         UserError: an edit that means nothing.
+
+    >>> edit = QKEdit("L1H2", "key", features=["L0/61", "L0/177"], positions=6, factor=0)
+    >>> edit == QKEdit([(1, 2)], "key", 1, [61, 177], [6], 0)
+    True
     """
 
     heads: Iterable[HeadLike] | HeadLike
-    side: Literal["query", "key"]
-    checkpoint: int
-    features: Iterable[int | str] | int | str
+    side: Side
+    checkpoint: int | None = None
+    features: Iterable[int | str] | int | str = ()
     positions: Iterable[int] | int | None = None
     factor: float | None = None
     inject: float | None = None
+    resolved: ResolvedQKEdit = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _set(self, heads=_heads(self.heads), features=_features(self.features))
-        _set(self, positions=_positions(self.positions))
-        _set(self, checkpoint=_whole("checkpoint", self.checkpoint))
+        heads, features = _heads(self.heads), _features(self.features)
+        positions = _positions(self.positions)
+        checkpoint = None if self.checkpoint is None else _whole("checkpoint", self.checkpoint)
+        components = _components(features, checkpoint)
         if self.side not in SIDES:
             raise UserError(f"an edit's side is {self.side!r}: it must be 'query' or 'key'.")
         if (self.factor is None) == (self.inject is None):
@@ -69,16 +142,26 @@ class QKEdit:
                 "an edit takes either factor= (0 removes a feature) or inject= (an activation to "
                 f"add), and this one has {'neither' if self.factor is None else 'both'}."
             )
-        if self.factor is not None:
-            _set(self, factor=_number("factor", self.factor))
-        if self.inject is not None:
-            _set(self, inject=_number("inject", self.inject))
-            for name in self.features:  # type: ignore[union-attr]
-                if isinstance(name, str):
+        factor = None if self.factor is None else _number("factor", self.factor)
+        inject = None if self.inject is None else _number("inject", self.inject)
+        if inject is not None:
+            for _, component in components:
+                if isinstance(component, str):
                     raise UserError(
-                        f"{name!r} cannot be injected, it has no activation: inject= takes "
-                        "features, by their indices."
+                        f"{component!r} cannot be injected, it has no activation: inject= takes "
+                        "features, by their indices or names."
                     )
+        amount = inject if factor is None else factor
+        assert amount is not None
+        resolved = ResolvedQKEdit(
+            heads, self.side, components, positions, amount, injects=factor is None
+        )
+        if len({c for c, _ in components}) == 1:
+            checkpoint, features = components[0][0], tuple(component for _, component in components)
+        else:
+            features = resolved.names
+        _set(self, heads=heads, features=features, positions=positions, checkpoint=checkpoint)
+        _set(self, factor=factor, inject=inject, resolved=resolved)
 
 
 @dataclass(frozen=True)
@@ -91,36 +174,76 @@ class HeadEdit:
         heads: ``(layer, head)`` or ``"L4H0"``, one or several.
         factor: 0 removes the heads' writes, 1 changes nothing.
         positions: query positions, negative ones from the end; None for all.
+        resolved: the same in narrow types.
+
+    Raises:
+        UserError: an edit that means nothing.
+
+    >>> HeadEdit("L1H2", factor=0)
+    HeadEdit(heads=((1, 2),), factor=0.0, positions=None)
     """
 
     heads: Iterable[HeadLike] | HeadLike
     factor: float
     positions: Iterable[int] | int | None = None
+    resolved: ResolvedHeadEdit = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _set(self, heads=_heads(self.heads), positions=_positions(self.positions))
-        _set(self, factor=_number("factor", self.factor))
+        heads, positions = _heads(self.heads), _positions(self.positions)
+        resolved = ResolvedHeadEdit(heads, _number("factor", self.factor), positions)
+        _set(self, heads=heads, factor=resolved.factor, positions=positions, resolved=resolved)
 
 
 Edit = QKEdit | HeadEdit
+ResolvedEdit = ResolvedQKEdit | ResolvedHeadEdit
+
+
+def listed_edits(edits: Edit | Iterable[Edit]) -> tuple[Edit, ...]:
+    """One edit or several as a tuple.
+
+    Raises:
+        UserError: none, or something else than an edit.
+    """
+    listed = (edits,) if isinstance(edits, QKEdit | HeadEdit) else tuple(edits)
+    if not listed:
+        raise UserError("there is nothing to steer: give at least one QKEdit or HeadEdit.")
+    for edit in listed:
+        if not isinstance(edit, QKEdit | HeadEdit):
+            raise UserError(
+                f"{type(edit).__name__} is no edit: give circuit_tracer_qk.QKEdit or HeadEdit."
+            )
+    return listed
 
 
 def swap(
     heads: Iterable[HeadLike] | HeadLike,
-    side: Literal["query", "key"],
-    checkpoint: int,
+    side: Side,
+    checkpoint: int | None = None,
     *,
-    remove: Iterable[int] | int,
-    inject: Iterable[int] | int,
+    remove: Iterable[int | str] | int | str,
+    inject: Iterable[int | str] | int | str,
     activation: float,
     positions: Iterable[int] | int | None,
 ) -> list[Edit]:
     """One feature for another (minus yellow, plus red): a removal and an injection.
 
+    (Paper, "Antonyms" and "Correctness circuits".)
+
     Args:
         heads, side, checkpoint, positions: as in :class:`QKEdit`.
-        remove: features that lose their activation.
-        inject: features that get ``activation``.
+        remove: features that lose their activation, by index or name.
+        inject: features that get ``activation``, by index or name.
+        activation: in the features' own units.
+
+    Returns:
+        The two edits, for :func:`circuit_tracer_qk.steer`.
+
+    Raises:
+        UserError: an edit that means nothing.
+
+    >>> away, put = swap("L1H2", "key", remove="L0/61", inject="L0/3", activation=5, positions=6)
+    >>> away.factor, put.features, put.inject
+    (0.0, (3,), 5.0)
     """
     return [
         QKEdit(heads, side, checkpoint, remove, positions, factor=0.0),
@@ -128,89 +251,100 @@ def swap(
     ]
 
 
-def _set(edit: Any, **values: Any) -> None:
+def _heads_at(heads: tuple[Head, ...], positions: tuple[int, ...] | None) -> str:
+    at = "" if positions is None else f" at {', '.join(map(str, positions))}"
+    return " ".join(map(head_name, heads)) + at
+
+
+def _set(edit: Edit, **values: Any) -> None:
     for name, value in values.items():
         object.__setattr__(edit, name, value)  # frozen: normalised once, while it is made
 
 
-def _listed(values: Any) -> Any:
+def _plain(values: Any) -> Any:
     """Arrays and tensors as lists of plain numbers."""
     return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _heads(heads: Any) -> tuple[Head, ...]:
-    heads = _listed(heads)
+    heads = _plain(heads)
     try:
         heads = heads if isinstance(heads, str) else list(heads)
         pair = not isinstance(heads, str) and len(heads) == 2
         single = isinstance(heads, str) or pair and all(hasattr(h, "__index__") for h in heads)
-        found = tuple(dict.fromkeys(parse_head(h) for h in ([heads] if single else heads)))
+        parsed = tuple(dict.fromkeys(parse_head(h) for h in ([heads] if single else heads)))
     except TypeError:
-        found = ()
-    if not found:
+        parsed = ()
+    if not parsed:
         raise UserError(f"an edit's heads are {heads!r}: give (layer, head) pairs or 'L4H0'.")
-    return found
-
-
-def parse_head(head: Any) -> Head:
-    """``(4, 0)`` or ``"L4H0"`` as (layer, head).
-
-    Raises:
-        UserError: anything else.
-    """
-    if isinstance(head, str) and (found := re.fullmatch(r"[Ll](\d+)[Hh](\d+)", head.strip())):
-        return int(found[1]), int(found[2])
-    if not isinstance(head, str):
-        try:
-            layer, number = _listed(head)
-            return index(layer), index(number)
-        except (TypeError, ValueError):
-            pass
-    raise UserError(f"{head!r} is no head: write (layer, head) or L4H0.")
+    return parsed
 
 
 def _features(features: Any) -> tuple[int | str, ...]:
-    features = _listed(features)
+    features = _plain(features)
     if isinstance(features, str) or hasattr(features, "__index__"):
         features = [features]
-    known = (*OTHER_KINDS, ALL)
-    found: list[int | str] = []
+    kinds = (*OTHER_KINDS, ALL)
+    checked: list[int | str] = []
     try:
-        for name in features:
-            if isinstance(name, str):
-                if name not in known:
-                    raise UserError(
-                        f"{name!r} is no component: give features by their indices, or one of "
-                        f"{', '.join(known)}."
-                    )
-                found.append(name)
-            else:
-                found.append(_whole("feature", name))
+        for feature in features:
+            if not isinstance(feature, str):
+                feature = _whole("feature", feature)
+            elif feature not in kinds and not is_feature_name(feature):
+                raise UserError(
+                    f"{feature!r} is no component: give features by their indices or names, such "
+                    f"as L0/61, or one of {', '.join(kinds)}."
+                )
+            checked.append(feature)
     except TypeError:
-        found = []
-    if not found:
-        raise UserError(f"an edit's features are {features!r}: give at least one index.")
-    return tuple(dict.fromkeys(found))
+        checked = []
+    if not checked:
+        raise UserError(f"an edit's features are {features!r}: give at least one index or name.")
+    return tuple(dict.fromkeys(checked))
+
+
+def _components(
+    features: tuple[int | str, ...], checkpoint: int | None
+) -> tuple[tuple[int, int | str], ...]:
+    """(checkpoint, feature index or kind) of what an edit names, each once."""
+    components: list[tuple[int, int | str]] = []
+    for feature in features:
+        if isinstance(feature, str) and is_feature_name(feature):
+            read, number = parse_feature_name(feature)
+            if checkpoint not in (None, read):
+                raise UserError(
+                    f"{feature} is feature {number} of checkpoint {read}, and the edit says "
+                    f"checkpoint {checkpoint}: leave the checkpoint out."
+                )
+            components.append((read, number))
+        elif checkpoint is None:
+            raise UserError(
+                f"an edit of {feature!r} lacks checkpoint: give it, or name features by checkpoint "
+                "and index at once, such as L0/61."
+            )
+        else:
+            components.append((checkpoint, feature))
+    return tuple(dict.fromkeys(components))
 
 
 def _positions(positions: Any) -> tuple[int, ...] | None:
     if positions is None:
         return None
-    positions = _listed(positions)
+    positions = _plain(positions)
     if hasattr(positions, "__index__"):
         positions = [positions]
     try:
-        found = tuple(dict.fromkeys(_whole("position", p) for p in positions))
+        checked = tuple(dict.fromkeys(_whole("position", p) for p in positions))
     except TypeError:
-        found = ()
-    if not found:
+        checked = ()
+    if not checked:
         raise UserError("an edit's positions are empty: name some, or leave them out for all.")
-    return found
+    return checked
 
 
 def _whole(name: str, value: Any) -> int:
     try:
-        return index(_listed(value))
+        return index(_plain(value))
     except TypeError:
         raise UserError(f"{name} {value!r} is not a whole number.") from None
 

@@ -7,40 +7,18 @@ Heads that are not steered may take over from those that are (the paper's "hydra
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from random import Random
-from typing import NamedTuple
 
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.head import Head, HeadLike, head_name, parse_head
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.steering.edits import Edit, Head, HeadEdit, HeadLike, QKEdit, parse_head
-from circuit_tracer_qk.steering.results import Norms
+from circuit_tracer_qk.steering.edits import Edit, listed_edits
+from circuit_tracer_qk.steering.options import DEFAULTS, Freeze, Norms, SteeringOptions
+from circuit_tracer_qk.steering.results import HeadCurve
 from circuit_tracer_qk.steering.steer import Session
-
-
-class HeadCurve(NamedTuple):
-    """A token's probability as more and more heads are steered.
-
-    Attributes:
-        heads: in the order in which they were added; point n steers the first n.
-        live: len(heads) + 1 probabilities, everything downstream live.
-        frozen: the same with the patterns of heads that are not steered frozen.
-        random: per control, the live curve with the same heads added in a random order.
-    """
-
-    heads: list[Head]
-    live: list[float]
-    frozen: list[float]
-    random: list[list[float]]
-
-    def needed(self, curve: Sequence[float], share: float = 0.5) -> int | None:
-        """The fewest heads that take away ``share`` of what all of them take away, if any do."""
-        start, end = self.live[0], min(self.live[-1], self.frozen[-1])
-        if end >= start:
-            return None
-        limit = start - share * (start - end)
-        return next((n for n, p in enumerate(curve) if p <= limit), None)
 
 
 def head_curve(
@@ -50,11 +28,13 @@ def head_curve(
     heads: Iterable[HeadLike],
     token: str | int,
     *,
-    norms: Norms = "live",
+    norms: Norms = DEFAULTS.norms,
     controls: int = 5,
-    seed: int = 0,
+    seed: int = DEFAULTS.seed,
 ) -> HeadCurve:
     """Steer the first 0, 1, 2, ... heads of a ranking.
+
+    (Paper, "Induction": few heads taken away are made up for by others, the "hydra effect".)
 
     Args:
         model, prompt: as in :func:`circuit_tracer_qk.steer`.
@@ -65,49 +45,56 @@ def head_curve(
         controls: how many random orders of the same heads.
         seed: of those orders.
 
+    Returns:
+        Curves of len(heads) + 1 probabilities.
+
     Raises:
         UserError: no heads, or what :func:`circuit_tracer_qk.steer` refuses.
+
+    >>> import circuit_tracer_qk as ctqk
+    >>> heads = ["L1H2", "L1H7"]
+    >>> edit = ctqk.QKEdit(heads, "key", features="L0/61", positions=6, factor=0)
+    >>> prompt = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+    >>> ctqk.head_curve(ctqk.load_model(device="cpu"), prompt, edit, heads, " Sally", controls=1)
+    HeadCurve of L1H2 L1H7, 1 random orders
+      live    0.998 0.187 0.017
+      frozen  0.998 0.830 0.055
     """
-    session = Session(model, prompt)
-    given: tuple[Edit, ...] = (edits,) if isinstance(edits, QKEdit | HeadEdit) else tuple(edits)
+    options = SteeringOptions(norms=norms, controls=controls, seed=seed)
+    session, listed = Session(model, prompt), listed_edits(edits)
     ranked = list(dict.fromkeys(parse_head(head) for head in heads))
     if not ranked:
         raise UserError("a curve needs at least one head.")
-    edited = {head for edit in given for head in edit.heads}
-    for layer, head in ranked:
-        if (layer, head) not in edited:
+    edited = {head for edit in listed for head in edit.resolved.heads}
+    for head in ranked:
+        if head not in edited:
             raise UserError(
-                f"no edit names the head L{layer}H{head}, so steering it would change nothing: "
+                f"no edit names the head {head_name(head)}, so steering it would change nothing: "
                 "leave it out, or give an edit of it."
             )
 
-    def curve(order: Sequence[Head], freeze: str) -> list[float]:
+    def curve(order: Sequence[Head], freeze: Freeze) -> list[float]:
         points = []
         for n in range(len(order) + 1):
-            some = [edit for e in given if (edit := _within(e, set(order[:n])))]
-            if not some:
+            reached = [e for edit in listed if (e := _within(edit, set(order[:n])))]
+            if not reached:
                 points.append(clean)
                 continue
-            run = session.steer(some, freeze=freeze, norms=norms, controls=0)  # type: ignore
+            run = session.steer(reached, freeze=freeze, norms=norms, controls=0)
             points.append(run.probability(token))
         return points
 
-    clean = session.steer(given, norms=norms, controls=0).clean.probability(token)
-    shuffled = [Random(seed + i).sample(ranked, len(ranked)) for i in range(controls)]
+    clean = session.steer(listed, norms=norms, controls=0).clean.probability(token)
+    orders = [Random(options.seed + i).sample(ranked, len(ranked)) for i in range(options.controls)]
     return HeadCurve(
         ranked,
         curve(ranked, "none"),
         curve(ranked, "patterns"),
-        [curve(order, "none") for order in shuffled],
+        [curve(order, "none") for order in orders],
     )
 
 
 def _within(edit: Edit, heads: set[Head]) -> Edit | None:
     """The edit in those of its heads that are allowed; None where there are none."""
-    mine = [head for head in edit.heads if head in heads]
-    if not mine:
-        return None
-    if isinstance(edit, HeadEdit):
-        return HeadEdit(mine, edit.factor, edit.positions)
-    how = {"factor": edit.factor} if edit.inject is None else {"inject": edit.inject}
-    return QKEdit(mine, edit.side, edit.checkpoint, edit.features, edit.positions, **how)
+    allowed = [head for head in edit.resolved.heads if head in heads]
+    return replace(edit, heads=allowed) if allowed else None

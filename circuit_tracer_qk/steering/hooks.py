@@ -5,10 +5,10 @@ In a steered head the scores that edited queries or keys take part in become
     cap(q . k / attn_scale + delta),   delta = (dq . K + Q . dk + dq . dk) / attn_scale
 
 where ``q . k`` is the model's own (recomputed before the soft-cap, from its rotated queries and
-keys) and dq, dk are the images of what the edits move (method, section 5). With frozen norms Q, K
-and all denominators are the clean run's, so ``delta`` is (factor - 1) times the marginal exactly;
-with live norms Q and K are this run's and ln1 and the QK-norm are recomputed on the edited stream.
-Scores with delta 0 are left as they are, bit for bit. Values never change.
+keys) and dq, dk are the images of what the edits move (attribution/README.md, section 5). With
+frozen norms Q, K and all denominators are the clean run's, so ``delta`` is (factor - 1) times the
+marginal exactly; with live norms Q and K are this run's and ln1 and the QK-norm are recomputed on
+the edited stream. Scores with delta 0 are left as they are, bit for bit. Values never change.
 
 Tokens that a generation adds have no clean run: there Q, K and the denominators are live ones, and
 edits without positions read their features off the steered stream.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import like
@@ -31,13 +32,15 @@ from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.run import alone
-from circuit_tracer_qk.steering.edits import Head
-from circuit_tracer_qk.steering.resolve import HeadSide, Plan, changed_vectors
+from circuit_tracer_qk.steering.edits import SIDES
+from circuit_tracer_qk.steering.options import SteeringOptions
+from circuit_tracer_qk.steering.resolve import HeadSide, Intervention, changed_vectors
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-Hook = tuple[str, Callable[..., Tensor | None]]
+Hook = tuple[str | Callable[..., Any], Callable[..., Any]]
+"""As TransformerLens takes them: a hook point's name and what to do there."""
 
 
 class Pass(NamedTuple):
@@ -80,8 +83,8 @@ class Steered:
         dictionaries: whose features are edited.
         parts: the clean run's components.
         heads: the heads on the clean run, with rotary tables long enough for what is generated.
-        frozen_patterns: every head that is not steered keeps its clean pattern.
-        frozen_norms: denominators inside the edited QK circuits are the clean run's.
+        options: freeze "patterns": every head that is not steered keeps its clean pattern; norms
+            "frozen": denominators inside the edited QK circuits are the clean run's.
     """
 
     def __init__(
@@ -90,13 +93,12 @@ class Steered:
         dictionaries: DictionarySet,
         parts: Decomposition,
         heads: Heads,
-        *,
-        frozen_patterns: bool,
-        frozen_norms: bool,
+        options: SteeringOptions,
     ) -> None:
         self.transformer, self.dictionaries = transformer, dictionaries
         self.parts, self.heads = parts, heads
-        self.frozen_patterns, self.frozen_norms = frozen_patterns, frozen_norms
+        self.frozen_patterns = options.freeze == "patterns"
+        self.frozen_norms = options.norms == "frozen"
         device = heads.run.residual.device
         # deltas are differences: in float64 where the device has it, whatever the model's dtype
         self.wide = torch.float64 if device.type != "mps" else torch.float32
@@ -104,17 +106,17 @@ class Steered:
         self.rotary = heads.blocks[0].cos is not None
 
     @torch.no_grad()
-    def run(self, plan: Plan, watch: Sequence[Head], start: int = 0) -> Pass:
+    def run(self, intervention: Intervention, watch: Sequence[Head], start: int = 0) -> Pass:
         """One pass over the prompt.
 
         Args:
-            plan: of :func:`circuit_tracer_qk.steering.resolve.resolve`.
+            intervention: of :func:`circuit_tracer_qk.steering.resolve.resolve`.
             watch: heads whose patterns and scores are wanted.
             start: the first block to compute; those before are the clean run's.
         """
-        hooks = _Hooks(self, plan, watch)
+        hooks = _Hooks(self, intervention, watch)
         run, dtype = self.heads.run, self.transformer.cfg.dtype
-        with alone(self.transformer), self.transformer.hooks(hooks.all()):  # type: ignore[arg-type]
+        with alone(self.transformer), self.transformer.hooks(hooks.all()):
             if start:
                 stream = run.residual[start][None].to(dtype)
                 logits: Any = self.transformer(stream, start_at_layer=start)
@@ -123,11 +125,13 @@ class Steered:
         return Pass(logits[0, -1].to(run.residual.dtype), hooks.patterns, hooks.scores)
 
     @torch.no_grad()
-    def generate(self, plan: Plan, n: int, cached: bool, stop: int | None) -> Tensor:
+    def generate(
+        self, intervention: Intervention, n: int, cached: bool, stop: int | None
+    ) -> Tensor:
         """(n_pos + at most n,) token ids: the prompt continued greedily, the edits held on.
 
         Args:
-            plan: what to hold.
+            intervention: what to hold.
             n: tokens to add.
             cached: keep keys and values of the tokens already read.
             stop: a token id to stop at.
@@ -135,19 +139,19 @@ class Steered:
         Raises:
             UserError: error or bias components without positions, which only a prompt has.
         """
-        for edits in plan.held.values():
-            for name in (name for edit in edits for name in edit.features):  # type: ignore
-                if isinstance(name, str):
+        for edit in (edit for edits in intervention.held.values() for edit in edits):
+            for _, component in edit.components:
+                if isinstance(component, str):
                     raise UserError(
-                        f"{name!r} cannot be edited at tokens that are still to be generated: "
-                        "give the edit positions."
+                        f"{component!r} cannot be edited at tokens that are still to be "
+                        "generated: give the edit positions."
                     )
         # TransformerLens' own generate() misplaces cached tokens of models without a tokenizer
-        hooks = _Hooks(self, plan, ())
+        hooks = _Hooks(self, intervention, ())
         tokens = self.heads.run.tokens[None]
         cache = host.key_value_cache(self.transformer) if cached else None
         new = tokens
-        with alone(self.transformer), self.transformer.hooks(hooks.all()):  # type: ignore[arg-type]
+        with alone(self.transformer), self.transformer.hooks(hooks.all()):
             for _ in range(n):
                 options: dict[str, Any] = {}
                 if cache is not None:
@@ -163,25 +167,28 @@ class Steered:
 class _Hooks:
     """The hooks of one pass, or of all passes of one generation."""
 
-    def __init__(self, steered: Steered, plan: Plan, watch: Sequence[Head]) -> None:
-        self.steered, self.plan = steered, plan
+    def __init__(self, steered: Steered, intervention: Intervention, watch: Sequence[Head]) -> None:
+        self.steered, self.intervention = steered, intervention
         self.heads, self.run = steered.heads, steered.heads.run
         self.watch = set(watch)
         self.patterns: dict[Head, Tensor] = {}
         self.scores: dict[Head, Tensor] = {}
-        self.edited = {(place.layer, place.head) for place in (*plan.changes, *plan.held)}
+        self.edited = {
+            (place.layer, place.head) for place in (*intervention.changes, *intervention.held)
+        }
         self.streams: dict[int, Tensor] = {}  # by checkpoint, of the tokens being read
         self.projected: dict[tuple[int, int], Tensor] = {}  # by layer and side
         self.past: dict[int, _Past] = {}
         self.moved = {
             place: changed_vectors(changes, place.layer, steered.dictionaries, steered.parts)
-            for place, changes in plan.changes.items()
+            for place, changes in intervention.changes.items()
         }
 
     def all(self) -> list[Hook]:
         hooks: list[Hook] = []
         scored = {layer for layer, _ in self.edited | self.watch}
-        read = scored | {e.checkpoint for edits in self.plan.held.values() for e in edits}
+        held = (edit for edits in self.intervention.held.values() for edit in edits)
+        read = scored | {checkpoint for edit in held for checkpoint, _ in edit.features}
         for checkpoint in sorted(read):
             name = f"blocks.{checkpoint}.hook_resid_pre"
             hooks.append((name, self._keep(self.streams, checkpoint)))
@@ -194,7 +201,7 @@ class _Hooks:
         for layer in range(self.run.n_layers):
             if self.steered.frozen_patterns or layer in scored:
                 hooks.append((f"blocks.{layer}.attn.hook_pattern", self._pattern(layer)))
-        outputs = set(self.plan.outputs) | set(self.plan.held_outputs)
+        outputs = set(self.intervention.outputs) | set(self.intervention.held_outputs)
         for layer in sorted({layer for layer, _ in outputs}):
             hooks.append((f"blocks.{layer}.attn.hook_z", self._output(layer)))
         return hooks
@@ -253,31 +260,31 @@ class _Hooks:
         number = block.group(head) if side else head
         at = torch.arange(offset, offset + n, device=run.residual.device)
         x = self.streams[layer].to(wide)
-        dx = self._moved(HeadSide(layer, head, ("query", "key")[side]), offset, n).to(wide)
+        dx = self._moved(HeadSide(layer, head, SIDES[side]), offset, n).to(wide)
         rows = dx.any(1)
         if not self.steered.frozen_norms:
             base = block.live(x, at, number, side)
             moved = torch.zeros_like(base)
             moved[rows] = block.live((x + dx)[rows], at[rows], number, side) - base[rows]
             return _Side(base, moved)
-        known = at < run.n_pos
+        of_prompt = at < run.n_pos
         base = torch.cat(
             [
-                self.steered.whole(layer, side)[at[known], number].to(wide),
-                block.live(x[~known], at[~known], number, side),
+                self.steered.whole(layer, side)[at[of_prompt], number].to(wide),
+                block.live(x[~of_prompt], at[~of_prompt], number, side),
             ]
         )
         moved = torch.zeros_like(base)
         for clean in (True, False):
-            here = rows & (known == clean)
-            if bool(here.any()):
+            edited = rows & (of_prompt == clean)
+            if bool(edited.any()):
                 by = (
-                    self.heads.denominators(layer, at[here], number, side)
+                    self.heads.denominators(layer, at[edited], number, side)
                     if clean
-                    else block.denominators(x[here], number, side)
+                    else block.denominators(x[edited], number, side)
                 )
-                normed = block.ln1.at(by.scale.to(wide))(dx[here])
-                moved[here] = block.project(normed, at[here], number, side, by.tau)
+                normed = block.ln1.at(by.scale.to(wide))(dx[edited])
+                moved[edited] = block.project(normed, at[edited], number, side, by.tau)
         return _Side(base, moved)
 
     def _moved(self, place: HeadSide, offset: int, n: int) -> Tensor:
@@ -287,38 +294,36 @@ class _Hooks:
         if offset == 0 and place in self.moved:
             dx[: run.n_pos] = self.moved[place][:n]
         new = slice(max(run.n_pos - offset, 0), n)
-        if new.start < n and place in self.plan.held:
+        if new.start < n and place in self.intervention.held:
             dx[new] = self._held(place, new)
         return dx
 
     def _held(self, place: HeadSide, new: slice) -> Tensor:
         """The same at generated tokens: features are read off the steered stream."""
-        known, dtype = self.steered.dictionaries.by_checkpoint, self.run.residual.dtype
-        edits = self.plan.held[place]
+        dictionaries, dtype = self.steered.dictionaries.by_checkpoint, self.run.residual.dtype
+        edits = self.intervention.held[place]
         before = {
-            c: known[c].encode(self.streams[c][new].to(dtype))
-            for c in {edit.checkpoint for edit in edits}
+            c: dictionaries[c].encode(self.streams[c][new].to(dtype))
+            for c in {c for edit in edits for c, _ in edit.features}
         }
         after = {c: acts.clone() for c, acts in before.items()}
         for edit in edits:
-            at = list(edit.features)  # type: ignore[arg-type]
-            if edit.inject is not None:
-                after[edit.checkpoint][:, at] += edit.inject
-            else:
-                after[edit.checkpoint][:, at] *= edit.factor  # type: ignore[operator]
+            for c, acts in after.items():
+                features = [f for read, f in edit.features if read == c]
+                acts[:, features] = edit.apply(acts[:, features])
         moved = []
         for c, acts in before.items():
             step = after[c] - acts
-            some = step.any(0).nonzero().flatten()
-            vectors = like(known[c].vectors(place.layer, some), step)
-            moved.append(step[:, some] @ vectors)
+            changed = step.any(0).nonzero().flatten()
+            vectors = like(dictionaries[c].vectors(place.layer, changed), step)
+            moved.append(step[:, changed] @ vectors)
         return torch.stack(moved).sum(0)
 
     def _pattern(self, layer: int) -> Callable[..., Tensor]:
         def pattern(p: Tensor, hook: Any) -> Tensor:
             n = self.run.n_pos
             if self.steered.frozen_patterns and p.shape[-2] >= n:
-                steered = [h for at, h in self.plan.heads if at == layer]
+                steered = [h for at, h in self.intervention.heads if at == layer]
                 frozen = p.clone()
                 frozen[0, :, :n, :n] = self.run.pattern[layer].to(p.dtype)
                 frozen[:, steered] = p[:, steered]
@@ -335,9 +340,9 @@ class _Hooks:
             z, n = z.clone(), z.shape[1]
             full = n >= self.run.n_pos  # else one generated token at a time
             for head in range(z.shape[2]):
-                later = self.plan.held_outputs.get((layer, head), 1.0)
-                known = self.plan.outputs.get((layer, head), (1.0,) * self.run.n_pos)
-                factors = [*known, *[later] * (n - len(known))] if full else [later] * n
+                later = self.intervention.held_outputs.get((layer, head), 1.0)
+                of_prompt = self.intervention.outputs.get((layer, head), (1.0,) * self.run.n_pos)
+                factors = [*of_prompt, *[later] * (n - len(of_prompt))] if full else [later] * n
                 if any(f != 1 for f in factors):
                     z[0, :, head] *= z.new_tensor(factors)[:, None]
             return z

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.steering.edits import Edit, Head, HeadEdit, QKEdit
+from circuit_tracer_qk.steering.edits import Edit, HeadEdit, QKEdit
 
 KEYS = ("side", "heads", "checkpoint", "features", "positions", "factor", "inject")
-EXAMPLE = "side=key heads=L1H2,L1H7 checkpoint=1 features=61,177 positions=6 factor=0"
+EXAMPLE = "side=key heads=L1H2,L1H7 features=L0/61,L0/177 positions=6 factor=0"
 _CHOICE = re.compile(r"(\d+|\d+(?:\.\d+)?%)@(?:q(-?\d+))?:?(?:k(-?\d+))?", re.IGNORECASE)
 
 
@@ -42,6 +43,9 @@ def parse_edit(text: str, choose: ChooseHeads) -> Edit:
 
     Raises:
         UserError: a part that is unknown, missing, doubled or no number.
+
+    >>> parse_edit("heads=L1H2 factor=0", lambda choice: [])
+    HeadEdit(heads=((1, 2),), factor=0.0, positions=None)
     """
     parts: dict[str, str] = {}
     for part in text.split():
@@ -68,30 +72,41 @@ def parse_edit(text: str, choose: ChooseHeads) -> Edit:
     return read_edit(document, f"the edit {text!r}")
 
 
-def read_edit(document: Any, what: str = "an edit") -> Edit:
+def read_edit(document: Any, called: str = "an edit") -> Edit:
     """An edit from the form it has in JSON.
+
+    Args:
+        document: the JSON object; ``names``, which a steered run writes beside ``features``, may
+            stand in their place.
+        called: what error messages call it.
 
     Raises:
         UserError: a field that is unknown or missing, or an edit that means nothing.
     """
     if not isinstance(document, dict):
-        raise UserError(f"{what} is no JSON object with heads, side, checkpoint and features.")
+        raise UserError(f"{called} is no JSON object with heads, side and features.")
+    names = document.get("names")
+    document = {name: value for name, value in document.items() if name != "names"}
     unknown = sorted(set(document) - set(KEYS))
     if unknown:
-        raise UserError(f"{what} has the unknown part {unknown[0]}; known are {', '.join(KEYS)}.")
-    wanted = ("heads", "checkpoint", "features") if "side" in document else ("heads", "factor")
-    for name in wanted:
+        raise UserError(f"{called} has the unknown part {unknown[0]}; known are {', '.join(KEYS)}.")
+    if "features" not in document and names is not None:
+        document["features"], names = names, None
+    for name in ("heads", "features") if "side" in document else ("heads", "factor"):
         if name not in document:
             raise UserError(
-                f"{what} lacks {name}: an edit of the QK circuit has a side, heads, checkpoint and "
-                "features; one of heads' outputs has heads and a factor."
+                f"{called} lacks {name}: an edit of the QK circuit has a side, heads and features; "
+                "one of heads' outputs has heads and a factor."
             )
-    if "side" in document:
-        return QKEdit(**document)
-    extra = sorted(set(document) - {"heads", "factor", "positions"})
-    if extra:
-        raise UserError(f"{what} has {extra[0]} but no side: add side=query or side=key.")
-    return HeadEdit(**document)
+    if "side" not in document:
+        extra = sorted(set(document) - {"heads", "factor", "positions"})
+        if extra:
+            raise UserError(f"{called} has {extra[0]} but no side: add side=query or side=key.")
+        return HeadEdit(**document)
+    edit = QKEdit(**document)
+    if names is not None and names != list(edit.resolved.names):
+        raise UserError(f"{called} has names that are not those of its features: leave one out.")
+    return edit
 
 
 def read_edits(path: str | Path) -> list[Edit]:
@@ -116,11 +131,11 @@ def read_edits(path: str | Path) -> list[Edit]:
 def _chosen(text: str, choose: ChooseHeads) -> list[Any]:
     heads: list[Any] = []
     for part in (x for x in text.split(",") if x):
-        found = _CHOICE.fullmatch(part)
-        if found is None:
+        choice = _CHOICE.fullmatch(part)
+        if choice is None:
             heads.append(part)
             continue
-        number, query, key = found.groups()
+        number, query, key = choice.groups()
         share = float(number[:-1]) / 100 if number.endswith("%") else None
         heads += choose(
             HeadChoice(

@@ -1,30 +1,40 @@
 """What edits come to on one prompt.
 
-:func:`resolve` reads edits on one run and gives a :class:`Plan`: for every head and side, which
-component goes from which activation to which. The stream that queries or keys are computed from
-moves by
+:func:`resolve` reads edits on one run and gives an :class:`Intervention`: for every head and side,
+which component goes from which activation to which. The stream that queries or keys are computed
+from moves by
 
     dx[p] = sum over changes at p of (after - before) * vector
 
 and nothing else does: values, other heads and other queries of a key-value group keep theirs
-(method, section 5).
+(attribution/README.md, section 5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.component import FEATURE, KINDS
+from circuit_tracer_qk.attribution.head import Head, head_name
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.feature_names import feature_name
 from circuit_tracer_qk.dictionaries.dictionary import like
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
-from circuit_tracer_qk.steering.edits import ALL, Edit, Head, HeadEdit, QKEdit
+from circuit_tracer_qk.steering.edits import (
+    ALL,
+    Edit,
+    ResolvedHeadEdit,
+    ResolvedQKEdit,
+    Side,
+    component_name,
+    listed_edits,
+)
 
 
 class Changed(NamedTuple):
@@ -43,29 +53,35 @@ class Changed(NamedTuple):
     before: float
     after: float
 
+    @property
+    def name(self) -> str:
+        """The feature's name, such as L0/61, or the kind."""
+        return component_name(self.checkpoint, self.component)
+
 
 class HeadSide(NamedTuple):
     """One side of one head."""
 
     layer: int
     head: int
-    side: str
+    side: Side
 
 
 @dataclass(frozen=True)
-class Plan:
+class Intervention:
     """What edits come to on one prompt.
 
     Attributes:
         changes: by head and side, the components that change (after != before).
         outputs: by head, the (n_pos,) factors of its output.
-        held: edits without positions, by place, in order: they hold at generated tokens too.
+        held: edits without positions, by head and side, in order: they hold at generated tokens
+            too.
         held_outputs: by head, the factor of its output at generated tokens.
     """
 
     changes: dict[HeadSide, tuple[Changed, ...]] = field(default_factory=dict)
     outputs: dict[Head, tuple[float, ...]] = field(default_factory=dict)
-    held: dict[HeadSide, tuple[QKEdit, ...]] = field(default_factory=dict)
+    held: dict[HeadSide, tuple[ResolvedQKEdit, ...]] = field(default_factory=dict)
     held_outputs: dict[Head, float] = field(default_factory=dict)
 
     @property
@@ -76,8 +92,8 @@ class Plan:
 
 
 def resolve(
-    edits: Iterable[Edit], dictionaries: DictionarySet, parts: Decomposition, zero: slice
-) -> Plan:
+    edits: Edit | Iterable[Edit], dictionaries: DictionarySet, parts: Decomposition, zero: slice
+) -> Intervention:
     """Read edits on one run.
 
     Args:
@@ -91,16 +107,12 @@ def resolve(
             feature that is active nowhere there.
     """
     reading = _Reading(dictionaries, parts, zero)
-    for edit in edits:
-        if isinstance(edit, QKEdit):
+    for edit in (edit.resolved for edit in listed_edits(edits)):
+        if isinstance(edit, ResolvedQKEdit):
             reading.add(edit)
-        elif isinstance(edit, HeadEdit):
-            reading.scale(edit)
         else:
-            raise UserError(
-                f"{type(edit).__name__} is no edit: give circuit_tracer_qk.QKEdit or HeadEdit."
-            )
-    return reading.plan()
+            reading.scale(edit)
+    return reading.intervention()
 
 
 class _Reading:
@@ -108,26 +120,25 @@ class _Reading:
 
     def __init__(self, dictionaries: DictionarySet, parts: Decomposition, zero: slice) -> None:
         self.dictionaries, self.parts = dictionaries, parts
-        run, f = parts.run, parts.features
+        run = parts.run
         self.n_pos, self.n_layers, self.n_heads = run.n_pos, run.n_layers, run.pattern.shape[1]
-        named = zip(f.checkpoint.tolist(), f.feature.tolist(), f.position.tolist(), strict=True)
-        self.active = dict(zip(named, f.activation.tolist(), strict=True))
+        self.active = activations(parts)
         empty = set(range(self.n_pos)[zero])
         self.featured = [p for p in range(self.n_pos) if p not in empty]
         self.state: dict[tuple[HeadSide, int, int | str, int], float] = {}
         self.outputs: dict[Head, list[float]] = {}
-        self.held: dict[HeadSide, list[QKEdit]] = {}
+        self.held: dict[HeadSide, list[ResolvedQKEdit]] = {}
         self.held_outputs: dict[Head, float] = {}
 
-    def plan(self) -> Plan:
+    def intervention(self) -> Intervention:
         changes: dict[HeadSide, list[Changed]] = {}
         for (place, checkpoint, component, position), after in self.state.items():
             before = self._clean(checkpoint, component, position)
             if after != before:
                 changed = Changed(checkpoint, component, position, before, after)
                 changes.setdefault(place, []).append(changed)
-        return Plan(
-            {place: tuple(some) for place, some in changes.items()},
+        return Intervention(
+            {place: tuple(listed) for place, listed in changes.items()},
             {
                 head: tuple(factors)
                 for head, factors in self.outputs.items()
@@ -137,26 +148,21 @@ class _Reading:
             {head: factor for head, factor in self.held_outputs.items() if factor != 1},
         )
 
-    def add(self, edit: QKEdit) -> None:
+    def add(self, edit: ResolvedQKEdit) -> None:
         for layer, head in self._checked(edit.heads):
             place = HeadSide(layer, head, edit.side)
             for checkpoint, component in self._components(edit, layer):
-                at = self._places(edit, place, checkpoint, component)
-                for p in at:
+                for p in self._edited_positions(edit, place, checkpoint, component):
                     key = (place, checkpoint, component, p)
-                    value = self._value(key)
-                    if edit.inject is not None:
-                        self.state[key] = value + edit.inject
-                    else:
-                        self.state[key] = value * edit.factor  # type: ignore[operator]
+                    self.state[key] = edit.apply(self._value(key))
             if edit.positions is None:
                 self.held.setdefault(place, []).append(edit)
 
-    def scale(self, edit: HeadEdit) -> None:
-        at = range(self.n_pos) if edit.positions is None else self._at(edit.positions)
+    def scale(self, edit: ResolvedHeadEdit) -> None:
+        positions = range(self.n_pos) if edit.positions is None else self._counted(edit.positions)
         for head in self._checked(edit.heads):
             factors = self.outputs.setdefault(head, [1.0] * self.n_pos)
-            for p in at:
+            for p in positions:
                 factors[p] *= edit.factor
             if edit.positions is None:
                 self.held_outputs[head] = self.held_outputs.get(head, 1.0) * edit.factor
@@ -169,16 +175,17 @@ class _Reading:
     def _value(self, key: tuple[HeadSide, int, int | str, int]) -> float:
         return self.state[key] if key in self.state else self._clean(*key[1:])
 
-    def _checked(self, heads: Any) -> list[Head]:
+    def _checked(self, heads: tuple[Head, ...]) -> tuple[Head, ...]:
         for layer, head in heads:
             if not (0 <= layer < self.n_layers and 0 <= head < self.n_heads):
                 raise UserError(
-                    f"there is no head L{layer}H{head}: the model has layers 0 to "
+                    f"there is no head {head_name((layer, head))}: the model has layers 0 to "
                     f"{self.n_layers - 1} of heads 0 to {self.n_heads - 1}."
                 )
-        return list(heads)
+        return heads
 
-    def _at(self, positions: Any) -> list[int]:
+    def _counted(self, positions: tuple[int, ...]) -> list[int]:
+        """Positions counted from the start, in order."""
         for p in positions:
             if not -self.n_pos <= p < self.n_pos:
                 raise UserError(
@@ -187,79 +194,83 @@ class _Reading:
                 )
         return sorted({p % self.n_pos for p in positions})
 
-    def _components(self, edit: QKEdit, layer: int) -> list[tuple[int, int | str]]:
+    def _components(self, edit: ResolvedQKEdit, layer: int) -> list[tuple[int, int | str]]:
         """(checkpoint read, component) of an edit in one block."""
         kinds = {KINDS[code] for code in self.parts.at(layer).kind.unique().tolist()} - {"feature"}
-        found: list[tuple[int, int | str]] = []
-        for name in edit.features:  # type: ignore[union-attr]
-            if isinstance(name, str) and edit.checkpoint != layer:
+        components: list[tuple[int, int | str]] = []
+        for checkpoint, component in edit.components:
+            if not isinstance(component, str):
+                self._check_feature(checkpoint, component, layer)
+                components.append((checkpoint, component))
+            elif checkpoint != layer:
                 raise UserError(
-                    f"{name!r} of checkpoint {edit.checkpoint} is no part of what layer {layer} "
+                    f"{component!r} of checkpoint {checkpoint} is no part of what layer {layer} "
                     f"reads, which is checkpoint {layer}: give checkpoint={layer}."
                 )
-            if name == ALL:
+            elif component == ALL:
                 reads = [c for c, k in self.parts.features.decoders if k == layer]
-                found += sorted({(c, f) for c, f, _ in self.active if c in reads})
-                found += [(layer, kind) for kind in sorted(kinds)]
-            elif isinstance(name, str):
-                if name not in kinds:
-                    raise UserError(
-                        f"checkpoint {layer} has no component of kind {name!r}: it has "
-                        f"{', '.join(sorted(kinds))} and features."
-                    )
-                found.append((layer, name))
+                components += sorted({(c, f) for c, f, _ in self.active if c in reads})
+                components += [(layer, kind) for kind in sorted(kinds)]
+            elif component not in kinds:
+                raise UserError(
+                    f"checkpoint {layer} has no component of kind {component!r}: it has "
+                    f"{', '.join(sorted(kinds))} and features."
+                )
             else:
-                self._check_feature(edit.checkpoint, name, layer)
-                found.append((edit.checkpoint, name))
-        return list(dict.fromkeys(found))  # what "all" names again is edited once
+                components.append((layer, component))
+        return list(dict.fromkeys(components))  # what "all" names again is edited once
 
     def _check_feature(self, checkpoint: int, feature: int, layer: int) -> None:
-        known = self.dictionaries.by_checkpoint
-        if checkpoint not in known:
+        by_checkpoint = self.dictionaries.by_checkpoint
+        if checkpoint not in by_checkpoint:
             raise UserError(
-                f"there is no dictionary at checkpoint {checkpoint}: {self.dictionaries.scan} has "
-                f"them at {', '.join(map(str, sorted(known)))}."
+                f"there is no dictionary at checkpoint {checkpoint} "
+                f"({feature_name(checkpoint, feature)}): {self.dictionaries.scan} has them at "
+                f"{', '.join(map(str, sorted(by_checkpoint)))}."
             )
-        dictionary = known[checkpoint]
+        dictionary = by_checkpoint[checkpoint]
         if layer not in dictionary.decoders:
             sites = ", ".join(map(str, sorted(dictionary.decoders)))
             raise UserError(
-                f"features of checkpoint {checkpoint} have no decoder vector at checkpoint "
-                f"{layer}, which layer {layer} reads (they have one at {sites}): name heads of "
-                "such a layer, or features of that checkpoint."
+                f"features of checkpoint {checkpoint} ({feature_name(checkpoint, feature)}) have "
+                f"no decoder vector at checkpoint {layer}, which layer {layer} reads (they have "
+                f"one at {sites}): name heads of such a layer, or features of that checkpoint."
             )
         width = len(dictionary.b_enc)
         if not 0 <= feature < width:
             raise UserError(
-                f"there is no feature {feature} at checkpoint {checkpoint}: its dictionary has "
-                f"features 0 to {width - 1}."
+                f"there is no feature {feature} at checkpoint {checkpoint} "
+                f"({feature_name(checkpoint, feature)}): its dictionary has features 0 to "
+                f"{width - 1}."
             )
 
-    def _places(
-        self, edit: QKEdit, place: HeadSide, checkpoint: int, component: int | str
-    ) -> list[int]:
+    def _edited_positions(
+        self, edit: ResolvedQKEdit, place: HeadSide, checkpoint: int, component: int | str
+    ) -> Sequence[int]:
         """The positions at which one component is edited."""
-        named = None if edit.positions is None else self._at(edit.positions)
-        if edit.inject is not None or isinstance(component, str):
+        named = None if edit.positions is None else self._counted(edit.positions)
+        if edit.injects or isinstance(component, str):
             everywhere = range(self.n_pos) if isinstance(component, str) else self.featured
-            return list(everywhere) if named is None else named
-        at = range(self.n_pos) if named is None else named
-        found = [p for p in at if self._value((place, checkpoint, component, p))]
+            return everywhere if named is None else named
+        candidates = range(self.n_pos) if named is None else named
+        active = [p for p in candidates if self._value((place, checkpoint, component, p))]
         # "all" means what is there, so its features need not be at every position named
-        if not found and ALL not in edit.features and edit.factor != 1:  # type: ignore[operator]
+        means_all = ALL in edit.names
+        if not active and not means_all and edit.amount != 1:
             where = "anywhere" if named is None else f"at position {', '.join(map(str, named))}"
             raise UserError(
-                f"feature {component} of checkpoint {checkpoint} is not active {where}, so a "
-                f"factor changes nothing: {self._hint(checkpoint, named)}."
+                f"{feature_name(checkpoint, component)} (feature {component} of checkpoint "
+                f"{checkpoint}) is not active {where}, so a factor changes nothing: "
+                f"{self._hint(checkpoint, named)}."
             )
-        return found
+        return active
 
-    def _hint(self, checkpoint: int, named: Sequence[int] | None) -> str:
-        here = {f for c, f, p in self.active if c == checkpoint and p in (named or ())}
-        if not here:
+    def _hint(self, checkpoint: int, positions: Sequence[int] | None) -> str:
+        active = {f for c, f, p in self.active if c == checkpoint and p in (positions or ())}
+        if not active:
             return "give inject= with an activation, or features that are active there"
-        some = ", ".join(map(str, sorted(here)[:12]))
-        return f"give inject= with an activation, or one that is active there ({some})"
+        names = ", ".join(feature_name(checkpoint, f) for f in sorted(active)[:12])
+        return f"give inject= with an activation, or one that is active there ({names})"
 
 
 def changed_vectors(
@@ -286,11 +297,18 @@ def _vector(
     return checkpoint.of(group, slice(changed.position, changed.position + 1))[0]
 
 
+def activations(parts: Decomposition) -> dict[tuple[int, int, int], float]:
+    """(checkpoint read, feature, position) -> activation, of every active feature."""
+    f = parts.features
+    places = zip(f.checkpoint.tolist(), f.feature.tolist(), f.position.tolist(), strict=True)
+    return dict(zip(places, f.activation.tolist(), strict=True))
+
+
 def active_at(parts: Decomposition, layer: int, position: int) -> list[tuple[int, int, float]]:
     """(checkpoint read, feature, activation) of the features that block ``layer`` reads there."""
     checkpoint = parts.at(layer)
-    here = checkpoint.at(position)
-    nodes = checkpoint.node[here][checkpoint.kind[here] == FEATURE]
+    there = checkpoint.at(position)
+    nodes = checkpoint.node[there][checkpoint.kind[there] == FEATURE]
     f = parts.features
     columns = (f.checkpoint[nodes], f.feature[nodes], f.activation[nodes])
     return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -7,29 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.head import Head, head_name
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.steering.edits import Edit, Head
+from circuit_tracer_qk.steering.edits import Edit
 from circuit_tracer_qk.steering.hooks import Pass
+from circuit_tracer_qk.steering.options import Freeze, Norms, SteeringOptions
 from circuit_tracer_qk.steering.resolve import Changed
 
-Freeze = Literal["none", "patterns"]
-Norms = Literal["live", "frozen"]
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SteeredRun:
     """One forward pass with an intervention, and what to compare it with.
 
     Attributes:
         edits: the intervention; empty in clean runs and controls.
-        changes: (layer, head, side) -> what changed there; ``outputs``: head -> factors.
-        freeze: "patterns" where the patterns of heads that are not steered were clean ones.
-        norms: whether the denominators inside the edited QK circuits were frozen or live.
+        changes: (layer, head, side) -> the components that changed there.
+        outputs: head -> (n_pos,) factors of its output.
+        options: how it was run; ``freeze`` and ``norms`` are its own.
         token_strings: the prompt's tokens.
         logits: (d_vocab,) of the last position.
         patterns: head -> (n_pos, n_pos) attention; rows are queries. Any head can be asked for;
@@ -39,13 +38,22 @@ class SteeredRun:
         controls: the same intervention on other features of the same positions.
         head_controls: the same intervention on other heads of the same layers.
         notes: what the controls could not match, in sentences.
+
+    >>> import circuit_tracer_qk as ctqk
+    >>> edit = ctqk.QKEdit("L1H2", "key", features="L0/61", positions=6, factor=0)
+    >>> prompt = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+    >>> ctqk.steer(ctqk.load_model(device="cpu"), prompt, edit, controls=2)
+    SteeredRun of 15 tokens, to ' feeling sad, Aunt'
+      edited    key of L1H2 at 6: L0/61 x 0
+      clean     ' Sally' 0.998, ' Carter' 0.001, ' Brother' 0.000
+      steered   ' Sally' 0.187, ' Anna' 0.033, ' Wesley' 0.018
+      controls  2 with other features, 2 with other heads
     """
 
     edits: tuple[Edit, ...]
     changes: dict[tuple[int, int, str], tuple[Changed, ...]]
     outputs: dict[Head, tuple[float, ...]]
-    freeze: Freeze
-    norms: Norms
+    options: SteeringOptions
     token_strings: list[str]
     logits: Tensor
     patterns: Mapping[Head, Tensor]
@@ -56,8 +64,33 @@ class SteeredRun:
     _clean: SteeredRun | None
     _tokenizer: Any
 
+    def __repr__(self) -> str:
+        end = "".join(self.token_strings[-4:])
+        edits = [str(edit.resolved) for edit in self.edits] or ["nothing, or a control"]
+        return "\n".join(
+            [
+                f"SteeredRun of {len(self.token_strings)} tokens, to {end!r}",
+                *_rows("edited", edits),
+                f"  clean     {_likeliest(self.clean)}",
+                f"  steered   {_likeliest(self)}",
+                f"  controls  {len(self.controls)} with other features, "
+                f"{len(self.head_controls)} with other heads",
+            ]
+        )
+
+    @property
+    def freeze(self) -> Freeze:
+        """ "patterns" where the patterns of heads that were not steered are the clean ones."""
+        return self.options.freeze
+
+    @property
+    def norms(self) -> Norms:
+        """Whether the denominators inside the edited QK circuits were frozen or live."""
+        return self.options.norms
+
     @property
     def clean(self) -> SteeredRun:
+        """The run without the intervention; itself in the clean run."""
         return self if self._clean is None else self._clean
 
     @property
@@ -97,12 +130,12 @@ class SteeredRun:
         Raises:
             UserError: text that is not one token, or an id out of range.
         """
-        at = self.token_id(token)
+        i = self.token_id(token)
         return Effect(
-            self.clean.probability(at),
-            self.probability(at),
-            Spread.of([run.probability(at) for run in self.controls]),
-            Spread.of([run.probability(at) for run in self.head_controls]),
+            self.clean.probability(i),
+            self.probability(i),
+            Spread.of([run.probability(i) for run in self.controls]),
+            Spread.of([run.probability(i) for run in self.head_controls]),
         )
 
 
@@ -130,7 +163,13 @@ class HeadMaps(Mapping[Head, Tensor]):
 
 
 class Spread(NamedTuple):
-    """Several runs' values: how many, mean, standard deviation, extremes; nan without any."""
+    """Several runs' probabilities; nan without any.
+
+    Attributes:
+        n: how many.
+        mean, std: their mean and (population) standard deviation.
+        low, high: the extremes.
+    """
 
     n: int
     mean: float
@@ -140,6 +179,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of some values."""
         if not values:
             return cls(0, *[float("nan")] * 4)
         v = torch.tensor(values, dtype=torch.float64)
@@ -162,7 +202,12 @@ class Effect(NamedTuple):
 
 
 class Continued(NamedTuple):
-    """The tokens that a model added to a prompt."""
+    """What a model added to a prompt.
+
+    Attributes:
+        tokens: their ids.
+        text: the same as text.
+    """
 
     tokens: list[int]
     text: str
@@ -176,7 +221,7 @@ class Generation(NamedTuple):
         controls: with other features instead; at generated tokens an edit without positions
             keeps its feature's first stand-in.
         head_controls: in other heads instead.
-        notes, freeze, norms: as in :class:`SteeredRun`.
+        notes, options: as in :class:`SteeredRun`.
     """
 
     steered: Continued
@@ -184,8 +229,18 @@ class Generation(NamedTuple):
     controls: tuple[Continued, ...]
     head_controls: tuple[Continued, ...]
     notes: tuple[str, ...]
-    freeze: Freeze
-    norms: Norms
+    options: SteeringOptions
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            [
+                f"Generation of {len(self.steered.tokens)} tokens",
+                f"  clean     {self.clean.text!r}",
+                f"  steered   {self.steered.text!r}",
+                f"  controls  {len(self.controls)} with other features, "
+                f"{len(self.head_controls)} with other heads",
+            ]
+        )
 
 
 class Swept(NamedTuple):
@@ -200,5 +255,60 @@ class Swept(NamedTuple):
     runs: list[SteeredRun]
 
     def effects(self, token: str | int) -> list[Effect]:
-        """A token's probability at each factor, beside the controls'."""
+        """A token's probability at each factor, beside the controls'.
+
+        Raises:
+            UserError: text that is not one token, or an id out of range.
+        """
         return [run.effect(token) for run in self.runs]
+
+    def __repr__(self) -> str:
+        points = zip(self.factors, self.runs, strict=True)
+        rows = [f"  {factor:+5.2f}  {_likeliest(run)}" for factor, run in points]
+        return "\n".join([f"Swept over {len(self.factors)} factors", *rows])
+
+
+class HeadCurve(NamedTuple):
+    """A token's probability as more and more heads are steered.
+
+    Attributes:
+        heads: in the order in which they were added; point n steers the first n.
+        live: len(heads) + 1 probabilities, everything downstream live.
+        frozen: the same with the patterns of heads that are not steered frozen.
+        random: per control, the live curve with the same heads added in a random order.
+    """
+
+    heads: list[Head]
+    live: list[float]
+    frozen: list[float]
+    random: list[list[float]]
+
+    def needed(self, curve: Sequence[float], share: float = 0.5) -> int | None:
+        """The fewest heads that take away ``share`` of what all of them take away, if any do.
+
+        Args:
+            curve: ``live``, ``frozen`` or one of ``random``.
+            share: from 0 to 1.
+        """
+        start, end = self.live[0], min(self.live[-1], self.frozen[-1])
+        if end >= start:
+            return None
+        limit = start - share * (start - end)
+        return next((n for n, p in enumerate(curve) if p <= limit), None)
+
+    def __repr__(self) -> str:
+        curves = {"live": self.live, "frozen": self.frozen}
+        rows = [f"  {name:7} {' '.join(f'{p:.3f}' for p in ps)}" for name, ps in curves.items()]
+        names = " ".join(map(head_name, self.heads))
+        return "\n".join([f"HeadCurve of {names}, {len(self.random)} random orders", *rows])
+
+
+def _likeliest(run: SteeredRun) -> str:
+    return ", ".join(f"{token!r} {p:.3f}" for token, _, p in run.top(3))
+
+
+def _rows(title: str, texts: Sequence[str], most: int = 3) -> list[str]:
+    """A few texts below one another, the first beside a title."""
+    left_out = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    titles = [title, *[""] * most]
+    return [f"  {t:8}  {text}" for t, text in zip(titles, [*texts[:most], *left_out])]

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from circuit_tracer_qk.steering.edits import Edit, Head, HeadEdit
-from circuit_tracer_qk.steering.resolve import Changed
+from circuit_tracer_qk.attribution.head import head_name
+from circuit_tracer_qk.steering.edits import Edit, ResolvedHeadEdit
 from circuit_tracer_qk.steering.results import Spread, SteeredRun
-
-
-def head_name(head: Head) -> str:
-    """(4, 0) as L4H0."""
-    return f"L{head[0]}H{head[1]}"
 
 
 def run_document(
@@ -33,8 +28,7 @@ def run_document(
     queries = list(queries) or [len(run.token_strings) - 1]
     return {
         "prompt_tokens": run.token_strings,
-        "freeze": run.freeze,
-        "norms": run.norms,
+        **run.options.conditions,
         "edits": [_edit(edit) for edit in run.edits],
         "changes": _changes(run),
         "outputs": [
@@ -80,26 +74,24 @@ def _predictions(run: SteeredRun, n: int) -> list[list[Any]]:
 
 
 def _control(control: SteeredRun, ids: Sequence[int]) -> dict[str, Any]:
+    changes = [change for changes in control.changes.values() for change in changes]
+    edited = {(c.checkpoint, c.component, c.position): c.name for c in changes}
+    # errors and biases, which have no index, last
+    order = sorted(edited, key=lambda c: (c[0], isinstance(c[1], str), *c[1:]))
     return {
         "heads": [
             head_name(h)
             for h in sorted({(c[0], c[1]) for c in control.changes} | set(control.outputs))
         ],
-        "features": sorted(
-            {(c.checkpoint, c.component, c.position) for c in _all(control)},
-            key=lambda c: (c[0], isinstance(c[1], str), *c[1:]),  # errors and biases have names
-        ),
+        "features": order,
+        "names": [edited[component] for component in order],
         "probabilities": [control.probability(i) for i in ids],
     }
 
 
-def _all(run: SteeredRun) -> list[Changed]:
-    return [change for changes in run.changes.values() for change in changes]
-
-
 def _changes(run: SteeredRun) -> list[dict[str, Any]]:
     return [
-        {"head": head_name((layer, head)), "side": side, **change._asdict()}
+        {"head": head_name((layer, head)), "side": side, **change._asdict(), "name": change.name}
         for (layer, head, side), changes in run.changes.items()
         for change in changes
     ]
@@ -110,16 +102,20 @@ def _spread(spread: Spread) -> dict[str, Any] | None:
 
 
 def _edit(edit: Edit) -> dict[str, Any]:
-    at = None if edit.positions is None else list(edit.positions)  # type: ignore[arg-type]
-    heads = [head_name(head) for head in edit.heads]  # type: ignore[arg-type]
-    if isinstance(edit, HeadEdit):
-        return {"heads": heads, "positions": at, "factor": edit.factor}
-    how = {"factor": edit.factor} if edit.inject is None else {"inject": edit.inject}
+    """In the form that :func:`circuit_tracer_qk.steering.parse.read_edit` takes."""
+    resolved = edit.resolved
+    heads = [head_name(head) for head in resolved.heads]
+    positions = None if resolved.positions is None else list(resolved.positions)
+    if isinstance(resolved, ResolvedHeadEdit):
+        return {"heads": heads, "positions": positions, "factor": resolved.factor}
+    checkpoints, components = zip(*resolved.components, strict=True)
+    one = len(set(checkpoints)) == 1
     return {
         "heads": heads,
-        "side": edit.side,
-        "checkpoint": edit.checkpoint,
-        "features": list(edit.features),  # type: ignore[arg-type]
-        "positions": at,
-        **how,
+        "side": resolved.side,
+        "checkpoint": checkpoints[0] if one else None,
+        "features": list(components if one else resolved.names),
+        "names": list(resolved.names),
+        "positions": positions,
+        "inject" if resolved.injects else "factor": resolved.amount,
     }

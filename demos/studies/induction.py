@@ -27,7 +27,7 @@ from common import (
     sums,
 )
 
-from circuit_tracer_qk.steering.edits import parse_head
+from circuit_tracer_qk.attribution.head import parse_head
 
 FACTORS = [1.0, 0.5, 0.0, -0.5, -1.0]
 OTHER_TITLES = ("Uncle", "Captain", "Professor", "Judge", "Nurse", "Cousin", "Aunt")

@@ -59,7 +59,9 @@ def test_the_command_prints_what_steer_returns(run, model, tmp_path: Path) -> No
     assert (
         "norms inside the edited QK circuits frozen" in out and "everything downstream live" in out
     )
+    assert "L0/61 (checkpoint 1, feature 61)" in out and "  L0/61 many" in out
     document = json.loads(path.read_text())
+    assert document["edits"][0]["names"] == ["L0/61", "L0/177"]
     stored = run_document(expected, [" Sally"])
     for name in ("edits", "changes", "tokens", "controls", "head_controls", "clean", "steered"):
         assert document[name] == json.loads(json.dumps(stored[name])), name
@@ -96,7 +98,16 @@ def test_text_and_json_say_the_same_edit() -> None:
     )
     assert mixed == ctqk.QKEdit("L0H0", "query", 0, "embedding", factor=0)
     document = {"heads": ["L1H0"], "side": "key", "checkpoint": 1, "features": [3], "inject": 2.0}
-    assert read_edit(document) == ctqk.QKEdit("L1H0", "key", 1, 3, inject=2.0)
+    expected = ctqk.QKEdit("L1H0", "key", 1, 3, inject=2.0)
+    assert read_edit(document) == expected
+    assert read_edit(document | {"names": ["L0/3"]}) == expected
+    named = {"heads": ["L1H0"], "side": "key", "inject": 2.0}
+    assert read_edit(named | {"features": ["L0/3"]}) == expected
+    assert read_edit(named | {"names": ["L0/3"]}) == expected
+    with pytest.raises(ctqk.UserError, match="names that are not those of its features"):
+        read_edit(document | {"names": ["L0/4"]})
+    tags = TAGS.replace("checkpoint=1 features=61,177", "features=L0/61,L0/177")
+    assert parse_edit(tags, lambda choice: []) == EDIT
 
 
 MISTAKES = {
@@ -109,7 +120,7 @@ MISTAKES = {
     "has neither": ["--edit", "side=key heads=L1H0 checkpoint=1 features=1"],
     "'L1' is no head": ["--edit", TAGS.replace("L1H2,", "L1,")],
     "no head L9H0": ["--edit", TAGS.replace("L1H2", "L9H0")],
-    "feature 5 of checkpoint 1 is not active at position 6": [
+    "L0/5 (feature 5 of checkpoint 1) is not active at position 6": [
         "--edit",
         TAGS.replace("61,177", "5"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from helpers.serving import Reply, ask
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
+from circuit_tracer_qk.attribution.head import parse_head
 from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.frontend import server
@@ -26,7 +28,7 @@ from circuit_tracer_qk.frontend.answers import Refusal
 from circuit_tracer_qk.frontend.steer_requests import SteerRequest, read_request
 from circuit_tracer_qk.plugin import live
 from circuit_tracer_qk.plugin.live import LiveGraphs
-from circuit_tracer_qk.steering.edits import parse_head
+from circuit_tracer_qk.steering.options import OPTIONS, SteeringOptions
 from circuit_tracer_qk.steering.steer import Session
 from circuit_tracer_qk.steering.to_json import run_document
 
@@ -73,6 +75,11 @@ def steer(site: server.Server, query: str, slug: str = "sally") -> Reply:
         (
             "heads=L2H0&side=key&checkpoint=2&features=5&positions=3,4&inject=12.5&controls=0",
             ctqk.QKEdit("L2H0", "key", 2, 5, [3, 4], inject=12.5),
+            {"controls": 0},
+        ),
+        (
+            "heads=L1H2&side=key&features=L0/61,L0/177&factor=0&controls=0",
+            ctqk.QKEdit("L1H2", "key", 1, [61, 177], factor=0),
             {"controls": 0},
         ),
         ("heads=L1H2,L1H7&factor=0&positions=14", ctqk.HeadEdit(["L1H2", "L1H7"], 0.0, 14), {}),
@@ -134,10 +141,26 @@ def test_one_session_and_each_answer_once(site, model, graph, monkeypatch):
     assert len(made) == 1 and len(runs) == 4
 
 
-def test_tables_do_not_wait_for_a_run(graph, model):
+def test_tables_do_not_wait_for_a_run(graph, model, monkeypatch):
     graphs = LiveGraphs({"sally": graph}, {"sally": model})
-    with graphs._steering:
-        assert graphs.table("sally", 1, 2, 14, 6)
+    begun, ended = threading.Event(), threading.Event()
+    steer_once = Session.steer
+
+    def slow(*args: Any, **options: Any) -> ctqk.SteeredRun:
+        begun.set()
+        assert ended.wait(60)
+        return steer_once(*args, **options)
+
+    monkeypatch.setattr(Session, "steer", slow)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            run = pool.submit(graphs.steer, "sally", read_request(EDIT + "&controls=0"))
+            assert begun.wait(60)
+            assert pool.submit(graphs.table, "sally", 1, 2, 14, 6).result(60)
+            assert not run.done()
+        finally:
+            ended.set()
+        assert run.result(60)
 
 
 def test_the_page_is_told_what_can_be_steered(site):
@@ -183,6 +206,8 @@ def test_controls_that_mix_features_and_errors_are_documented(site):
         (EDIT.replace("61", "embedding"), "no component of kind 'embedding'"),
         (EDIT.replace("positions=6", "positions=15"), "position 15 is out of range"),
         (EDIT.replace("factor", "inject").replace("61", "bias"), "cannot be injected"),
+        (EDIT.replace("61", "L1/61"), "the edit says checkpoint 1"),
+        (EDIT.replace("61", "L0attn/61"), "a feature of an attention graph"),
         (EDIT + "&query=15", "query 15 is out of range"),
         ("heads=L1H8&factor=0", "there is no head L1H8"),
     ],
@@ -204,6 +229,7 @@ def test_what_steering_refuses(site, query, reason):
         ("heads=L1H2&inject=1", "side is missing"),
         (EDIT.replace("side=key", "side=value"), "side must be query or key"),
         (EDIT.replace("checkpoint=1&", ""), "checkpoint is missing"),
+        (EDIT.replace("checkpoint=1&", "").replace("=61", "=L0/61,5"), "checkpoint is missing"),
         (EDIT.replace("features=61&", ""), "features is missing"),
         *((EDIT.replace("L1H2", heads), "heads must be") for heads in
           ("", "L1H2,", "L1H2, L1H3", "l1h2", "L-1H2", "L١H2", "L12345H0", "(1,2)", "L1H2,L01H2")),
@@ -217,7 +243,7 @@ def test_what_steering_refuses(site, query, reason):
         (EDIT.replace("factor=0", "inject=1000001"), "inject must be a decimal number"),
         (EDIT + "&norms=warm", "norms must be live or frozen"),
         (EDIT + "&freeze=all", "freeze must be none or patterns"),
-        (EDIT + "&controls=51", "controls must be at most 50"),
+        (EDIT + "&controls=51", "controls must be .*at most 50"),
         *((f"{EDIT}&{name}=-1", f"{name} must be a whole number") for name in ("controls", "seed", "query")),
         (EDIT.replace("checkpoint=1", "checkpoint="), "checkpoint must be a whole number"),
     ],
@@ -237,8 +263,8 @@ def test_malformed_requests_are_refused_over_the_server(site):
 
 def test_what_is_left_out(model):
     request = read_request("heads=L1H2&side=key&checkpoint=1&features=3&factor=100.0")
-    assert request == SteerRequest(((1, 2),), "key", 1, (3,), None, 100.0)
-    assert (request.norms, request.freeze, request.controls) == ("live", "none", 20)
+    edit = ctqk.QKEdit("L1H2", "key", 1, 3, factor=100.0)
+    assert request == SteerRequest(edit, SteeringOptions(), None)
 
 
 def test_no_model_in_memory(site, tmp_path):
@@ -267,7 +293,23 @@ def test_a_graph_of_transcoders_and_models_of_other_graphs(graph, model):
         LiveGraphs({"sally": graph}, {"sally": other})
 
 
-def test_requests_are_read_without_torch():
+@pytest.mark.parametrize(
+    ("module", "absent"), [("steer_requests", "torch"), ("routes", "torch"), ("routes", "pydantic")]
+)
+def test_requests_are_read_without_torch(module, absent):
     """The server of plain files starts at once."""
-    code = "import sys, circuit_tracer_qk.frontend.routes; sys.exit('torch' in sys.modules)"
+    code = f"import sys, circuit_tracer_qk.frontend.{module}; sys.exit({absent!r} in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_the_page_knows_the_options_as_they_are_defined():
+    """Its request names each of them; its controls offer the values that are allowed."""
+    script = (ROOT.parent / "frontend_patch" / "steer.js").read_text(encoding="utf-8")
+    for option in OPTIONS:
+        assert re.search(rf"^      {option.name}: ", script, re.MULTILINE), option.name
+    assert f"var nControls = {SteeringOptions().controls}\n" in script
+    values = {option.name: option.values for option in OPTIONS if option.values}
+    offered = re.search(r"addSelect\('norms'.*option', \[(.*?)\]\)", script)
+    assert offered and sorted(re.findall(r"'(\w+)'", offered[1])) == sorted(values["norms"])
+    checked = re.search(r"set\(\{freeze: this.checked \? '(\w+)' : '(\w+)'", script)
+    assert checked and sorted(checked.groups()) == sorted(values["freeze"])

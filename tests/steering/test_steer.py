@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from helpers.steered_reference import SteeredReference, steered
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.base.feature_names import feature_name
 from circuit_tracer_qk.steering.controls import matched
+from circuit_tracer_qk.steering.options import Freeze, SteeringOptions
+from circuit_tracer_qk.steering.parse import read_edit
 from circuit_tracer_qk.steering.resolve import Changed
 from circuit_tracer_qk.steering.steer import Session
+from circuit_tracer_qk.steering.to_json import run_document
 
 ALL = list(ARCHITECTURES)
 MODES = [(f, n) for f in ("none", "patterns") for n in ("frozen", "live")]
@@ -72,9 +77,9 @@ def _edits(case: Case) -> tuple[list[ctqk.QKEdit], dict[tuple[int, int, str], Te
     edits, moves = [], {}
 
     def edit(
-        heads: Sequence[tuple[int, int]], side: str, position: int, c: int, f: int, **how: float
+        heads: Sequence[tuple[int, int]], side: Any, position: int, c: int, f: int, **how: float
     ) -> None:
-        edits.append(ctqk.QKEdit(heads, side, c, f, [position], **how))  # type: ignore[arg-type]
+        edits.append(ctqk.QKEdit(heads, side, c, f, [position], **how))
         for layer, head in heads:
             held = [a for cc, ff, a in _active(case, layer, position, 999) if (cc, ff) == (c, f)]
             before = sum(held)
@@ -107,7 +112,7 @@ def _close(case: Case, what: str, ours: Tensor, theirs: Tensor, factor: float = 
     assert error <= factor * (1e-10 if f64 else 1e-4), f"{what}: {error:.1e}"
 
 
-def _expected(case: Case, moves: dict, freeze: str, norms: str, **more) -> SteeredReference:
+def _expected(case: Case, moves: dict, freeze: Any, norms: Any, **more) -> SteeredReference:
     keep = case.run if freeze == "patterns" else None
     return steered(
         case.reference, case.ids, moves, frozen_norms=norms == "frozen", keep=keep, **more
@@ -115,10 +120,10 @@ def _expected(case: Case, moves: dict, freeze: str, norms: str, **more) -> Steer
 
 
 @pytest.mark.parametrize("freeze, norms", MODES)
-def test_a_steered_run_is_the_independent_one(case: Case, freeze: str, norms: str) -> None:
+def test_a_steered_run_is_the_independent_one(case: Case, freeze: Any, norms: Any) -> None:
     """Queries and keys, scaled and injected, in several heads of two layers, through the cap."""
     edits, moves = _edits(case)
-    run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, norms=norms, controls=0)  # type: ignore
+    run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, norms=norms, controls=0)
     expected = _expected(case, moves, freeze, norms)
     assert {(layer, head) for layer, head, _ in moves} == set(run.heads)
     for layer, head in run.heads:
@@ -134,12 +139,12 @@ def test_a_steered_run_is_the_independent_one(case: Case, freeze: str, norms: st
 @pytest.mark.parametrize("factor", [0.0, -2.0])
 @pytest.mark.parametrize("side", ["query", "key"])
 def test_with_frozen_norms_scores_change_by_the_marginal(
-    case: Case, side: str, factor: float
+    case: Case, side: Any, factor: float
 ) -> None:
     layer, head = case.n_layers - 1, 1
     p = _where(case, layer)
     (c, f, _), *_ = _active(case, layer, p, 1)
-    edit = ctqk.QKEdit((layer, head), side, c, f, p, factor=factor)  # type: ignore[arg-type]
+    edit = ctqk.QKEdit((layer, head), side, c, f, p, factor=factor)
     run = ctqk.steer(case.model, case.ids, edit, norms="frozen", controls=0)
     change = run.scores[layer, head] - run.clean.scores[layer, head]
     for q in range(len(case.ids)):
@@ -177,7 +182,7 @@ def test_both_sides_of_a_pair(case: Case) -> None:
 
 
 @pytest.mark.parametrize("freeze, norms", MODES)
-def test_factor_one_is_the_clean_run_bit_for_bit(case: Case, freeze: str, norms: str) -> None:
+def test_factor_one_is_the_clean_run_bit_for_bit(case: Case, freeze: Any, norms: Any) -> None:
     layer = case.n_layers - 1
     p = _where(case, layer)
     features = [f for c, f, _ in _active(case, layer, p, 9) if c == layer] or [
@@ -189,7 +194,7 @@ def test_factor_one_is_the_clean_run_bit_for_bit(case: Case, freeze: str, norms:
         ctqk.QKEdit([(layer, 0)], "query", layer, "all", factor=1.0),
         ctqk.HeadEdit([(layer, 1)], 1.0),
     ]
-    run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, norms=norms, controls=3)  # type: ignore
+    run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, norms=norms, controls=3)
     plain = case.model.transformer(torch.tensor([case.ids]))[0, -1]
     assert torch.equal(run.logits, plain.to(run.logits)) and torch.equal(run.clean.logits, plain)
     for head in run.heads:
@@ -199,15 +204,15 @@ def test_factor_one_is_the_clean_run_bit_for_bit(case: Case, freeze: str, norms:
 
 
 @pytest.mark.parametrize("norms", ["frozen", "live"])
-def test_injecting_and_then_removing_is_the_clean_run(case: Case, norms: str) -> None:
+def test_injecting_and_then_removing_is_the_clean_run(case: Case, norms: Any) -> None:
     f = _absent(case, 1, 3)
     heads = [(1, 0), (1, 1)]
     inject = ctqk.QKEdit(heads, "key", 1, f, 3, inject=2.5)
     for undo in ({"factor": 0.0}, {"inject": -2.5}):
         edits = [inject, ctqk.QKEdit(heads, "key", 1, f, 3, **undo)]
-        run = ctqk.steer(case.model, case.ids, edits, norms=norms, controls=0)  # type: ignore
+        run = ctqk.steer(case.model, case.ids, edits, norms=norms, controls=0)
         assert torch.equal(run.logits, run.clean.logits)
-    alone = ctqk.steer(case.model, case.ids, inject, norms=norms, controls=0)  # type: ignore
+    alone = ctqk.steer(case.model, case.ids, inject, norms=norms, controls=0)
     assert not torch.equal(alone.logits, alone.clean.logits)
 
 
@@ -284,7 +289,7 @@ def test_frozen_patterns_are_the_clean_ones_bit_for_bit(case: Case) -> None:
         case.model.transformer(torch.tensor([case.ids]))
     session = Session(case.model, case.ids)
     watch = [(layer, h) for layer in range(case.n_layers) for h in range(case.reference.n_heads)]
-    ran = session.engine("patterns", "live").run(session.resolve(edits), watch)
+    ran = session.engine(SteeringOptions(freeze="patterns")).run(session.resolve(edits), watch)
     for layer, head in watch:
         same = torch.equal(ran.patterns[layer, head], seen[names[layer]][head])
         assert same == ((layer, head) not in heads)
@@ -297,8 +302,9 @@ def test_a_head_scaled_away_writes_nothing(case: Case) -> None:
     edits = [ctqk.HeadEdit((layer, 0), 0.0), ctqk.HeadEdit((layer, 1), 2.0, positions=[-1])]
     factors = {(layer, 0): torch.zeros(n), (layer, 1): torch.ones(n)}
     factors[layer, 1][-1] = 2.0
-    for freeze in ("none", "patterns"):
-        run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, controls=2)  # type: ignore
+    freezes: tuple[Freeze, ...] = ("none", "patterns")
+    for freeze in freezes:
+        run = ctqk.steer(case.model, case.ids, edits, freeze=freeze, controls=2)
         expected = _expected(case, {}, freeze, "live", outputs=factors)
         _close(case, "scaled heads", run.logits, expected.logits[-1])
         assert not run.controls, "no feature is edited"
@@ -306,7 +312,7 @@ def test_a_head_scaled_away_writes_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("freeze, norms", MODES)
-def test_cached_generation_is_uncached_generation(case: Case, freeze: str, norms: str) -> None:
+def test_cached_generation_is_uncached_generation(case: Case, freeze: Any, norms: Any) -> None:
     """With edits held on at prompt positions, at every position, and on heads' outputs."""
     layer = case.n_layers - 1
     edits, _ = _edits(case)
@@ -325,13 +331,13 @@ def test_cached_generation_is_uncached_generation(case: Case, freeze: str, norms
 
 
 @pytest.mark.parametrize("norms", ["frozen", "live"])
-def test_generation_holds_prompt_keys_for_later_queries(case: Case, norms: str) -> None:
+def test_generation_holds_prompt_keys_for_later_queries(case: Case, norms: Any) -> None:
     """Live q . stored k(f): the continuation is the reference's, token by token, greedily."""
     layer = case.n_layers - 1
     p = _where(case, layer)
     (c, f, a), *_ = _active(case, layer, p, 1)
     edit = ctqk.QKEdit([(layer, 0), (layer, 1)], "key", c, f, p, factor=-8.0)
-    found = ctqk.generate(case.model, case.ids, edit, 6, norms=norms, controls=0)  # type: ignore
+    found = ctqk.generate(case.model, case.ids, edit, 6, norms=norms, controls=0)
     ids = list(case.ids)
     while len(ids) < len(case.ids) + 6:
         move = torch.zeros(len(ids), case.reference.W_E.shape[1]).double()
@@ -412,8 +418,8 @@ REFUSALS = {
     "no head L9H0": dict(heads=(9, 0)),
     "'L4' is no head": dict(heads="L4"),
     "no dictionary at checkpoint 40": dict(checkpoint=40),
-    "have no decoder vector at checkpoint 1": dict(checkpoint=2),
-    "no feature 100000 at checkpoint 1": dict(features=100000),
+    "(L1/0) have no decoder vector at checkpoint 1": dict(checkpoint=2),
+    "no feature 100000 at checkpoint 1 (L0/100000)": dict(features=100000),
     "position 99 is out of range": dict(positions=99),
     "positions are empty": dict(positions=[]),
     "features are []": dict(features=[]),
@@ -441,7 +447,9 @@ def test_edits_that_mean_nothing_are_refused(gemma: Case, message: str) -> None:
 def test_a_factor_of_what_is_not_there_is_refused(gemma: Case) -> None:
     f = _absent(gemma, 1, 3)
     here = _active(gemma, 1, 3, 1)[0][1]
-    with pytest.raises(ctqk.UserError, match=f"feature {f} .* is not active at position 3.*{here}"):
+    with pytest.raises(
+        ctqk.UserError, match=f"L0/{f} .feature {f} of .* is not active at position 3.*L0/{here}"
+    ):
         ctqk.steer(gemma.model, gemma.ids, ctqk.QKEdit((1, 0), "key", 1, f, 3, factor=0.0))
 
 
@@ -531,7 +539,7 @@ def test_controls_of_a_generation_hold_as_the_edit_does(gemma: Case) -> None:
     for control in controls.features:
         ((place, held),) = control.held.items()
         assert (place.layer, place.head, place.side) == (1, 0, "key")
-        assert held[0].features != (f,) and held[0].factor == -3.0
+        assert held[0].features != ((c, f),) and held[0].apply(1.0) == -3.0
         assert control.held_outputs == {(1, 1): 0.0}
     (other,) = controls.heads
     assert {(s.layer, s.head) for s in other.held} | set(other.held_outputs) == {(1, 2), (1, 3)}
@@ -566,3 +574,74 @@ def test_half_precision_is_steered_too(tmp_path: Path) -> None:
         gone = ctqk.QKEdit((1, 0), "key", 1, "all", p, factor=0.0)
         run = ctqk.steer(model, case.ids, gone, norms=norms, controls=2)
         assert run.logits.isfinite().all() and not torch.equal(run.logits, run.clean.logits)
+
+
+# Names of features
+
+
+def test_names_and_indices_say_the_same_edit() -> None:
+    plain = ctqk.QKEdit((1, 0), "key", 1, [3, 4], 5, factor=0.0)
+    for features in (["L0/3", "L0/4"], ["L0/3", "L0/4", "L0/3"], ("l0/3", " L0/4")):
+        assert ctqk.QKEdit((1, 0), "key", features=features, positions=5, factor=0.0) == plain
+    assert ctqk.QKEdit((1, 0), "key", 1, ["L0/3", 4], 5, factor=0.0) == plain
+    assert (plain.features, plain.resolved.names) == ((3, 4), ("L0/3", "L0/4"))
+    mixed = ctqk.QKEdit((1, 0), "key", features=["L0/3", "in/5"], factor=0.0)
+    assert (mixed.checkpoint, mixed.features) == (None, ("L0/3", "in/5"))
+    assert mixed.resolved.components == ((1, 3), (0, 5))
+    assert replace(mixed, factor=2.0).resolved.components == mixed.resolved.components
+    away, put = ctqk.swap("L1H0", "key", remove="L0/3", inject="in/5", activation=2, positions=5)
+    assert away == ctqk.QKEdit((1, 0), "key", 1, 3, 5, factor=0.0)
+    assert put == ctqk.QKEdit((1, 0), "key", 0, 5, 5, inject=2.0)
+
+
+@pytest.mark.parametrize(
+    "features, checkpoint, message",
+    [
+        ("L0/3", 2, "L0/3 is feature 3 of checkpoint 1, and the edit says checkpoint 2"),
+        (3, None, "an edit of 3 lacks checkpoint"),
+        (["L0/3", "error"], None, "an edit of 'error' lacks checkpoint"),
+        ("L5attn/61", None, "a feature of an attention graph"),
+        ("L0-3", None, "names, such as L0/61"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(features, checkpoint, message) -> None:
+    with pytest.raises(ctqk.UserError, match=message):
+        ctqk.QKEdit((1, 0), "key", checkpoint, features, factor=0.0)
+
+
+def test_one_edit_of_several_checkpoints(tmp_path: Path) -> None:
+    """A crosscoder's features of two checkpoints, both read by one block; held in generation too."""
+    case = build("gemma2", tmp_path, "wcc")
+    layer = case.n_layers - 1
+    p = _where(case, layer, at_least=9)
+    largest = {c: f for c, f, _ in reversed(_active(case, layer, p, 99))}
+    assert len(largest) > 1
+    components = list(largest.items())[:2]
+    one = ctqk.QKEdit((layer, 0), "key", features=[feature_name(*x) for x in components], factor=-2)
+    two = [ctqk.QKEdit((layer, 0), "key", c, f, factor=-2) for c, f in components]
+    session = Session(case.model, case.ids)
+    run, same = (session.steer(edits, controls=2) for edits in (one, two))
+    assert torch.equal(run.logits, same.logits) and run.changes == same.changes
+    assert [set(c.changes) for c in run.controls] == [set(run.changes)] * 2
+    held, same = (session.generate(edits, 4, controls=0) for edits in (one, two))
+    assert held.steered == same.steered
+    document = run_document(run, [5])
+    [edit] = document["edits"]
+    assert edit["features"] == edit["names"] == list(one.resolved.names)
+    assert read_edit(edit) == one
+
+
+def test_a_run_prints_in_a_few_lines(gemma: Case) -> None:
+    """Without a tokenizer tokens have no text, so the miniature's examples show more."""
+    p = _where(gemma, 1)
+    (c, f, _), *_ = _active(gemma, 1, p, 1)
+    edits = [ctqk.QKEdit((1, 0), "key", c, f, p, factor=x) for x in (-1.0, 0.5, 2.0, 3.0, 4.0)]
+    run = ctqk.steer(gemma.model, gemma.ids, edits, controls=2)
+    text = repr(run)
+    assert f"key of L1H0 at {p}: {feature_name(c, f)} x -1\n" in text and "and 2 more" in text
+    assert "2 with other features, 2 with other heads" in text and len(text.splitlines()) <= 8
+    assert "nothing, or a control" in repr(run.clean)
+    swept = ctqk.sweep(gemma.model, gemma.ids, edits[:1], [1, 0], controls=0)
+    assert len(repr(swept).splitlines()) == 3
+    held = ctqk.generate(gemma.model, gemma.ids, edits[:1], 2, controls=0)
+    assert len(repr(held).splitlines()) == 4

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.steering.edits import Head
 
 
 class Carrier(NamedTuple):
