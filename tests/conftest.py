@@ -11,6 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from helpers.shapes import check_shapes
+from jaxtyping import install_import_hook
+
+# before any module of these is imported
+_WITH_SHAPES = ["circuit_tracer_qk.model", "circuit_tracer_qk.attribution"]
+install_import_hook(_WITH_SHAPES, f"{check_shapes.__module__}.{check_shapes.__qualname__}")
+
 import pytest
 from helpers import browsing, sampling
 from helpers.architectures import ARCHITECTURES

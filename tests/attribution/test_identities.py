@@ -17,7 +17,7 @@ from helpers.errors import record_error
 from torch import Tensor
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.attribution import qk
+from circuit_tracer_qk.attribution.residual import qk
 
 ALL = list(ARCHITECTURES)
 F64, F32 = 1e-10, 1e-5
