@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint studies bench
+.PHONY: demo test test-all lint studies bench
 
 # Attribute a prompt on the bundled miniature and serve the graph; ARGS=--no-serve ends after writing.
 demo: $(READY)
@@ -18,8 +18,9 @@ studies: $(READY)
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
-test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Of every large matrix of cases a seeded sample that touches each row and column; all of them.
+test test-all: lint
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(if $(filter test-all,$@),--all)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,13 +11,42 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from helpers.shapes import check_shapes
+from jaxtyping import install_import_hook
+
+# before any module of these is imported
+_WITH_SHAPES = ["circuit_tracer_qk.model", "circuit_tracer_qk.attribution"]
+install_import_hook(_WITH_SHAPES, f"{check_shapes.__module__}.{check_shapes.__qualname__}")
+
 import pytest
-from helpers import browsing
+from helpers import browsing, sampling
 from helpers.architectures import ARCHITECTURES
 from helpers.commands import Result
 from helpers.errors import record_error, worst_errors
+from hypothesis import settings
 
 from circuit_tracer_qk.cli import main as cli
+
+# the same examples every time, on a machine that may be busy
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("suite")
+
+left_out: list[int] = []  # how many cases each process left out of the matrices
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all``: every case of every matrix."""
+    parser.addoption("--all", action="store_true", help="run the matrices whole, not a sample")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without ``--all``, keep a sample of every large matrix."""
+    if config.getoption("--all"):
+        return
+    items[:], others = sampling.sample(items)
+    config.hook.pytest_deselected(items=others)
+    left_out.append(len(others))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -25,7 +54,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None:
         found = [(*key, error) for key, error in worst_errors.items()]
-        output.update(worst_errors=found, skipped=browsing.skipped)
+        output.update(worst_errors=found, skipped=browsing.skipped, left_out=left_out)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,6 +64,7 @@ def pytest_testnodedown(node: Any) -> None:
     for found in output.get("worst_errors", ()):
         record_error(*found)
     browsing.skipped += output.get("skipped", ())
+    left_out.extend(output.get("left_out", ()))
 
 
 @pytest.fixture(name="record_error", scope="session")
@@ -78,9 +108,15 @@ def watch(browser: browsing.Browser) -> Iterator[browsing.Watch]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what was skipped, and the worst errors: identities down, architectures across."""
+    """Print what was left out, and the worst errors: identities down, architectures across."""
     for line in dict.fromkeys(browsing.skipped):
         terminalreporter.write_line(line)
+    n_left_out = max(left_out, default=0)  # every process leaves out the same
+    if n_left_out:
+        terminalreporter.write_line(
+            f"{n_left_out} cases of large matrices were left out: a seeded sample ran that touches "
+            "every row and column; `make test-all` (pytest --all) runs all"
+        )
     if not worst_errors:
         return
     identities = list(dict.fromkeys(identity for identity, _ in worst_errors))

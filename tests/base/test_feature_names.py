@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from circuit_tracer_qk import UserError
 from circuit_tracer_qk.base.feature_names import (
@@ -36,3 +38,17 @@ def test_what_is_no_name_is_refused(text: str):
 def test_features_of_attention_graphs_are_known_and_refused():
     with pytest.raises(UserError, match="'L5attn/61' names a feature of an attention graph"):
         parse_feature_name("L5attn/61")
+
+
+@given(st.integers(0, 10**8), st.integers(0, 10**8))
+def test_a_name_comes_back(checkpoint: int, feature: int) -> None:
+    name = feature_name(checkpoint, feature)
+    assert is_feature_name(name)
+    assert (
+        parse_feature_name(name)
+        == parse_feature_name(f" {name.lower()} ")
+        == (
+            checkpoint,
+            feature,
+        )
+    )

@@ -49,6 +49,8 @@ class Cases:
             frozen = freeze(model, torch.tensor(ids))
             self.loaded[name] = reference, reference.run(ids), model, frozen
         reference, run, model, frozen = self.loaded[name]
+        if reference.parallel and reads == "hook_resid_mid":  # parallel blocks have none
+            reads = READS[0]
         generator = torch.Generator().manual_seed(7)
         d, n_layers = frozen.residual.shape[2], frozen.n_layers
         skips: list[Tensor | None] = [None] * n_layers

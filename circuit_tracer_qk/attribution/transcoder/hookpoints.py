@@ -6,7 +6,7 @@ the MLP writes. The host's hooks name the exact places; the norms between are fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ class HookPoint:
 
 
 def read_hook_points(
-    blocks: Sequence[Any], run: FrozenRun, reads: str, writes: str, skips: Sequence[Tensor | None]
+    blocks: Iterable[Any], run: FrozenRun, reads: str, writes: str, skips: Sequence[Tensor | None]
 ) -> list[HookPoint]:
     """The hook points of every block.
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.transcoder import cuts as splits
 from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Reads, Writes, split_edges
-from circuit_tracer_qk.attribution.transcoder.hookpoints import READS
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +75,6 @@ def test_every_cut_is_what_goes_missing_without_the_head(
     skip,
     cross_layer,
 ):
-    if reads_at == "hook_resid_mid" and cases(name, READS[0], writes_at, skip).reference.parallel:
-        pytest.skip("parallel blocks have no resid_mid")
     case = cases(name, reads_at, writes_at, skip)
     writes, reads = random_ends(case, cross_layer)
     n_layers, n_heads = case.reference.n_layers, case.reference.n_heads

@@ -24,8 +24,6 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
 @pytest.mark.parametrize("reads, writes, skip", KINDS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_blocks_are_the_linear_maps_they_should_be(cases, record_error, name, reads, writes, skip):
-    if reads == "hook_resid_mid" and cases(name, READS[0], writes, skip).reference.parallel:
-        pytest.skip("parallel blocks have no resid_mid")
     case = cases(name, reads, writes, skip)
     generator = torch.Generator().manual_seed(1)
     d = case.run.residual[0].shape[1]
