@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Options(TypedDict, total=False):
+class AttributeOptions(TypedDict, total=False):
     """The keyword arguments of :func:`attribute`."""
 
     attribution_targets: Any
@@ -37,13 +37,13 @@ class Options(TypedDict, total=False):
 
 @overload
 def attribute(
-    prompt: str | Tensor | list[int], model: ResidualModel, **options: Unpack[Options]
+    prompt: str | Tensor | list[int], model: ResidualModel, **options: Unpack[AttributeOptions]
 ) -> ResidualGraph: ...
 
 
 @overload
 def attribute(
-    prompt: str | Tensor | list[int], model: Any, **options: Unpack[Options]
+    prompt: str | Tensor | list[int], model: Any, **options: Unpack[AttributeOptions]
 ) -> TranscoderGraph | host.Graph: ...
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition, decompose
-from circuit_tracer_qk.attribution.residual.fvu import check
+from circuit_tracer_qk.attribution.residual.fvu import check_fvu
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.attribution.residual.influence import Sweep
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
@@ -24,7 +24,8 @@ from circuit_tracer_qk.model.supported import read_blocks
 
 
 def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
-    """Refuse sets whose gaps leave edges undefined (method, section 3, "Sets with gaps").
+    """Refuse sets whose gaps leave edges undefined (attribution/README.md, section 3, "Sets
+    with gaps").
 
     Raises:
         UserError: a gap other than checkpoint n_layers, or a crosscoder that reads checkpoint 0.
@@ -82,7 +83,7 @@ def read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomp
         )
     run = freeze(model.transformer, model.ensure_tokenized(prompt))
     parts = decompose(run, model.dictionaries, model.zero_positions)
-    check(parts, model.dictionaries, model.zero_positions)
+    check_fvu(parts, model.dictionaries, model.zero_positions)
     return parts, Heads(read_blocks(model.transformer, run.n_pos), run)
 
 

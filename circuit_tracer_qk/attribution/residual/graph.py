@@ -1,6 +1,6 @@
 """The residual attribution graph: a ``circuit_tracer.Graph`` that knows its heads.
 
-An edge crosses exactly one block, so every part of it can be named (method, section 3), and any
+An edge crosses exactly one block, so every part of it can be named (attribution/README.md, section 3), and any
 head's score can be taken apart at the block's checkpoint (section 2).
 """
 

@@ -1,7 +1,7 @@
 """Which heads carried an edge between transcoder features, at every block on its way.
 
 Between features several blocks apart paths multiply, so no single head has *the* loading. What is
-exact (method, section 4): cut the linear map at one block,
+exact (attribution/README.md, section 4): cut the linear map at one block,
 
     edge = sum_h through(block, h) + bypass(block)
 
@@ -435,16 +435,16 @@ def _sweep_back(blocks: FrozenBlocks, reads: Reads) -> tuple[list[_Back], list[T
     back: list[_Back] = []
     for layer in reversed(range(n_layers)):
         first, n = n, int((layer_of >= layer).sum())
-        pulled = [blocks.pull(layer, g), blocks.pull_mid(layer, placed(first, n))]
+        gradients = [blocks.vjp(layer, g), blocks.vjp_mid(layer, placed(first, n))]
         at = [
-            blocks.pull_here(layer, local, position[:first]),
-            blocks.pull_mid_here(layer, row[first:n], position[first:n]),
+            blocks.vjp_here(layer, local, position[:first]),
+            blocks.vjp_mid_here(layer, row[first:n], position[first:n]),
         ]
         where = torch.full_like(reads.layer, -1)
         where[order[:n]] = torch.arange(n, device=where.device)
-        whole = torch.cat([p.z for p in pulled]).permute(2, 0, 1, 3).contiguous()
+        whole = torch.cat([p.z for p in gradients]).permute(2, 0, 1, 3).contiguous()
         back.append(_Back(where, whole, torch.cat([a.z for a in at])))
-        g = torch.cat([p.whole for p in pulled])
+        g = torch.cat([p.whole for p in gradients])
         local = torch.cat([a.bypass for a in at])
         free[layer][order[:n]] = local
     return back[::-1], free

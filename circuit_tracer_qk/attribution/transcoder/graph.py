@@ -1,7 +1,7 @@
 """A transcoder graph that knows its heads: circuit-tracer's own graph, explained.
 
 Its edges cross many blocks, so no single head has *the* loading of one; what is exact is the split
-at every block (method, section 4), and QK attributions over the graph's own nodes.
+at every block (attribution/README.md, section 4), and QK attributions over the graph's own nodes.
 """
 
 from __future__ import annotations
