@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.batches import Batch
 from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
+from circuit_tracer_qk.attribution.text import summarize_graph
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import FrozenRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ExplainedGraph(host.Graph, ABC):
@@ -93,3 +98,27 @@ class ExplainedGraph(host.Graph, ABC):
             UserError: an index out of range.
         """
         return self.scores.row(layer, head, query)
+
+    def plot(self, layer: int, head: int, query: int, key: int, n: int = 8) -> Figure:
+        """Why a head looked from one position to another, as one figure.
+
+        The attention row on top; below it the marginals of both sides and a heatmap of the
+        leading terms (:meth:`QKTable.plot`).
+
+        Args:
+            layer, head, query, key: as in :meth:`qk`.
+            n: how many components of either side are named; the others are drawn as one sum.
+
+        Raises:
+            UserError: as :meth:`qk`, or matplotlib is not installed.
+
+        >>> graph.plot(1, 2, query=14, key=6).savefig(f"{tmp}/L1H2.pdf")
+        """
+        row = self.qk_row(layer, head, query)
+        return self.qk(layer, head, query, key).plot(row, self.token_strings, n)
+
+    def __repr__(self) -> str:
+        return summarize_graph(self).text()
+
+    def _repr_html_(self) -> str:
+        return summarize_graph(self).html()

@@ -9,12 +9,12 @@ before soft-cap and mask. Bias and error components are rows and columns like an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from operator import index, itemgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,10 +22,14 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from circuit_tracer_qk.attribution.component import KINDS, Component
+from circuit_tracer_qk.attribution.text import row_text, summarize_table
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.model.attention import KEY, QUERY
 from circuit_tracer_qk.model.heads import Heads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype
 
@@ -46,7 +50,7 @@ class Place(NamedTuple):
     key: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QKTable:
     """Why head ``L{layer}H{head}`` at ``query_position`` scored ``key_position`` as it did.
 
@@ -113,6 +117,36 @@ class QKTable:
             for i, value in zip(at.tolist(), values, strict=True)
         ]
 
+    def plot(
+        self, row: QKRow | None = None, tokens: Sequence[str] | None = None, n: int = 8
+    ) -> Figure:
+        """The marginals of both sides and a heatmap of the leading terms, as a figure.
+
+        ``graph.plot(layer, head, query, key)`` adds the attention row and the tokens.
+
+        Args:
+            row: the attention row of the same head and query, of ``graph.qk_row``.
+            tokens: the prompt's tokens, ``graph.token_strings``.
+            n: how many components of either side are named; the others are drawn as one sum.
+
+        Returns:
+            A matplotlib figure, closed for pyplot: a notebook shows it, ``savefig`` writes it.
+
+        Raises:
+            UserError: matplotlib is not installed, or ``n`` is below one.
+
+        >>> graph.qk(1, 2, 14, 6).plot().savefig(f"{tmp}/table.png")
+        """
+        from circuit_tracer_qk.attribution.plot import plot_table
+
+        return plot_table(self, row, tokens, n)
+
+    def __repr__(self) -> str:
+        return summarize_table(self).text()
+
+    def _repr_html_(self) -> str:
+        return summarize_table(self).html()
+
 
 class QKRow(NamedTuple):
     """One head's attention from one query over keys ``0..query``.
@@ -126,6 +160,9 @@ class QKRow(NamedTuple):
     scores: Tensor
     pattern: Tensor
     scores_raw: Tensor
+
+    def __repr__(self) -> str:
+        return row_text(self)
 
 
 class Scores(ABC):

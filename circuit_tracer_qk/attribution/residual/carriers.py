@@ -33,6 +33,12 @@ class Carrier(NamedTuple):
     along: float
     attention: float
 
+    def __repr__(self) -> str:
+        return (
+            f"Carrier(L{self.layer}H{self.head}: influence {self.influence:.3f}, along "
+            f"{self.along:.2f}, attention {self.attention:.3f})"
+        )
+
 
 def carriers(
     graph: ResidualGraph,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.component import FEATURE
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
+from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.base.threads import Scratch
 from circuit_tracer_qk.model.attention import AttentionBlock
 from circuit_tracer_qk.model.heads import Heads
@@ -77,6 +78,8 @@ class Parts(NamedTuple):
     total: Tensor
     direct: Tensor
     pattern: Tensor
+
+    __repr__ = shapes
 
 
 def recurs(n_distinct: int, n: int, bytes_each: int) -> bool:

@@ -32,6 +32,7 @@ from circuit_tracer_qk.attribution.residual.edges import (
 from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
 from circuit_tracer_qk.attribution.residual.store import Record, beside, load_record, record_bytes
 from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
+from circuit_tracer_qk.attribution.text import heads_text, shapes
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_together
 from circuit_tracer_qk.base.precision import exactly
@@ -52,7 +53,7 @@ class HeadLoadings(NamedTuple):
     pattern: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edge:
     """One edge and what carried it. ``weight == residual + mlp + heads.total.sum()``.
 
@@ -73,6 +74,15 @@ class Edge:
     key: int
     heads: HeadLoadings
 
+    def __repr__(self) -> str:
+        if self.layer is None:
+            return f"Edge({self.weight:+.4f}, at position {self.query}, crosses no block)"
+        return (
+            f"Edge({self.weight:+.4f} across block {self.layer}, position {self.key} to "
+            f"{self.query}: residual {self.residual:+.4f}, mlp {self.mlp:+.4f}, "
+            f"{heads_text(self.heads.total)})"
+        )
+
 
 class EdgeParts(NamedTuple):
     """The parts of many edges, in the order asked for.
@@ -87,6 +97,8 @@ class EdgeParts(NamedTuple):
     query: Tensor
     key: Tensor
     parts: Parts
+
+    __repr__ = shapes
 
 
 class StrongestLoadings(NamedTuple):
@@ -113,6 +125,8 @@ class StrongestLoadings(NamedTuple):
     exact: Tensor
     share: Tensor
     skipped: float
+
+    __repr__ = shapes
 
 
 class ResidualGraph(ExplainedGraph):

@@ -22,6 +22,7 @@ from circuit_tracer_qk.attribution.qk import (
     check_count,
 )
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
+from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.base.topk import largest
@@ -50,6 +51,8 @@ class TopTerms(NamedTuple):
     values: Tensor
     query_index: Tensor
     key_index: Tensor
+
+    __repr__ = shapes
 
 
 class QK(Scores):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.attribution.transcoder.propagate import Carried, FrozenBlocks
 
 
@@ -89,6 +90,8 @@ class Pairs(NamedTuple):
     key: Tensor
     value: Tensor
 
+    __repr__ = shapes
+
 
 class Splits(NamedTuple):
     """How a list of edges splits. Zero at blocks that are not between source and target.
@@ -111,6 +114,8 @@ class Splits(NamedTuple):
     attention_free: Tensor
     between: Tensor
     pairs: Pairs | None = None
+
+    __repr__ = shapes
 
 
 class _Back(NamedTuple):
