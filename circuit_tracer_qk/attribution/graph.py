@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 class ExplainedGraph(host.Graph, ABC):
     """A ``circuit_tracer.Graph`` whose scores can be taken apart, of either kind.
 
+    Nodes, their order and the adjacency matrix (rows are targets) are circuit-tracer's: its
+    ``prune_graph``, ``compute_graph_scores`` and ``to_pt`` work on it.
+
     Attributes:
         kind: "residual" or "transcoder".
+
+    >>> graph.kind, graph.n_pos, graph.n_features, graph.token_strings[6]
+    ('residual', 15, 680, ' Sally')
     """
 
     kind: str
@@ -86,8 +92,22 @@ class ExplainedGraph(host.Graph, ABC):
     def qk(self, layer: int, head: int, query: int, key: int) -> QKTable:
         """QK attributions of any head at any pair of positions, in the graph or not.
 
+        The head's score as a sum over pairs of components (paper, "QK attributions";
+        attribution/README.md, section 2).
+
+        Args:
+            layer, head: the head; in models with grouped keys the query head.
+            query, key: token positions, key at or before query.
+
+        Returns:
+            Score and terms in units of the attention score, before soft-cap and mask.
+
         Raises:
             UserError: an index out of range, or key > query.
+
+        >>> print(graph.qk(1, 2, query=14, key=6))  # doctest: +ELLIPSIS
+        QKTable L1H2, query 14, key 6: score 73.33
+          term    query ...
         """
         return self.scores.table(layer, head, query, key)
 
@@ -96,6 +116,9 @@ class ExplainedGraph(host.Graph, ABC):
 
         Raises:
             UserError: an index out of range.
+
+        >>> round(float(graph.qk_row(1, 2, query=14).pattern[6]), 3)
+        1.0
         """
         return self.scores.row(layer, head, query)
 

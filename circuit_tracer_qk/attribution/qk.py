@@ -42,7 +42,11 @@ RowPlace = tuple[int, int, int]
 
 
 class Place(NamedTuple):
-    """Where a table stands: one head's score of one key position at one query position."""
+    """Where a table stands: one head's score of one key position at one query position.
+
+    >>> ctqk.Place(layer=1, head=2, query=14, key=6)
+    Place(layer=1, head=2, query=14, key=6)
+    """
 
     layer: int
     head: int
@@ -54,12 +58,21 @@ class Place(NamedTuple):
 class QKTable:
     """Why head ``L{layer}H{head}`` at ``query_position`` scored ``key_position`` as it did.
 
+    Every term is a query component with a key component, in units of the score, that is after the
+    division by the square root of d_head (paper, "QK attributions"). Nothing is approximated.
+
     Attributes:
+        layer, head: the head.
+        query_position, key_position: where it looked from, and where to.
         score: attention score before soft-cap and mask, from the whole residual stream.
         score_capped: after the soft-cap (equal to ``score`` where the model has none).
         masked: the key lies outside the head's window, so the score never enters the softmax.
         query, key: the components of each side, in the order of the rows and columns.
         terms: (len(query), len(key)); ``terms.sum() == score``.
+
+    >>> table = graph.qk(layer=1, head=2, query=14, key=6)
+    >>> round(table.score, 1), round(float(table.terms.sum()), 1), tuple(table.terms.shape)
+    (73.3, 73.3, (9, 13))
     """
 
     layer: int
@@ -89,6 +102,10 @@ class QKTable:
 
         All nine pairs of feature, bias and error where the checkpoint has a dictionary; the kinds
         present elsewhere. The totals sum to the score.
+
+        >>> blocks = graph.qk(1, 2, query=14, key=6).blocks
+        >>> round(blocks["feature", "feature"], 1), round(sum(blocks.values()), 1)
+        (113.3, 73.3)
         """
         rows, columns = (
             one_hot(torch.tensor([KINDS.index(c.kind) for c in side]), len(KINDS)).to(self.terms)
@@ -102,10 +119,17 @@ class QKTable:
         return {(a, b): totals[KINDS.index(a)][KINDS.index(b)] for a in kinds for b in kinds}
 
     def top(self, n: int) -> list[tuple[Component, Component, float]]:
-        """The ``n`` terms largest by absolute value, signed, largest first.
+        """The ``n`` terms largest by absolute value, largest first.
+
+        Returns:
+            (query component, key component, signed value) of each.
 
         Raises:
             UserError: ``n`` is below one.
+
+        >>> [(query, key, value)] = graph.qk(1, 2, query=14, key=6).top(1)
+        >>> query.label, query.feature, key.feature, round(value, 1)
+        ('a title', 129, 61, 22.5)
         """
         check_count(n)
         flat = self.terms.flatten()
@@ -149,12 +173,16 @@ class QKTable:
 
 
 class QKRow(NamedTuple):
-    """One head's attention from one query over keys ``0..query``.
+    """One head's attention from one query over keys ``0..query`` (of ``graph.qk_row``).
 
     Attributes:
         scores: (query + 1,) after the soft-cap; -inf where masked. ``softmax(scores) == pattern``.
         pattern: (query + 1,) the model's own attention pattern; 0 where masked.
         scores_raw: (query + 1,) before soft-cap and mask.
+
+    >>> row = graph.qk_row(layer=1, head=2, query=14)
+    >>> len(row.pattern), int(row.pattern.argmax()), round(float(row.scores[6]), 1)
+    (15, 6, 73.3)
     """
 
     scores: Tensor
@@ -168,10 +196,14 @@ class QKRow(NamedTuple):
 class Scores(ABC):
     """Scores of one run and their tables, for any head and any pair of positions.
 
-    What a position's components are, and their images, is a subclass's.
+    ``graph.scores`` and :func:`circuit_tracer_qk.explain` give one. What a position's components
+    are, and their images, is a subclass's.
 
     Args:
         heads: the model's heads on that run.
+
+    >>> graph.scores.table(1, 2, 14, 6).score == graph.qk(1, 2, 14, 6).score
+    True
     """
 
     def __init__(self, heads: Heads) -> None:

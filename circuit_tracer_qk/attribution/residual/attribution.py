@@ -50,7 +50,8 @@ def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
 @exactly
 @torch.no_grad()
 def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:
-    """QK attributions of a prompt alone, without a graph: for sets with any gaps.
+    """QK attributions of a prompt alone, without a graph: for sets with any gaps (paper, "QK
+    attributions").
 
     A checkpoint without a dictionary is all error (checkpoint 0: embedding and position).
 
@@ -64,6 +65,10 @@ def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:
 
     Raises:
         UserError: a prompt that cannot be used.
+
+    >>> qk = ctqk.explain(prompt, model)
+    >>> qk.row(1, 2, 14)
+    QKRow(query 14: attention 1.000 at key 6, 0.000 at key 5, 0.000 at key 14)
     """
     parts, heads = read(prompt, model)
     return QK(parts, heads, model.dictionaries.label)

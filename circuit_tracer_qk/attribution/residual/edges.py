@@ -71,6 +71,11 @@ class Parts(NamedTuple):
         total: (n, n_heads) head loadings; a head's write also passes through the block's MLP.
         direct: (n, n_heads) the same without the MLP (the paper's printed formula).
         pattern: (n, n_heads) attention from the target's position to the source's.
+
+    >>> parts = graph.edges(sources=[61], targets=[313]).parts
+    >>> weight = parts.residual + parts.mlp + parts.total.sum(1)
+    >>> weight.shape, parts.total.shape
+    (torch.Size([1]), torch.Size([1, 8]))
     """
 
     residual: Tensor

@@ -65,6 +65,9 @@ class Listing(NamedTuple):
         heads: at most so many, the largest by |part|.
         share: no more than reach this share of the block's sum of |part|.
         pairs: so many (query, key) pairs of each.
+
+    >>> ctqk.Listing(heads=5)
+    Listing(heads=5, share=0.9, pairs=2)
     """
 
     heads: int = 3
@@ -73,7 +76,9 @@ class Listing(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The listed heads: one row for each edge, block and head, its edges in no order.
+    """The listed heads (of ``TranscoderGraph.split``): a row for each edge, block and head.
+
+    Rows are in no order.
 
     Law: a head's part is the sum of its pairs, of which the largest are here.
 
