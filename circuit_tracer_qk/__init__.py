@@ -10,86 +10,144 @@ from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk.base.package import __version__ as __version__
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what ``_HOMES`` says, for type checkers
+    from circuit_tracer_qk.attribution.batches import Batch, Terms
     from circuit_tracer_qk.attribution.component import Component
-    from circuit_tracer_qk.attribution.qk import QKRow, QKTable
+    from circuit_tracer_qk.attribution.graph import ExplainedGraph
+    from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
     from circuit_tracer_qk.attribution.residual.attribution import explain
-    from circuit_tracer_qk.attribution.residual.carriers import carriers, select_heads
-    from circuit_tracer_qk.attribution.residual.graph import Edge, ResidualGraph, load_graph
+    from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers, select_heads
+    from circuit_tracer_qk.attribution.residual.edges import EdgeParts, Parts
+    from circuit_tracer_qk.attribution.residual.graph import (
+        Edge,
+        HeadLoadings,
+        ResidualGraph,
+        StrongestLoadings,
+        load_graph,
+    )
     from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
+    from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
+    from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Pairs, Splits
     from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph, explain_graph
+    from circuit_tracer_qk.attribution.transcoder.qk import TranscoderQK
     from circuit_tracer_qk.base.errors import UserError
     from circuit_tracer_qk.base.precision import tf32
-    from circuit_tracer_qk.dictionaries.dictionary import Dictionary
+    from circuit_tracer_qk.dictionaries.dictionary import Dictionary, Scaled, Units
     from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
     from circuit_tracer_qk.dictionaries.load import load_dictionaries
-    from circuit_tracer_qk.frontend.server import serve
+    from circuit_tracer_qk.frontend.routes import Live
+    from circuit_tracer_qk.frontend.server import Server, serve
+    from circuit_tracer_qk.frontend.steer_requests import SteerRequest
     from circuit_tracer_qk.graph_files.create import create_graph_files
+    from circuit_tracer_qk.model.run import FrozenRun
     from circuit_tracer_qk.plugin.attribute import attribute
     from circuit_tracer_qk.plugin.enable import disable, enable
     from circuit_tracer_qk.plugin.live import LiveGraphs
     from circuit_tracer_qk.steering.edits import HeadEdit, QKEdit, swap
     from circuit_tracer_qk.steering.head_curve import head_curve
-    from circuit_tracer_qk.steering.results import SteeredRun
+    from circuit_tracer_qk.steering.options import SteeringOptions
+    from circuit_tracer_qk.steering.resolve import Changed
+    from circuit_tracer_qk.steering.results import (
+        Continued,
+        Effect,
+        Generation,
+        HeadCurve,
+        Spread,
+        SteeredRun,
+        Swept,
+    )
     from circuit_tracer_qk.steering.steer import generate, steer, sweep
 
 _HOMES = {
-    "attribute": "plugin.attribute",
-    "explain": "attribution.residual.attribution",
-    "explain_graph": "attribution.transcoder.graph",
-    "TranscoderGraph": "attribution.transcoder.graph",
-    "Component": "attribution.component",
-    "Dictionary": "dictionaries.dictionary",
-    "DictionarySet": "dictionaries.dictionary_set",
-    "load_dictionaries": "dictionaries.load",
-    "enable": "plugin.enable",
-    "disable": "plugin.enable",
-    "carriers": "attribution.residual.carriers",
-    "select_heads": "attribution.residual.carriers",
-    "head_curve": "steering.head_curve",
-    "HeadEdit": "steering.edits",
-    "QKEdit": "steering.edits",
-    "swap": "steering.edits",
-    "UserError": "base.errors",
-    "create_graph_files": "graph_files.create",
-    "Edge": "attribution.residual.graph",
-    "ResidualGraph": "attribution.residual.graph",
-    "LiveGraphs": "plugin.live",
-    "QKRow": "attribution.qk",
-    "QKTable": "attribution.qk",
-    "ResidualModel": "attribution.residual.model",
-    "load_model": "attribution.residual.model",
-    "load_graph": "attribution.residual.graph",
-    "serve": "frontend.server",
-    "SteeredRun": "steering.results",
-    "generate": "steering.steer",
-    "steer": "steering.steer",
-    "sweep": "steering.steer",
-    "tf32": "base.precision",
+    "attribution.batches": "Batch Terms",
+    "attribution.component": "Component",
+    "attribution.graph": "ExplainedGraph",
+    "attribution.qk": "Place QKRow QKTable Scores",
+    "attribution.residual.attribution": "explain",
+    "attribution.residual.carriers": "Carrier carriers select_heads",
+    "attribution.residual.edges": "EdgeParts Parts",
+    "attribution.residual.graph": "Edge HeadLoadings ResidualGraph StrongestLoadings load_graph",
+    "attribution.residual.model": "ResidualModel load_model",
+    "attribution.residual.qk": "QK TopTerms",
+    "attribution.transcoder.cuts": "Listing Pairs Splits",
+    "attribution.transcoder.graph": "TranscoderGraph explain_graph",
+    "attribution.transcoder.qk": "TranscoderQK",
+    "base.errors": "UserError",
+    "base.precision": "tf32",
+    "dictionaries.dictionary": "Dictionary Scaled Units",
+    "dictionaries.dictionary_set": "DictionarySet",
+    "dictionaries.load": "load_dictionaries",
+    "frontend.routes": "Live",
+    "frontend.server": "Server serve",
+    "frontend.steer_requests": "SteerRequest",
+    "graph_files.create": "create_graph_files",
+    "model.run": "FrozenRun",
+    "plugin.attribute": "attribute",
+    "plugin.enable": "disable enable",
+    "plugin.live": "LiveGraphs",
+    "steering.edits": "HeadEdit QKEdit swap",
+    "steering.head_curve": "head_curve",
+    "steering.options": "SteeringOptions",
+    "steering.resolve": "Changed",
+    "steering.results": "Continued Effect Generation HeadCurve Spread SteeredRun Swept",
+    "steering.steer": "generate steer sweep",
 }
+"""Where the public names lie: module -> names."""
+
+_MODULE = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "Batch",
+    "Carrier",
+    "Changed",
     "Component",
+    "Continued",
     "Dictionary",
     "DictionarySet",
     "Edge",
+    "EdgeParts",
+    "Effect",
+    "ExplainedGraph",
+    "FrozenRun",
+    "Generation",
+    "HeadCurve",
     "HeadEdit",
+    "HeadLoadings",
+    "Listing",
+    "Live",
     "LiveGraphs",
+    "Pairs",
+    "Parts",
+    "Place",
+    "QK",
     "QKEdit",
     "QKRow",
     "QKTable",
     "ResidualGraph",
     "ResidualModel",
+    "Scaled",
+    "Scores",
+    "Server",
+    "Splits",
+    "Spread",
+    "SteerRequest",
     "SteeredRun",
+    "SteeringOptions",
+    "StrongestLoadings",
+    "Swept",
+    "Terms",
+    "TopTerms",
     "TranscoderGraph",
+    "TranscoderQK",
+    "Units",
     "UserError",
     "attribute",
     "carriers",
+    "create_graph_files",
     "disable",
     "enable",
     "explain",
     "explain_graph",
-    "create_graph_files",
     "generate",
     "head_curve",
     "load_dictionaries",
@@ -105,10 +163,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULE})

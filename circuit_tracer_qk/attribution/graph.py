@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,17 +12,27 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.batches import Batch
 from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
+from circuit_tracer_qk.attribution.text import summarize_graph
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import FrozenRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ExplainedGraph(host.Graph, ABC):
     """A ``circuit_tracer.Graph`` whose scores can be taken apart: what every kind of graph gives.
 
+    Nodes, their order and the adjacency matrix (rows are targets) are circuit-tracer's: its
+    ``prune_graph``, ``compute_graph_scores`` and ``to_pt`` work on it.
+
     Attributes:
         kind: its name in graph files, "residual" or "transcoder".
         writes_examples: examples of its features are written beside its file; circuit-tracer's page
             finds those of other kinds by the graph's scan.
+
+    >>> graph.kind, graph.n_pos, graph.n_features, graph.token_strings[6]
+    ('residual', 15, 680, ' Sally')
     """
 
     kind: str
@@ -98,8 +109,22 @@ class ExplainedGraph(host.Graph, ABC):
     def qk(self, layer: int, head: int, query: int, key: int) -> QKTable:
         """QK attributions of any head at any pair of positions, in the graph or not.
 
+        The head's score as a sum over pairs of components (paper, "QK attributions";
+        attribution/README.md, section 2).
+
+        Args:
+            layer, head: the head; in models with grouped keys the query head.
+            query, key: token positions, key at or before query.
+
+        Returns:
+            Score and terms in units of the attention score, before soft-cap and mask.
+
         Raises:
             UserError: an index out of range, or key > query.
+
+        >>> print(graph.qk(1, 2, query=14, key=6))  # doctest: +ELLIPSIS
+        QKTable L1H2, query 14, key 6: score 73.33
+          term    query ...
         """
         return self.scores.table(layer, head, query, key)
 
@@ -108,5 +133,32 @@ class ExplainedGraph(host.Graph, ABC):
 
         Raises:
             UserError: an index out of range.
+
+        >>> round(float(graph.qk_row(1, 2, query=14).pattern[6]), 3)
+        1.0
         """
         return self.scores.row(layer, head, query)
+
+    def plot(self, layer: int, head: int, query: int, key: int, n: int = 8) -> Figure:
+        """Why a head looked from one position to another, as one figure.
+
+        The attention row on top; below it the marginals of both sides and a heatmap of the
+        leading terms (:meth:`QKTable.plot`).
+
+        Args:
+            layer, head, query, key: as in :meth:`qk`.
+            n: how many components of either side are named; the others are drawn as one sum.
+
+        Raises:
+            UserError: as :meth:`qk`, or matplotlib is not installed.
+
+        >>> graph.plot(1, 2, query=14, key=6).savefig(f"{tmp}/L1H2.pdf")
+        """
+        row = self.qk_row(layer, head, query)
+        return self.qk(layer, head, query, key).plot(row, self.token_strings, n)
+
+    def __repr__(self) -> str:
+        return summarize_graph(self).text()
+
+    def _repr_html_(self) -> str:
+        return summarize_graph(self).html()

@@ -9,12 +9,12 @@ before soft-cap and mask. Bias and error components are rows and columns like an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from operator import index, itemgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,10 +22,14 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.blocks import block_totals, blocks_by_kind
 from circuit_tracer_qk.attribution.component import Component
+from circuit_tracer_qk.attribution.text import row_text, summarize_table
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.model.attention import KEY, QUERY
 from circuit_tracer_qk.model.heads import Heads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDE_TERMS = 1 << 16  # tables of more terms are contracted in the run's own dtype
 
@@ -38,7 +42,11 @@ RowPlace = tuple[int, int, int]
 
 
 class Place(NamedTuple):
-    """Where a table stands: one head's score of one key position at one query position."""
+    """Where a table stands: one head's score of one key position at one query position.
+
+    >>> ctqk.Place(layer=1, head=2, query=14, key=6)
+    Place(layer=1, head=2, query=14, key=6)
+    """
 
     layer: int
     head: int
@@ -46,16 +54,25 @@ class Place(NamedTuple):
     key: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QKTable:
     """Why head ``L{layer}H{head}`` at ``query_position`` scored ``key_position`` as it did.
 
+    Every term is a query component with a key component, in units of the score, that is after the
+    division by the square root of d_head (paper, "QK attributions"). Nothing is approximated.
+
     Attributes:
+        layer, head: the head.
+        query_position, key_position: where it looked from, and where to.
         score: attention score before soft-cap and mask, from the whole residual stream.
         score_capped: after the soft-cap (equal to ``score`` where the model has none).
         masked: the key lies outside the head's window, so the score never enters the softmax.
         query, key: the components of each side, in the order of the rows and columns.
         terms: (len(query), len(key)); ``terms.sum() == score``.
+
+    >>> table = graph.qk(layer=1, head=2, query=14, key=6)
+    >>> round(table.score, 1), round(float(table.terms.sum()), 1), tuple(table.terms.shape)
+    (73.3, 73.3, (9, 13))
     """
 
     layer: int
@@ -85,15 +102,26 @@ class QKTable:
 
         All nine pairs of feature, bias and error where the checkpoint has a dictionary; the kinds
         present elsewhere. The totals sum to the score.
+
+        >>> blocks = graph.qk(1, 2, query=14, key=6).blocks
+        >>> round(blocks["feature", "feature"], 1), round(sum(blocks.values()), 1)
+        (113.3, 73.3)
         """
         totals = block_totals([self.query], [self.key], self.terms.cpu()[None])
         return blocks_by_kind(self.query, self.key, totals[0].tolist())
 
     def top(self, n: int) -> list[tuple[Component, Component, float]]:
-        """The ``n`` terms largest by absolute value, signed, largest first.
+        """The ``n`` terms largest by absolute value, largest first.
+
+        Returns:
+            (query component, key component, signed value) of each.
 
         Raises:
             UserError: ``n`` is below one.
+
+        >>> [(query, key, value)] = graph.qk(1, 2, query=14, key=6).top(1)
+        >>> query.label, query.feature, key.feature, round(value, 1)
+        ('a title', 129, 61, 22.5)
         """
         check_count(n)
         flat = self.terms.flatten()
@@ -105,28 +133,69 @@ class QKTable:
             for i, value in zip(at.tolist(), values, strict=True)
         ]
 
+    def plot(
+        self, row: QKRow | None = None, tokens: Sequence[str] | None = None, n: int = 8
+    ) -> Figure:
+        """The marginals of both sides and a heatmap of the leading terms, as a figure.
+
+        ``graph.plot(layer, head, query, key)`` adds the attention row and the tokens.
+
+        Args:
+            row: the attention row of the same head and query, of ``graph.qk_row``.
+            tokens: the prompt's tokens, ``graph.token_strings``.
+            n: how many components of either side are named; the others are drawn as one sum.
+
+        Returns:
+            A matplotlib figure, closed for pyplot: a notebook shows it, ``savefig`` writes it.
+
+        Raises:
+            UserError: matplotlib is not installed, or ``n`` is below one.
+
+        >>> graph.qk(1, 2, 14, 6).plot().savefig(f"{tmp}/table.png")
+        """
+        from circuit_tracer_qk.attribution.plot import plot_table
+
+        return plot_table(self, row, tokens, n)
+
+    def __repr__(self) -> str:
+        return summarize_table(self).text()
+
+    def _repr_html_(self) -> str:
+        return summarize_table(self).html()
+
 
 class QKRow(NamedTuple):
-    """One head's attention from one query over keys ``0..query``.
+    """One head's attention from one query over keys ``0..query`` (of ``graph.qk_row``).
 
     Attributes:
         scores: (query + 1,) after the soft-cap; -inf where masked. ``softmax(scores) == pattern``.
         pattern: (query + 1,) the model's own attention pattern; 0 where masked.
         scores_raw: (query + 1,) before soft-cap and mask.
+
+    >>> row = graph.qk_row(layer=1, head=2, query=14)
+    >>> len(row.pattern), int(row.pattern.argmax()), round(float(row.scores[6]), 1)
+    (15, 6, 73.3)
     """
 
     scores: Tensor
     pattern: Tensor
     scores_raw: Tensor
 
+    def __repr__(self) -> str:
+        return row_text(self)
+
 
 class Scores(ABC):
     """Scores of one run and their tables, for any head and any pair of positions.
 
-    What a position's components are, and their images, is a subclass's.
+    ``graph.scores`` and :func:`circuit_tracer_qk.explain` give one. What a position's components
+    are, and their images, is a subclass's.
 
     Args:
         heads: the model's heads on that run.
+
+    >>> graph.scores.table(1, 2, 14, 6).score == graph.qk(1, 2, 14, 6).score
+    True
     """
 
     def __init__(self, heads: Heads) -> None:

@@ -9,4 +9,10 @@ class UserError(ValueError):
     The command line prints it as the last line on stderr and exits with status 2, without a
     traceback; in Python it is an ordinary ``ValueError``. Raised for bad input and for every
     architecture, dictionary or file that cannot be done exactly.
+
+    >>> try:
+    ...     graph.qk(layer=1, head=2, query=3, key=4)
+    ... except ctqk.UserError as error:
+    ...     print(str(error).partition(":")[0])
+    key position 4 is after query position 3
     """

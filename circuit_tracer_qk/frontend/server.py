@@ -72,6 +72,12 @@ def serve(
     Raises:
         UserError: the folder does not exist, the address cannot be had, or the installed
             circuit-tracer's page is not one that this release knows.
+
+    >>> page = ctqk.create_graph_files(graph, "aunt", tmp)
+    >>> server = ctqk.serve(tmp, port=8765)  # doctest: +SKIP
+    >>> server.url  # doctest: +SKIP
+    'http://127.0.0.1:8765'
+    >>> server.stop()  # doctest: +SKIP
     """
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():

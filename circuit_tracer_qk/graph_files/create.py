@@ -95,6 +95,9 @@ def create_graph_files(
     Raises:
         UserError: a slug, threshold or folder that cannot be used, or a file that cannot be
             written; files that were there before are then whole.
+
+    >>> ctqk.create_graph_files(graph, "aunt", tmp).name
+    'aunt.json'
     """
     files = write_graph_files(
         graph,

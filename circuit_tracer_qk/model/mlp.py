@@ -81,7 +81,7 @@ class MLPBlock:
             pre = pre.detach().clone().requires_grad_()
             return torch.autograd.grad(self.act(pre).sum(), pre)[0]
 
-    def read_back(self, y: Tensor, post_scale: Tensor) -> Tensor:
+    def output_vjp(self, y: Tensor, post_scale: Tensor) -> Tensor:
         """(n, d_mlp): gradients (n, d_model) at the block's output, at the MLP's hidden layer.
 
         ``post_scale`` (n,) is the post-norm's denominator of each row; the result is linear in

@@ -50,6 +50,10 @@ class FrozenRun:
             frozen denominators; only the norms that the model has.
         final_scale: (n_pos,) denominator of the final norm (ones where there is none).
         logits: (d_vocab,) of the last position.
+
+    >>> run = graph.run
+    >>> tuple(run.residual.shape), tuple(run.pattern.shape)
+    ((5, 15, 128), (4, 8, 15, 15))
     """
 
     tokens: Tensor

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Options(TypedDict, total=False):
+class AttributeOptions(TypedDict, total=False):
     """The keyword arguments of :func:`attribute`."""
 
     attribution_targets: Any
@@ -37,13 +37,13 @@ class Options(TypedDict, total=False):
 
 @overload
 def attribute(
-    prompt: str | Tensor | list[int], model: ResidualModel, **options: Unpack[Options]
+    prompt: str | Tensor | list[int], model: ResidualModel, **options: Unpack[AttributeOptions]
 ) -> ResidualGraph: ...
 
 
 @overload
 def attribute(
-    prompt: str | Tensor | list[int], model: Any, **options: Unpack[Options]
+    prompt: str | Tensor | list[int], model: Any, **options: Unpack[AttributeOptions]
 ) -> TranscoderGraph | host.Graph: ...
 
 
@@ -79,11 +79,15 @@ def attribute(
         qk: explain circuit-tracer's own graphs; a residual graph always knows its heads.
 
     Returns:
-        A genuine ``circuit_tracer.Graph``; the sum of a target's edges over features, decoder
+        A genuine ``circuit_tracer.Graph``, edges in model units; the sum of a target's edges over features, decoder
         biases, errors and positions is <gradient, residual stream> (completeness).
 
     Raises:
         UserError: a prompt, targets or dictionaries that cannot be attributed exactly.
+
+    >>> aunt = ctqk.attribute(prompt, model, max_feature_nodes=200)
+    >>> aunt.n_features, tuple(aunt.adjacency_matrix.shape)
+    (200, (276, 276))
     """
     shared = {
         "attribution_targets": attribution_targets,

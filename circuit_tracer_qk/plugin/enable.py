@@ -40,6 +40,12 @@ def enable() -> None:
     """Let circuit-tracer's own entry points take ``qk=True`` and ``backend="residual"``.
 
     Functions imported before stay as they were. A second call changes nothing.
+
+    >>> import circuit_tracer
+    >>> ctqk.enable()
+    >>> circuit_tracer.attribute(prompt, model).kind
+    'residual'
+    >>> ctqk.disable()
     """
     global _put_back
     with _lock:
@@ -55,7 +61,10 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undo :func:`enable`, wherever circuit-tracer holds its entry points."""
+    """Undo :func:`enable`, wherever circuit-tracer holds its entry points.
+
+    >>> ctqk.disable()  # does nothing where nothing is enabled
+    """
     global _put_back
     with _lock:
         if _put_back is not None:

@@ -42,6 +42,10 @@ class LiveGraphs:
 
     Raises:
         UserError: a model of no graph, or of a graph that it did not make.
+
+    >>> live = ctqk.LiveGraphs({"aunt": graph}, {"aunt": model})
+    >>> live.slugs, live.steerable
+    (('aunt',), ('aunt',))
     """
 
     def __init__(

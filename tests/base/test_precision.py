@@ -14,7 +14,7 @@ import torch
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.batches import Batch
 from circuit_tracer_qk.attribution.residual import influence, qk
-from circuit_tracer_qk.attribution.residual.edges import Run, Targets
+from circuit_tracer_qk.attribution.residual.edges import PositionRun, Targets
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.graph_files import select_tables as attributions
 from circuit_tracer_qk.graph_files.tables import Names, Table
@@ -41,7 +41,7 @@ def test_contractions_are_exact_and_the_setting_comes_back(
     seen: dict[str, bool] = {}
 
     class Watched(influence.BlockEdges):
-        def rows(self, targets: Targets, runs: list[Run]) -> torch.Tensor:
+        def rows(self, targets: Targets, runs: list[PositionRun]) -> torch.Tensor:
             seen["edges"] = reduced()
             return super().rows(targets, runs)
 

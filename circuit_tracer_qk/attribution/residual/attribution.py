@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition, decompose
-from circuit_tracer_qk.attribution.residual.fvu import check
+from circuit_tracer_qk.attribution.residual.fvu import check_fvu
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.attribution.residual.influence import Sweep
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
@@ -25,7 +25,8 @@ from circuit_tracer_qk.model.supported import read_blocks
 
 
 def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
-    """Refuse sets whose gaps leave edges undefined (method, section 3, "Sets with gaps").
+    """Refuse sets whose gaps leave edges undefined (attribution/README.md, section 3, "Sets
+    with gaps").
 
     Raises:
         UserError: a gap other than checkpoint n_layers, or a crosscoder that reads checkpoint 0.
@@ -50,7 +51,8 @@ def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
 @exactly
 @torch.no_grad()
 def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:
-    """QK attributions of a prompt alone, without a graph: for sets with any gaps.
+    """QK attributions of a prompt alone, without a graph: for sets with any gaps (paper, "QK
+    attributions").
 
     A checkpoint without a dictionary is all error (checkpoint 0: embedding and position).
 
@@ -64,6 +66,10 @@ def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:
 
     Raises:
         UserError: a prompt that cannot be used.
+
+    >>> qk = ctqk.explain(prompt, model)
+    >>> qk.row(1, 2, 14)
+    QKRow(query 14: attention 1.000 at key 6, 0.000 at key 5, 0.000 at key 14)
     """
     parts, heads = read(prompt, model)
     return QK(parts, heads, model.dictionaries.label)
@@ -83,7 +89,7 @@ def read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomp
         )
     run = freeze(model.transformer, model.ensure_tokenized(prompt))
     parts = decompose(run, model.dictionaries, model.zero_positions)
-    check(parts, model.dictionaries, model.zero_positions)
+    check_fvu(parts, model.dictionaries, model.zero_positions)
     return parts, Heads(read_blocks(model.transformer, run.n_pos), run)
 
 

@@ -25,6 +25,9 @@ class Carrier(NamedTuple):
             work against one another it exceeds what arrives.
         along: the share of ``influence`` in which the head's part has the sign of the edge.
         attention: the head's pattern, summed over the pairs of positions of these edges.
+
+    >>> ctqk.carriers(graph, query=14, key=6)[0]
+    Carrier(L1H2: influence 0.051, along 0.85, attention 1.000)
     """
 
     layer: int
@@ -32,6 +35,12 @@ class Carrier(NamedTuple):
     influence: float
     along: float
     attention: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Carrier(L{self.layer}H{self.head}: influence {self.influence:.3f}, along "
+            f"{self.along:.2f}, attention {self.attention:.3f})"
+        )
 
 
 def carriers(
@@ -42,7 +51,8 @@ def carriers(
     key: int | None = None,
     node: int | None = None,
 ) -> list[Carrier]:
-    """The heads that carried edges across positions, largest influence first.
+    """The heads that carried edges across positions, largest influence first (paper, "Head
+    loadings").
 
     Args:
         graph: a residual graph.
@@ -52,6 +62,9 @@ def carriers(
 
     Raises:
         UserError: nothing to choose by, an index that does not exist, or a graph of transcoders.
+
+    >>> [(c.layer, c.head, round(c.influence, 2)) for c in ctqk.carriers(graph, query=14, key=6)[:2]]
+    [(1, 2, 0.05), (1, 7, 0.05)]
     """
     if not isinstance(graph, ResidualGraph):
         raise UserError(
@@ -120,6 +133,9 @@ def select_heads(
     Raises:
         UserError: both or neither of count and share, a number out of range, or what
             :func:`carriers` refuses.
+
+    >>> ctqk.select_heads(graph, query=14, key=6, count=3)
+    [(1, 2), (1, 7), (1, 6)]
     """
     if (count is None) == (share is None):
         raise UserError("give either count= (how many heads) or share= (of the influence).")

@@ -2,7 +2,7 @@
 
     x_c[p] = sum_i a_i[p] v_i + b_c + e_c[p]
 
-(method, section 1; paper, "QK attributions"). Encoders only infer activations. What a dictionary
+(attribution/README.md, section 1; paper, "QK attributions"). Encoders only infer activations. What a dictionary
 does not explain stays one ``error`` component per position; nothing is spread or hidden.
 """
 
@@ -61,16 +61,16 @@ class ActiveFeatures:
         """
         able = [c for c, k in self.decoders if k == checkpoint]
         if len(able) == 1:
-            return self.own(nodes, able[0], checkpoint)
+            return self.decoder_rows(nodes, able[0], checkpoint)
         width = next(iter(self.decoders.values())).shape[1]
         out = self.activation.new_empty(len(nodes), width)
         reads = self.checkpoint[nodes]
         for c in reads.unique().tolist():
             at = (reads == c).nonzero().squeeze(1)
-            out[at] = self.own(nodes[at], c, checkpoint)
+            out[at] = self.decoder_rows(nodes[at], c, checkpoint)
         return out
 
-    def own(self, nodes: Tensor | slice, read: int, checkpoint: int) -> Tensor:
+    def decoder_rows(self, nodes: Tensor | slice, read: int, checkpoint: int) -> Tensor:
         """The same for nodes that all read ``read``, which nothing has to be looked up for."""
         rows = self.decoders[read, checkpoint].index_select(0, self.row[nodes])
         return rows.to(self.activation.dtype).mul_(self.activation[nodes, None])
@@ -142,7 +142,7 @@ class Checkpoint:
         if group.kind != FEATURE:
             return self._others[group.kind][part]
         rows = slice(group.first + part.start, group.first + part.stop)
-        return self._features.own(rows, group.read, self.checkpoint)
+        return self._features.decoder_rows(rows, group.read, self.checkpoint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +252,7 @@ def decompose(run: FrozenRun, dictionaries: DictionarySet, zero_positions: slice
             dictionaries are not trained on the BOS position.
 
     Identity: at every checkpoint and position the components sum to ``run.residual`` (the error is
-    defined by it; the method's section 1).
+    defined by it; attribution/README.md, section 1).
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     decoders: dict[tuple[int, int], Tensor] = {}

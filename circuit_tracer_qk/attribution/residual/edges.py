@@ -1,7 +1,7 @@
 """Edges of the residual graph across one block, and the heads that carried them.
 
     y          = a_t v_t                                 the target's decoder vector, weighted
-    m          = M^T y                                   pulled through the MLP
+    m          = M^T y                                   gradient through the MLP
     u          = y + m   (y in parallel blocks)          gradient at the attention write
     residual   = [p_s = p_t]  y . a_s v_s
     mlp        = [p_s = p_t]  m . a_s v_s
@@ -9,7 +9,7 @@
     direct_h   = A_h[p_t, p_s]  z_h(y) . v_h(a_s v_s)    the paper's printed formula
     edge       = residual + mlp + sum_h total_h
 
-(method, section 3; paper, "Head loadings"). Every path between neighbouring checkpoints crosses
+(attribution/README.md, section 3; paper, "Head loadings"). Every path between neighbouring checkpoints crosses
 one block, so no backward pass through the sequence is needed: the MLP's part is one batched
 product per position, the rest is matrix products.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.component import FEATURE
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
+from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.base.threads import Scratch
 from circuit_tracer_qk.model.attention import AttentionBlock
 from circuit_tracer_qk.model.heads import Heads
@@ -47,7 +48,7 @@ class Targets(NamedTuple):
     m: Tensor
 
 
-class Run(NamedTuple):
+class PositionRun(NamedTuple):
     """Rows ``start`` to ``stop - 1`` of some targets stand at one position."""
 
     position: int
@@ -55,11 +56,11 @@ class Run(NamedTuple):
     stop: int
 
 
-def runs_of(positions: Tensor) -> list[Run]:
+def runs_of(positions: Tensor) -> list[PositionRun]:
     """Ascending positions, which must be at hand (on the CPU), as runs."""
     places, counts = positions.unique_consecutive(return_counts=True)
     ends = [0, *counts.cumsum(0).tolist()]
-    return [Run(p, *ends[i : i + 2]) for i, p in enumerate(places.tolist())]
+    return [PositionRun(p, *ends[i : i + 2]) for i, p in enumerate(places.tolist())]
 
 
 class Parts(NamedTuple):
@@ -70,6 +71,11 @@ class Parts(NamedTuple):
         total: (n, n_heads) head loadings; a head's write also passes through the block's MLP.
         direct: (n, n_heads) the same without the MLP (the paper's printed formula).
         pattern: (n, n_heads) attention from the target's position to the source's.
+
+    >>> parts = graph.edges(sources=[61], targets=[313]).parts
+    >>> weight = parts.residual + parts.mlp + parts.total.sum(1)
+    >>> weight.shape, parts.total.shape
+    (torch.Size([1]), torch.Size([1, 8]))
     """
 
     residual: Tensor
@@ -78,20 +84,27 @@ class Parts(NamedTuple):
     direct: Tensor
     pattern: Tensor
 
+    __repr__ = shapes
+
 
 class EdgeParts(NamedTuple):
-    """The parts of many edges, in the order asked for.
+    """The parts of many edges, in the order asked for (of ``graph.edges``).
 
     Attributes:
         layer: (n,) block crossed; -1 where a logit reads its own checkpoint.
         query, key: (n,) positions of target and source.
         parts: residual, mlp, total, direct and pattern of each.
+
+    >>> graph.edges([61, 68], [313, 314]).query.tolist()
+    [14, 14]
     """
 
     layer: Tensor
     query: Tensor
     key: Tensor
     parts: Parts
+
+    __repr__ = shapes
 
 
 def recurs(n_distinct: int, n: int, bytes_each: int) -> bool:
@@ -101,9 +114,9 @@ def recurs(n_distinct: int, n: int, bytes_each: int) -> bool:
 
 
 class BlockMLP:
-    """The MLP of one block at every position of a run, pulling rows back: ``M^T y``.
+    """The MLP of one block at every position of a run, transposed: ``y -> M^T y``.
 
-    Several threads may pull at once.
+    Several threads may ask at once.
 
     Args:
         heads: the heads of the run.
@@ -119,7 +132,7 @@ class BlockMLP:
         self._slopes = () if mlp is None else mlp.slopes(run.mlp_input[layer], self.scale)
         self._scratch = Scratch()
 
-    def pull(self, y: Tensor, positions: Tensor, runs: list[Run]) -> Tensor:
+    def vjp(self, y: Tensor, positions: Tensor, runs: list[PositionRun]) -> Tensor:
         """(n, d_model): ``M^T y`` of rows at given positions.
 
         Args:
@@ -129,12 +142,12 @@ class BlockMLP:
         """
         if self.mlp is None:
             return torch.zeros_like(y)
-        hidden = self.mlp.read_back(y, self.post_scale[positions])
+        hidden = self.mlp.output_vjp(y, self.post_scale[positions])
         rows = torch.arange(len(y), device=y.device)
-        return self._pull(hidden, rows, positions, runs)
+        return self._through_hidden(hidden, rows, positions, runs)
 
     def shared(self, decoder: Tensor, n: int) -> Tensor | None:
-        """(n_distinct, d_mlp): decoder vectors at the hidden layer, for :meth:`pull_shared`.
+        """(n_distinct, d_mlp): decoder vectors at the hidden layer, for :meth:`vjp_shared`.
 
         None where there is no MLP, or where so few of the ``n`` targets share one that it is not
         worth it.
@@ -144,16 +157,23 @@ class BlockMLP:
         if not recurs(len(decoder), n, self.mlp.W_out.shape[0] * self.scale.element_size()):
             return None
         decoder = decoder.to(self.scale.dtype)
-        return self.mlp.read_back(decoder, decoder.new_ones(len(decoder)))
+        return self.mlp.output_vjp(decoder, decoder.new_ones(len(decoder)))
 
-    def pull_shared(
-        self, shared: Tensor, row: Tensor, weight: Tensor, positions: Tensor, runs: list[Run]
+    def vjp_shared(
+        self,
+        shared: Tensor,
+        row: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        runs: list[PositionRun],
     ) -> Tensor:
         """(n, d_model): ``M^T y`` of rows ``weight * decoder[row]``, from :meth:`shared`."""
-        m = self._pull(shared, row, positions, runs)
+        m = self._through_hidden(shared, row, positions, runs)
         return m.mul_((weight / self.post_scale[positions])[:, None])
 
-    def _pull(self, hidden: Tensor, row: Tensor, positions: Tensor, runs: list[Run]) -> Tensor:
+    def _through_hidden(
+        self, hidden: Tensor, row: Tensor, positions: Tensor, runs: list[PositionRun]
+    ) -> Tensor:
         """``hidden[row]``, which is never made as a whole, through the hidden layer."""
         assert self.mlp is not None
         sloped = self._scratch.of(hidden, len(row), hidden.shape[1])
@@ -215,7 +235,7 @@ class BlockEdges:
             out.index_copy_(0, group.at, values.flatten(1))
         return out.unflatten(1, (block.n_kv, -1))
 
-    def rows(self, targets: Targets, runs: list[Run]) -> Tensor:
+    def rows(self, targets: Targets, runs: list[PositionRun]) -> Tensor:
         """Edges from every source to every target.
 
         Args:

@@ -51,7 +51,7 @@ def explained(parts: Decomposition, zero_positions: slice) -> dict[int, float]:
 
 
 @torch.no_grad()
-def check(parts: Decomposition, dictionaries: DictionarySet, zero_positions: slice) -> None:
+def check_fvu(parts: Decomposition, dictionaries: DictionarySet, zero_positions: slice) -> None:
     """Log every checkpoint's FVU; warn of those above 1, with the likely cause.
 
     Warns:

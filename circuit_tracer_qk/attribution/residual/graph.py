@@ -1,6 +1,6 @@
 """The residual attribution graph: a ``circuit_tracer.Graph`` that knows its heads.
 
-An edge crosses exactly one block, so every part of it can be named (method, section 3), and any
+An edge crosses exactly one block, so every part of it can be named (attribution/README.md, section 3), and any
 head's score can be taken apart at the block's checkpoint (section 2).
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.batches import Batch
@@ -35,6 +36,7 @@ from circuit_tracer_qk.attribution.residual.links import residual_links
 from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
 from circuit_tracer_qk.attribution.residual.store import Record, beside, load_record, record_bytes
 from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
+from circuit_tracer_qk.attribution.text import heads_text, shapes
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_together
 from circuit_tracer_qk.base.precision import exactly
@@ -44,20 +46,29 @@ from circuit_tracer_qk.host import graph as host
 class HeadLoadings(NamedTuple):
     """How much each head of the block carried an edge, each (n_heads,).
 
+    Units are those of the edge (paper, "Head loadings"; attribution/README.md, section 3).
+
     Attributes:
         total: the head's part of the edge; its write also passes through the block's MLP.
         direct: the paper's printed formula, which leaves that path out.
         pattern: attention from the target's position to the source's.
+
+    >>> heads = graph.edge(source=61, target=313).heads
+    >>> int(heads.total.argmax()), round(float(heads.total[7]), -1)
+    (7, 7000.0)
     """
 
-    total: Tensor
-    direct: Tensor
-    pattern: Tensor
+    total: Float[Tensor, " n_heads"]
+    direct: Float[Tensor, " n_heads"]
+    pattern: Float[Tensor, " n_heads"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edge:
     """One edge and what carried it. ``weight == residual + mlp + heads.total.sum()``.
+
+    An edge into a feature is the source's part of the residual stream along the gradient
+    ``activation * decoder vector`` of the target; into a logit, along the logit's direction.
 
     Attributes:
         weight: effect of the source on the target, attention and norms frozen.
@@ -66,6 +77,10 @@ class Edge:
         layer: the block crossed; None where a logit reads its own checkpoint.
         query, key: positions of the target and of the source.
         heads: what each head of the block carried.
+
+    >>> edge = graph.edge(source=61, target=313)
+    >>> edge.layer, edge.query, edge.key, edge.residual
+    (1, 14, 6, 0.0)
     """
 
     weight: float
@@ -75,6 +90,15 @@ class Edge:
     query: int
     key: int
     heads: HeadLoadings
+
+    def __repr__(self) -> str:
+        if self.layer is None:
+            return f"Edge({self.weight:+.4f}, at position {self.query}, crosses no block)"
+        return (
+            f"Edge({self.weight:+.4f} across block {self.layer}, position {self.key} to "
+            f"{self.query}: residual {self.residual:+.4f}, mlp {self.mlp:+.4f}, "
+            f"{heads_text(self.heads.total)})"
+        )
 
 
 class StrongestLoadings(NamedTuple):
@@ -91,6 +115,10 @@ class StrongestLoadings(NamedTuple):
             budget cut the search.
         share: (n_targets,) the listed have at least this share of the target's sum of |loadings|.
         skipped: share of all the targets' loadings that were not computed.
+
+    >>> best = graph.strongest([313], n=2)
+    >>> best.head.tolist(), best.key.tolist(), best.source.tolist(), bool(best.exact)
+    ([[7, 7]], [[6, 6]], [[61, -1]], True)
     """
 
     layer: Tensor
@@ -102,16 +130,26 @@ class StrongestLoadings(NamedTuple):
     share: Tensor
     skipped: float
 
+    __repr__ = shapes
+
 
 class ResidualGraph(ExplainedGraph):
     """A ``circuit_tracer.Graph`` between residual-stream features of neighbouring checkpoints.
 
     Nodes, their order and the adjacency matrix are circuit-tracer's (rows are targets), so its
     pruning and scores work unchanged. ``active_features[:, 0]`` is the checkpoint minus one.
+    :func:`circuit_tracer_qk.attribute` makes one from a prompt, :func:`load_graph` brings one back.
 
     Args:
         record: what explains edges and scores.
         **arguments: of ``circuit_tracer.Graph``.
+
+    >>> graph
+    ResidualGraph (residual) of 15 tokens
+      prompt    '<bos>I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt'
+      features  680 of 680 active ones
+      edges     53268 between 756 nodes
+      logits    1: ' Sally' 0.998
     """
 
     kind = "residual"
@@ -157,6 +195,10 @@ class ResidualGraph(ExplainedGraph):
 
         Raises:
             UserError: a file that cannot be written.
+
+        >>> graph.to_pt(f"{tmp}/aunt.pt")
+        >>> ctqk.load_graph(f"{tmp}/aunt.pt").n_features
+        680
         """
         stock = io.BytesIO()
         host.save_stock(self, stock)
@@ -184,6 +226,10 @@ class ResidualGraph(ExplainedGraph):
 
         Raises:
             UserError: an index out of range.
+
+        >>> top = graph.qk_top(layer=1, head=2, query=14, n=5)
+        >>> tuple(top.values.shape), round(float(top.values[6, 0]), 1)
+        ((15, 5), 22.5)
         """
         return self.scores.top(layer, head, query, n)
 
@@ -192,19 +238,31 @@ class ResidualGraph(ExplainedGraph):
     ) -> Iterator[tuple[tuple[int, int, int], TopTerms]]:
         """The ``n`` largest terms of many (layer, head, query, key), by (layer, head, query).
 
+        Yields:
+            (layer, head, query) and the terms at those of its keys that were asked for.
+
         Raises:
             UserError: an index out of range, or key > query.
+
+        >>> [(place, top)] = graph.qk_tops([(1, 2, 14, 5), (1, 2, 14, 6)], n=5)
+        >>> place, top.keys.tolist()
+        ((1, 2, 14), [5, 6])
         """
         return self.scores.tops(places, n)
 
     def edge(self, source: int, target: int) -> Edge:
-        """One edge and what carried it.
+        """One edge and what carried it (paper, "Head loadings").
 
         Args:
             source, target: node indices in adjacency order.
 
         Raises:
             UserError: a node out of range, or two that no edge can join.
+
+        >>> edge = graph.edge(source=61, target=313)
+        >>> parts = edge.residual + edge.mlp + float(edge.heads.total.sum())
+        >>> edge.weight == parts
+        True
         """
         layer, query, key, parts = self.edges([source], [target])
         residual, mlp = float(parts.residual), float(parts.mlp)
@@ -228,6 +286,10 @@ class ResidualGraph(ExplainedGraph):
 
         Raises:
             UserError: a node out of range, or two that no edge can join.
+
+        >>> edges = graph.edges(sources=[61, 68], targets=[313, 314])
+        >>> edges.layer.tolist(), tuple(edges.parts.total.shape)
+        ([1, 1], (2, 8))
         """
         heads = self.record.heads
         device = heads.run.residual.device
@@ -271,8 +333,9 @@ class ResidualGraph(ExplainedGraph):
         """The ``n`` largest head loadings of every target, over all heads and all components.
 
         Most are never computed: pairs of head and key position are searched in the order of an
-        upper bound on what they carried, until none is left that could matter (``candidates``).
-        What is listed is what computing everything would list.
+        upper bound on what they carried, until none is left that could matter
+        (:mod:`circuit_tracer_qk.attribution.residual.topk_loadings`). What is listed is what
+        computing everything would list.
 
         Args:
             targets: node indices in adjacency order.
@@ -283,6 +346,10 @@ class ResidualGraph(ExplainedGraph):
         Raises:
             UserError: a node that is no target, or a logit that reads its own checkpoint; ``n`` or
                 ``budget`` below one.
+
+        >>> best = graph.strongest([313, 314], n=3)
+        >>> best.head[0, 0].item(), best.source[0, 0].item(), round(best.loading[0, 0].item(), -1)
+        (7, 61, 7000.0)
         """
         check_count(n)
         check_count(1 if budget is None else budget, "budget")
@@ -436,6 +503,11 @@ def load_graph(path: str | Path, device: str | torch.device = "cpu") -> Residual
 
     Raises:
         UserError: a file that is missing, damaged, of another kind or of another graph.
+
+    >>> graph.to_pt(f"{tmp}/aunt.pt")
+    >>> back = ctqk.load_graph(f"{tmp}/aunt.pt")
+    >>> back.qk(1, 2, 14, 6).score == graph.qk(1, 2, 14, 6).score
+    True
     """
     path = Path(path)
     if not path.is_file():

@@ -2,7 +2,7 @@
 
 Targets go by descending own checkpoint and sources are always lower, so a target's influence is
 complete when its own row is taken up; each row is normalised over all its sources. It equals
-circuit-tracer's iterated influence, for SAE and for WCC graphs (method, section 3).
+circuit-tracer's iterated influence, for SAE and for WCC graphs (attribution/README.md, section 3).
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.attribution.component import BIAS, EMBEDDING, ERROR, FEATURE, POSITION
 from circuit_tracer_qk.attribution.residual.decompose import Checkpoint, Decomposition, Group
-from circuit_tracer_qk.attribution.residual.edges import BlockEdges, BlockMLP, Run, Targets, runs_of
+from circuit_tracer_qk.attribution.residual.edges import (
+    BlockEdges,
+    BlockMLP,
+    PositionRun,
+    Targets,
+    runs_of,
+)
 from circuit_tracer_qk.base.threads import Crew
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.mlp import read_mlp
@@ -35,8 +41,8 @@ LEAST_ROWS = 32  # taken at once by one of several threads: fewer would only rea
 R = TypeVar("R")
 
 
-class Some(NamedTuple):
-    """Some graph features, ascending: on the run's device, and at hand.
+class Subset(NamedTuple):
+    """Subset graph features, ascending: on the run's device, and at hand.
 
     Nothing in the loops over blocks waits for a device: what they need to know is known before.
     """
@@ -56,13 +62,13 @@ class Rows(NamedTuple):
         part: which of the features asked for; empty for the logits' rows.
         sources: the components that the columns stand for.
         weights: (n, n_sources).
-        pulls: (n, d_model) ``M^T y`` of the targets.
+        m: (n, d_model) ``M^T y`` of the targets.
     """
 
     part: slice
     sources: Checkpoint
     weights: Tensor
-    pulls: Tensor
+    m: Tensor
 
 
 class Filled(NamedTuple):
@@ -129,12 +135,12 @@ class Sweep:
             return None
         return slice(start, start + len(group.at))
 
-    def some(self, nodes: Tensor | None = None) -> Some:
+    def some(self, nodes: Tensor | None = None) -> Subset:
         """Graph features by their order; all without ``nodes``."""
         if nodes is None:
             everything = torch.arange(self.n_features, device=self.directions.device)
-            return Some(everything, list(range(self.n_features)))
-        return Some(nodes, nodes.tolist())
+            return Subset(everything, list(range(self.n_features)))
+        return Subset(nodes, nodes.tolist())
 
     def reading(self, checkpoint: int) -> tuple[int, int]:
         """The first graph feature that reads ``checkpoint``, and the first after these."""
@@ -142,7 +148,7 @@ class Sweep:
         return offsets[0] - self.skipped, offsets[-1] - self.skipped
 
     def feature_rows(
-        self, checkpoints: Sequence[int], some: Some, use: Callable[[Rows], R]
+        self, checkpoints: Sequence[int], some: Subset, use: Callable[[Rows], R]
     ) -> Iterator[R]:
         """What is made of the rows of those of some features that read one of ``checkpoints``.
 
@@ -164,7 +170,7 @@ class Sweep:
         wholes = {c: some.within(*self.reading(c)) for c in checkpoints}
         return self._crew.flow(begin, [c for c in checkpoints if wholes[c].start < wholes[c].stop])
 
-    def _rows_of(self, checkpoint: int, some: Some, n: int) -> Callable[[slice], Rows]:
+    def _rows_of(self, checkpoint: int, some: Subset, n: int) -> Callable[[slice], Rows]:
         """What makes the rows of any part of some features, ``n`` of which read a checkpoint."""
         layer, features = checkpoint - 1, self.parts.features
         block = BlockEdges(self.parts, self.heads, layer)
@@ -176,17 +182,17 @@ class Sweep:
         def rows(part: slice) -> Rows:
             at = some.nodes[part] + self.skipped
             runs = runs_of(self._positions[some.at_hand[part]])
-            positions, y = features.position[at], features.own(at, checkpoint, checkpoint)
+            positions, y = features.position[at], features.decoder_rows(at, checkpoint, checkpoint)
             if shared is None:
-                m = local.pull(y, positions, runs)
+                m = local.vjp(y, positions, runs)
             else:
                 weight = features.activation[at]
-                m = local.pull_shared(shared, features.row[at], weight, positions, runs)
+                m = local.vjp_shared(shared, features.row[at], weight, positions, runs)
             return Rows(part, block.sources, block.rows(Targets(positions, y, m), runs), m)
 
         return rows
 
-    def _pieces(self, some: Some, whole: slice) -> list[slice]:
+    def _pieces(self, some: Subset, whole: slice) -> list[slice]:
         """Parts of as many features as a thread takes, cut between positions where that can be."""
         most, cuts = self.batch_size // self._crew.size, [0]
         for _, start, stop in runs_of(self._positions[some.at_hand[whole]]):
@@ -208,8 +214,8 @@ class Sweep:
         block = BlockEdges(self.parts, self.heads, layer)
         mlp = read_mlp(self.model.blocks[layer], run.residual.dtype)
         positions = torch.full((len(y),), self.n_pos - 1, device=y.device)
-        runs = [Run(self.n_pos - 1, 0, len(y))]
-        m = BlockMLP(self.heads, mlp, layer).pull(y, positions, runs)
+        runs = [PositionRun(self.n_pos - 1, 0, len(y))]
+        m = BlockMLP(self.heads, mlp, layer).vjp(y, positions, runs)
         weights = block.rows(Targets(positions, y, m), runs)
         return Rows(slice(0, 0), block.sources, weights, m)
 
@@ -242,7 +248,7 @@ class Sweep:
                 room -= size
         return out
 
-    def _spread(self, checkpoint: int, some: Some, out: Tensor, keep: bool) -> list[Rows]:
+    def _spread(self, checkpoint: int, some: Subset, out: Tensor, keep: bool) -> list[Rows]:
         """Pass on the influence, which is complete, of some features that read a checkpoint.
 
         Returns:
@@ -286,14 +292,14 @@ class Sweep:
         left_out = self.n_features - n
         total = self.width - left_out + n_logits
         adjacency = _zeros(total, selected.device)
-        pulls = run.residual.new_zeros(n + n_logits, run.residual.shape[-1])
+        through_mlp = run.residual.new_zeros(n + n_logits, run.residual.shape[-1])
         extra = {
             kind: run.residual.new_zeros(n + n_logits, self.n_pos) for kind in (BIAS, POSITION)
         }
 
         def put(rows: Rows, at: slice, at_target: slice) -> None:
             """Every group of sources is a block of columns: both are in the nodes' order."""
-            pulls[at_target] = rows.pulls
+            through_mlp[at_target] = rows.m
             for group in rows.sources.groups:
                 nodes, columns = self.place(group, rows.sources.checkpoint), group.at
                 if nodes is None:
@@ -307,7 +313,7 @@ class Sweep:
 
         def put_features(rows: Rows) -> int:
             put(rows, rows.part, rows.part)
-            return len(rows.pulls)
+            return len(rows.m)
 
         put(self.logit_rows(), slice(total - n_logits, total), slice(n, n + n_logits))
         again = [c for c in self._checkpoints() if c not in self._kept]
@@ -319,8 +325,8 @@ class Sweep:
                     bar.update(put_features(Rows(kept, sources, weights[mine], m[mine])))
             for done in self.feature_rows(again, some, put_features):
                 bar.update(done)
-        has_positions = run.position_embedding is not None
-        return Filled(adjacency, pulls, extra[BIAS], extra[POSITION] if has_positions else None)
+        positions = extra[POSITION] if run.position_embedding is not None else None
+        return Filled(adjacency, through_mlp, extra[BIAS], positions)
 
     def _checkpoints(self) -> list[int]:
         """Those with dictionaries, the last first; the features of checkpoint 0 are no targets."""

@@ -35,6 +35,9 @@ class ResidualModel:
         transformer: the TransformerLens model, unmodified, nothing folded.
         dictionaries: residual SAEs or a weakly causal crosscoder.
         zero_positions: positions whose features are dropped.
+
+    >>> model.scan, model.cfg.n_layers, model.cfg.d_model, model.zero_positions
+    ('miniature-sae', 4, 128, slice(0, 1, None))
     """
 
     transformer: HookedTransformer
@@ -43,14 +46,17 @@ class ResidualModel:
 
     @property
     def cfg(self) -> Any:
+        """TransformerLens' configuration of the model."""
         return self.transformer.cfg
 
     @property
     def tokenizer(self) -> Any:
+        """The model's tokenizer; None without one."""
         return self.transformer.tokenizer
 
     @property
     def scan(self) -> str:
+        """The dictionaries' name, which graphs and their files carry."""
         return self.dictionaries.scan
 
     def ensure_tokenized(self, prompt: str | Tensor | list[int]) -> Tensor:
@@ -58,6 +64,9 @@ class ResidualModel:
 
         Raises:
             UserError: an empty prompt, or text for a model without a tokenizer.
+
+        >>> len(model.ensure_tokenized(prompt))
+        15
         """
         device = self.transformer.W_E.device
         return host.tokenize(prompt, self.tokenizer, device, str(self.cfg.model_name))
@@ -89,6 +98,10 @@ def load_model(
 
     Raises:
         UserError: whatever cannot be loaded exactly, with the reason and the way out.
+
+    >>> wcc = ctqk.load_model(dictionaries="miniature-wcc", dtype=torch.float64)
+    >>> wcc.scan, wcc.transformer.W_E.dtype
+    ('miniature-wcc', torch.float64)
     """
     if model is not None and not isinstance(model, str | Path):
         device, dtype = model.W_E.device, model.cfg.dtype

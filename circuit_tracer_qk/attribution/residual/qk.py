@@ -22,6 +22,7 @@ from circuit_tracer_qk.attribution.qk import (
     check_count,
 )
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
+from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.base.topk import largest
@@ -43,6 +44,11 @@ class TopTerms(NamedTuple):
         values: (n_keys, n) signed terms, largest by absolute value first; 0 beyond a small table.
         query_index, key_index: (n_keys, n) row and column in that key's :class:`QKTable`; -1 beyond
             a small table, and for some of the terms that are exactly 0.
+
+    >>> top = graph.qk_top(layer=1, head=2, query=14, n=5)
+    >>> table = graph.qk(layer=1, head=2, query=14, key=6)
+    >>> table.query[top.query_index[6, 0]].feature, table.key[top.key_index[6, 0]].feature
+    (129, 61)
     """
 
     keys: Tensor
@@ -50,6 +56,8 @@ class TopTerms(NamedTuple):
     values: Tensor
     query_index: Tensor
     key_index: Tensor
+
+    __repr__ = shapes
 
 
 class QK(Scores):
@@ -63,6 +71,9 @@ class QK(Scores):
         heads: the model's heads on that run.
         label: names features.
         keep_bytes: how much memory projections may take.
+
+    >>> round(ctqk.explain(prompt, model).table(1, 2, 14, 6).score, 1)
+    73.3
     """
 
     def __init__(

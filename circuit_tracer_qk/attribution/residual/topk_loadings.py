@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.residual.edges import BlockEdges, Run, Targets, at_write
+from circuit_tracer_qk.attribution.residual.edges import BlockEdges, PositionRun, Targets, at_write
 
 SLACK = 1 + 1e-5  # bounds are rounded too
 TINY = 1e-30  # no loading is this small but 0
@@ -52,7 +52,7 @@ class Strongest(NamedTuple):
 
 
 def strongest(
-    block: BlockEdges, targets: Targets, runs: list[Run], n: int, budget: int | None = None
+    block: BlockEdges, targets: Targets, runs: list[PositionRun], n: int, budget: int | None = None
 ) -> Strongest:
     """The ``n`` largest head loadings of every target, over all heads and sources.
 

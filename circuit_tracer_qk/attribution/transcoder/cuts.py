@@ -1,7 +1,7 @@
 """Which heads carried an edge between transcoder features, at every block on its way.
 
 Between features several blocks apart paths multiply, so no single head has *the* loading. What is
-exact (method, section 4): cut the linear map at one block,
+exact (attribution/README.md, section 4): cut the linear map at one block,
 
     edge = sum_h through(block, h) + bypass(block)
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.attribution.transcoder.propagate import Carried, FrozenBlocks
 
 
@@ -64,6 +65,9 @@ class Listing(NamedTuple):
         heads: at most so many, the largest by |part|.
         share: no more than reach this share of the block's sum of |part|.
         pairs: so many (query, key) pairs of each.
+
+    >>> ctqk.Listing(heads=5)
+    Listing(heads=5, share=0.9, pairs=2)
     """
 
     heads: int = 3
@@ -72,7 +76,9 @@ class Listing(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The listed heads: one row for each edge, block and head, its edges in no order.
+    """The listed heads (of ``TranscoderGraph.split``): a row for each edge, block and head.
+
+    Rows are in no order.
 
     Law: a head's part is the sum of its pairs, of which the largest are here.
 
@@ -88,6 +94,8 @@ class Pairs(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+
+    __repr__ = shapes
 
 
 class Splits(NamedTuple):
@@ -111,6 +119,8 @@ class Splits(NamedTuple):
     attention_free: Tensor
     between: Tensor
     pairs: Pairs | None = None
+
+    __repr__ = shapes
 
 
 class _Back(NamedTuple):
@@ -435,16 +445,16 @@ def _sweep_back(blocks: FrozenBlocks, reads: Reads) -> tuple[list[_Back], list[T
     back: list[_Back] = []
     for layer in reversed(range(n_layers)):
         first, n = n, int((layer_of >= layer).sum())
-        pulled = [blocks.pull(layer, g), blocks.pull_mid(layer, placed(first, n))]
+        gradients = [blocks.vjp(layer, g), blocks.vjp_mid(layer, placed(first, n))]
         at = [
-            blocks.pull_here(layer, local, position[:first]),
-            blocks.pull_mid_here(layer, row[first:n], position[first:n]),
+            blocks.vjp_here(layer, local, position[:first]),
+            blocks.vjp_mid_here(layer, row[first:n], position[first:n]),
         ]
         where = torch.full_like(reads.layer, -1)
         where[order[:n]] = torch.arange(n, device=where.device)
-        whole = torch.cat([p.z for p in pulled]).permute(2, 0, 1, 3).contiguous()
+        whole = torch.cat([p.z for p in gradients]).permute(2, 0, 1, 3).contiguous()
         back.append(_Back(where, whole, torch.cat([a.z for a in at])))
-        g = torch.cat([p.whole for p in pulled])
+        g = torch.cat([p.whole for p in gradients])
         local = torch.cat([a.bypass for a in at])
         free[layer][order[:n]] = local
     return back[::-1], free

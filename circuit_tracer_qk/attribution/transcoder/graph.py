@@ -1,7 +1,7 @@
 """A transcoder graph that knows its heads: circuit-tracer's own graph, explained.
 
 Its edges cross many blocks, so no single head has *the* loading of one; what is exact is the split
-at every block (method, section 4), and QK attributions over the graph's own nodes.
+at every block (attribution/README.md, section 4), and QK attributions over the graph's own nodes.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class TranscoderGraph(ExplainedGraph):
         token_strings: the prompt's tokens as text.
         rounded: the model is in half precision.
         **arguments: of ``circuit_tracer.Graph``.
+
+    >>> issubclass(ctqk.TranscoderGraph, ctqk.ExplainedGraph)
+    True
     """
 
     kind = "transcoder"
@@ -97,6 +100,9 @@ class TranscoderGraph(ExplainedGraph):
     ) -> Splits:
         """How edges split over heads, at every block between their ends.
 
+        Parts are in units of the edge: ``attention_free`` and all of ``last`` sum to it, and so do
+        ``through`` and the bypass of any one block (attribution/README.md, section 4).
+
         Args:
             sources, targets: (n,) node indices in adjacency order, pairwise.
             listing: list the largest heads with the positions between which they carried.
@@ -105,6 +111,9 @@ class TranscoderGraph(ExplainedGraph):
         Raises:
             UserError: a node out of range, a source that writes nothing or a target that reads
                 nothing.
+
+        >>> listing = ctqk.Listing(heads=2, pairs=1)
+        >>> splits = transcoder_graph.split([0], [n], listing)  # doctest: +SKIP
         """
         device = self.parts.run.residual.device
         source = torch.as_tensor(sources, dtype=torch.long, device=device)
@@ -143,7 +152,7 @@ def check_model(model: Any) -> None:
 @exactly
 @torch.no_grad()
 def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
-    """Explain a graph that circuit-tracer made.
+    """Explain a graph that circuit-tracer made (paper, "Head loadings" and "QK attributions").
 
     Args:
         graph: of ``circuit_tracer.attribute``, or loaded from a file. It is left as it is.
@@ -152,6 +161,10 @@ def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
     Raises:
         UserError: another model, a backend or architecture that is not done exactly, targets that
             are no tokens, or edges that our own sweeps do not reproduce.
+
+    >>> import circuit_tracer
+    >>> stock = circuit_tracer.attribute(prompt, replacement_model)  # doctest: +SKIP
+    >>> ctqk.explain_graph(stock, replacement_model).qk(1, 2, 14, 6)  # doctest: +SKIP
     """
     check_model(model)
     W_U = model.unembed.W_U.detach()

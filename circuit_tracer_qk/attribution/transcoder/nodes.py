@@ -1,7 +1,7 @@
 """What the nodes of a transcoder graph write and read, and the split of its edges.
 
 An existing circuit-tracer graph is read as it is: its adjacency stays the host's, and is what the
-parts must sum to (method, section 4). What flows through the model without being a node is here
+parts must sum to (attribution/README.md, section 4). What flows through the model without being a node is here
 too, so that the residual stream is a sum over all of it:
 
     residual[block] = sum over sources of their writes before the block, carried to it
@@ -31,7 +31,7 @@ from circuit_tracer_qk.model.run import FrozenRun, freeze
 from circuit_tracer_qk.model.supported import read_blocks
 
 
-class Source(NamedTuple):
+class StreamSource(NamedTuple):
     """What one source is.
 
     Attributes:
@@ -70,7 +70,7 @@ class TranscoderRun:
     blocks: FrozenBlocks
     writes: Writes
     reads: Reads
-    sources: list[Source | None]
+    sources: list[StreamSource | None]
     n_features: int
     n_nodes: int
 
@@ -135,13 +135,13 @@ def read_transcoder_graph(model: Any, graph: host.Graph, columns: Tensor) -> Tra
 
 def _nodes(
     nodes: host.TranscoderNodes, blocks: FrozenBlocks, selected: Tensor, n_nodes: int
-) -> tuple[list[Source | None], Writes]:
+) -> tuple[list[StreamSource | None], Writes]:
     """Features, errors and tokens: in the graph, then features that it left out."""
     run = blocks.heads.run
     dtype, device = run.residual.dtype, run.residual.device
     n_layers, n_pos, n_features = run.n_layers, run.n_pos, len(selected)
     active = [
-        Source("feature", layer, feature, position, activation)
+        StreamSource("feature", layer, feature, position, activation)
         for (layer, position, feature), activation in zip(
             nodes.active.tolist(), nodes.activations.tolist(), strict=True
         )
@@ -153,11 +153,13 @@ def _nodes(
     node[selected] = torch.arange(n_features, device=device)
     node[left_out] = torch.arange(len(left_out), device=device) + n_nodes
     n_logits = n_nodes - n_features - (n_layers + 1) * n_pos
-    sources: list[Source | None] = [active[i] for i in selected.tolist()]
+    sources: list[StreamSource | None] = [active[i] for i in selected.tolist()]
     sources += [
-        Source("error", layer, None, p, None) for layer in range(n_layers) for p in range(n_pos)
+        StreamSource("error", layer, None, p, None)
+        for layer in range(n_layers)
+        for p in range(n_pos)
     ]
-    sources += [Source("embedding", -1, None, p, None) for p in range(n_pos)]
+    sources += [StreamSource("embedding", -1, None, p, None) for p in range(n_pos)]
     sources += [None] * n_logits
     sources += [active[i] for i in left_out.tolist()]
 
@@ -186,16 +188,16 @@ def _nodes(
 
 def _others(
     model: Any, blocks: FrozenBlocks, writes: Writes, first: int
-) -> tuple[list[Source], Writes]:
+) -> tuple[list[StreamSource], Writes]:
     """What flows without being a node: positions, biases, and MLPs where features are dropped."""
     run = blocks.heads.run
     places = torch.arange(run.n_pos, device=run.residual.device)
-    sources: list[Source] = []
+    sources: list[StreamSource] = []
     parts: list[Writes] = []
 
     def add(kind: str, layer: int, vectors: Tensor, label: str, at: Tensor = places) -> None:
         source = first + len(sources) + torch.arange(len(at), device=at.device)
-        sources.extend(Source(kind, layer, None, p, None, label) for p in at.tolist())
+        sources.extend(StreamSource(kind, layer, None, p, None, label) for p in at.tolist())
         parts.append(Writes(source, torch.full_like(at, layer), at, vectors))
 
     if run.position_embedding is not None:
@@ -258,4 +260,4 @@ def refuse_shared_rotary(model: Any) -> None:
         )
 
 
-__all__ = ["Source", "TranscoderRun", "read_transcoder_graph", "refuse_shared_rotary"]
+__all__ = ["StreamSource", "TranscoderRun", "read_transcoder_graph", "refuse_shared_rotary"]

@@ -37,7 +37,7 @@ class Carried(NamedTuple):
     out: Tensor
 
 
-class Pulled(NamedTuple):
+class Gradients(NamedTuple):
     """What a block does to gradients at its output, at positions up to ``end``.
 
     Attributes:
@@ -51,8 +51,8 @@ class Pulled(NamedTuple):
     whole: Tensor
 
 
-class PulledHere(NamedTuple):
-    """As :class:`Pulled`, at one position and for paths that pass no further attention.
+class GradientsHere(NamedTuple):
+    """As :class:`Gradients`, at one position and for paths that pass no further attention.
 
     Attributes:
         z: (n, n_heads, d_head) gradients at the heads' outputs.
@@ -66,7 +66,7 @@ class PulledHere(NamedTuple):
 class FrozenBlocks:
     """A model's blocks without MLPs, on one frozen run.
 
-    Law: ``<g, carry(x).out> = <pull(g).whole, x> = <pull(g).bypass, x> + <pull(g).z, carry(x).z>``
+    Law: ``<g, carry(x).out> = <vjp(g).whole, x> = <vjp(g).bypass, x> + <vjp(g).z, carry(x).z>``
     for streams over the same positions.
 
     Args:
@@ -116,7 +116,7 @@ class FrozenBlocks:
             skipped = skip(mid) + point.constant(run.n_pos)
         return write, skipped
 
-    def pull(self, layer: int, g: Tensor, start: int = 0) -> Pulled:
+    def vjp(self, layer: int, g: Tensor, start: int = 0) -> Gradients:
         """Gradients through block ``layer``.
 
         Args:
@@ -128,30 +128,30 @@ class FrozenBlocks:
         here = slice(start, start + g.shape[1])
         block, skip = self.heads.block(layer), self.hook_points[layer].skipping(here)
         past = g if skip is None else g + skip.vjp(g)
-        return self._pull(layer, g if block.parallel else past, past, here)
+        return self._vjp(layer, g if block.parallel else past, past, here)
 
-    def pull_mid(self, layer: int, g: Tensor) -> Pulled:
-        """As :meth:`pull`, for gradients at what the block's transcoder reads."""
+    def vjp_mid(self, layer: int, g: Tensor) -> Gradients:
+        """As :meth:`vjp`, for gradients at what the block's transcoder reads."""
         block = self.heads.block(layer)
         here = slice(g.shape[1])
-        return self._pull(layer, torch.zeros_like(g) if block.parallel else g, g, here)
+        return self._vjp(layer, torch.zeros_like(g) if block.parallel else g, g, here)
 
-    def pull_here(self, layer: int, g: Tensor, positions: Tensor) -> PulledHere:
+    def vjp_here(self, layer: int, g: Tensor, positions: Tensor) -> GradientsHere:
         """Gradients (n, d_model) at the block's output at ``positions`` (n,), without attention."""
         skip = self.hook_points[layer].skipping(positions)
         past = g if skip is None else g + skip.vjp(g)
         at_write = g if self.heads.block(layer).parallel else past
-        return PulledHere(self.heads.output_path(layer, positions).vjp(at_write), past)
+        return GradientsHere(self.heads.output_path(layer, positions).vjp(at_write), past)
 
-    def pull_mid_here(self, layer: int, g: Tensor, positions: Tensor) -> PulledHere:
-        """As :meth:`pull_here`, for gradients at what the block's transcoder reads."""
+    def vjp_mid_here(self, layer: int, g: Tensor, positions: Tensor) -> GradientsHere:
+        """As :meth:`vjp_here`, for gradients at what the block's transcoder reads."""
         at_write = torch.zeros_like(g) if self.heads.block(layer).parallel else g
-        return PulledHere(self.heads.output_path(layer, positions).vjp(at_write), g)
+        return GradientsHere(self.heads.output_path(layer, positions).vjp(at_write), g)
 
-    def _pull(self, layer: int, at_write: Tensor, past: Tensor, here: slice) -> Pulled:
+    def _vjp(self, layer: int, at_write: Tensor, past: Tensor, here: slice) -> Gradients:
         values, mix, output, _ = self._maps(layer, here)
         z = output.vjp(at_write)
-        return Pulled(z, past, past + values.vjp(mix.vjp(z)))
+        return Gradients(z, past, past + values.vjp(mix.vjp(z)))
 
     def _maps(
         self, layer: int, here: slice
@@ -174,4 +174,4 @@ class _WholeBlock(LinearMap):
         return self.blocks.carry(self.layer, x, self.start).out
 
     def vjp(self, g: Tensor) -> Tensor:
-        return self.blocks.pull(self.layer, g, self.start).whole
+        return self.blocks.vjp(self.layer, g, self.start).whole

@@ -1,4 +1,4 @@
-"""QK attributions over the nodes of a transcoder graph (method, section 4).
+"""QK attributions over the nodes of a transcoder graph (attribution/README.md, section 4).
 
 The residual stream at a block and a position is the sum of all sources carried there, so a score
 is a sum over pairs of sources, from wherever they are. Sources that are no nodes are rows too:
@@ -171,7 +171,7 @@ class TranscoderQK(Scores):
             self.check(layer, head, query, key)
             by_layer[layer].append((head, query, key))
         for layer, streams in self._streams(max(by_layer, default=-1)):
-            images = _Images(self, layer, streams)
+            images = _BlockImages(self, layer, streams)
             block = self.heads.block(layer)
             for head, query, key in by_layer[layer]:
                 q = images(head, query, side=0)
@@ -220,7 +220,7 @@ class _Stream(NamedTuple):
     x: Tensor
 
 
-class _Images:
+class _BlockImages:
     """Images of all rows at one block, made when they are first asked for."""
 
     def __init__(self, qk: TranscoderQK, layer: int, streams: list[_Stream]) -> None:

@@ -43,21 +43,21 @@ def test_blocks_are_the_linear_maps_they_should_be(cases, record_error, name, re
             end = 7
             g = torch.zeros(N, d, dtype=torch.float64)
             g[:end] = torch.randn(end, d, generator=generator, dtype=torch.float64)
-            pulled = case.blocks.pull(layer, g[None, :end])
+            gradients = case.blocks.vjp(layer, g[None, :end])
             (expected,) = torch.autograd.grad((g * out).sum(), x, retain_graph=True)
-            worst = max(worst, error(pulled.whole[0, start:], expected[start:end]))
-            at_mid = case.blocks.pull_mid(layer, g[None, :end])
+            worst = max(worst, error(gradients.whole[0, start:], expected[start:end]))
+            at_mid = case.blocks.vjp_mid(layer, g[None, :end])
             (expected,) = torch.autograd.grad((g * mid).sum(), x)
             worst = max(worst, error(at_mid.whole[0, start:], expected[start:end]))
 
             # a head's part is what goes missing without its write
             here = slice(0, end - start)
-            parts = (pulled.z[0, start:] * carried.z[0, here]).sum((0, 2))
+            parts = (gradients.z[0, start:] * carried.z[0, here]).sum((0, 2))
             total = (g * out.detach()).sum()
             for head in range(case.reference.n_heads):
                 less = (g * linear_block(case, layer, x.detach(), without=head)[1]).sum()
                 worst = max(worst, error(parts[head], total - less, total))
-            bypass = (pulled.bypass[0, start:] * x.detach()[start:end]).sum()
+            bypass = (gradients.bypass[0, start:] * x.detach()[start:end]).sum()
             worst = max(worst, error(parts.sum() + bypass, total))
     record_error("carry: heads, bypass, skip", name, worst)
     assert worst < 1e-10
