@@ -1,7 +1,7 @@
 """One clean forward pass, frozen: what every attribution in this package is a function of.
 
 Attention patterns and the denominators of all norms are read once, from the model's own run, and
-held fixed (paper, "The problem"; method, section 3). Nothing here knows what the numbers mean;
+held fixed (paper, "The problem"; attribution/README.md, section 3). Nothing here knows what the numbers mean;
 :mod:`circuit_tracer_qk.model.heads` does.
 """
 
