@@ -17,7 +17,7 @@ from operator import index, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.blocks import block_totals, blocks_by_kind
@@ -84,16 +84,16 @@ class QKTable:
     masked: bool
     query: list[Component]
     key: list[Component]
-    terms: Tensor
+    terms: Float[Tensor, "n_query n_key"]
 
     @property
-    def query_marginal(self) -> Tensor:
-        """(len(query),) row sums: what each query component adds to the score."""
+    def query_marginal(self) -> Float[Tensor, " n_query"]:
+        """Row sums: what each query component adds to the score."""
         return self.terms.sum(1)
 
     @property
-    def key_marginal(self) -> Tensor:
-        """(len(key),) column sums: what each key component adds to the score."""
+    def key_marginal(self) -> Float[Tensor, " n_key"]:
+        """Column sums: what each key component adds to the score."""
         return self.terms.sum(0)
 
     @cached_property
@@ -177,9 +177,9 @@ class QKRow(NamedTuple):
     (15, 6, 73.3)
     """
 
-    scores: Tensor
-    pattern: Tensor
-    scores_raw: Tensor
+    scores: Float[Tensor, " n_keys"]
+    pattern: Float[Tensor, " n_keys"]
+    scores_raw: Float[Tensor, " n_keys"]
 
     def __repr__(self) -> str:
         return row_text(self)
@@ -255,8 +255,16 @@ class Scores(ABC):
         for place in sorted(set(places), key=lambda p: (p[0], p[2], p[3], p[1])):
             yield self.table(*place)
 
-    def _made(self, layer: int, head: int, query: int, key: int, q: Tensor, k: Tensor) -> QKTable:
-        """The table of the images of either side, (n_components, d_head) each."""
+    def _made(
+        self,
+        layer: int,
+        head: int,
+        query: int,
+        key: int,
+        q: Float[Tensor, "n_query d_head"],
+        k: Float[Tensor, "n_key d_head"],
+    ) -> QKTable:
+        """The table of the images of either side."""
         block = self.heads.block(layer)
         device = self.heads.run.residual.device
         score = self._scores(layer, head, query, torch.tensor([key], device=device))
@@ -327,16 +335,20 @@ class Scores(ABC):
         """The components of one position, in the order of their images."""
 
     @abstractmethod
-    def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
-        """Projected components of one position, (n_components, d_head), as wide as can be."""
+    def _image(
+        self, layer: int, head: int, position: int, side: int
+    ) -> Float[Tensor, "n_components d_head"]:
+        """Projected components of one position, as wide as can be."""
 
-    def _scores(self, layer: int, head: int, query: int, keys: Tensor) -> Tensor:
+    def _scores(
+        self, layer: int, head: int, query: int, keys: Int[Tensor, " n_keys"]
+    ) -> Float[Tensor, " n_keys"]:
         block = self.heads.block(layer)
         q, k = self._whole(layer, QUERY), self._whole(layer, KEY)
         return k[keys.to(k.device), block.group(head)] @ q[query, head] / block.attn_scale
 
     def _with_constant(
-        self, images: Tensor, layer: int, head: int, position: int, side: int
+        self, images: Float[Tensor, "n d_head"], layer: int, head: int, position: int, side: int
     ) -> Float[Tensor, "n_components d_head"]:
         """Images of one position, and of the map's constant where it has one."""
         if not self.heads.has_constants(layer):

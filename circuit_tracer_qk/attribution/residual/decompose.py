@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.component import (
@@ -35,26 +36,26 @@ class ActiveFeatures:
     per *distinct* active feature, so a set of any width costs only its active rows.
 
     Attributes:
-        checkpoint: (n,) checkpoint that the feature reads.
-        position: (n,) token position.
-        feature: (n,) index in its dictionary.
-        activation: (n,) activation, in the contraction dtype.
-        row: (n,) row in ``decoders[checkpoint, k]``.
-        decoders: (c, k) -> (n_distinct at c, d_model) decoder vectors at checkpoint k.
+        checkpoint: checkpoint that the feature reads.
+        position: token position.
+        feature: index in its dictionary.
+        activation: activation, in the contraction dtype.
+        row: row in ``decoders[checkpoint, k]``.
+        decoders: -> (n_distinct at c, d_model) decoder vectors at checkpoint k.
     """
 
-    checkpoint: Tensor
-    position: Tensor
-    feature: Tensor
-    activation: Tensor
-    row: Tensor
+    checkpoint: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    feature: Int[Tensor, " n"]
+    activation: Float[Tensor, " n"]
+    row: Int[Tensor, " n"]
     decoders: dict[tuple[int, int], Tensor]
 
     def __len__(self) -> int:
         return len(self.activation)
 
-    def vectors(self, nodes: Tensor, checkpoint: int) -> Tensor:
-        """(len(nodes), d_model): activation times decoder vector at ``checkpoint``.
+    def vectors(self, nodes: Int[Tensor, " n"], checkpoint: int) -> Float[Tensor, "n d_model"]:
+        """Activation times decoder vector at ``checkpoint``.
 
         Every node must read one and the same checkpoint's dictionary or several that all have a
         decoder at ``checkpoint``.
@@ -70,7 +71,9 @@ class ActiveFeatures:
             out[at] = self.decoder_rows(nodes[at], c, checkpoint)
         return out
 
-    def decoder_rows(self, nodes: Tensor | slice, read: int, checkpoint: int) -> Tensor:
+    def decoder_rows(
+        self, nodes: Int[Tensor, " n"] | slice, read: int, checkpoint: int
+    ) -> Float[Tensor, "n d_model"]:
         """The same for nodes that all read ``read``, which nothing has to be looked up for."""
         rows = self.decoders[read, checkpoint].index_select(0, self.row[nodes])
         return rows.to(self.activation.dtype).mul_(self.activation[nodes, None])
@@ -91,7 +94,7 @@ class Group(NamedTuple):
     read: int
     starts: list[int]
     first: int
-    at: Tensor
+    at: Int[Tensor, " n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +105,17 @@ class Checkpoint:
 
     Attributes:
         checkpoint: the checkpoint c.
-        kind: (n,) index into :data:`KINDS`.
-        node: (n,) index into :class:`ActiveFeatures`; -1 for the other kinds.
-        position: (n,) token position.
+        kind: index into :data:`KINDS`.
+        node: index into :class:`ActiveFeatures`; -1 for the other kinds.
+        position: token position.
         starts: list of n_pos + 1 offsets: position p's components are ``starts[p]:starts[p+1]``.
         groups: the same components by how they are made.
     """
 
     checkpoint: int
-    kind: Tensor
-    node: Tensor
-    position: Tensor
+    kind: Int[Tensor, " n"]
+    node: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
     starts: list[int]
     groups: list[Group]
     _features: ActiveFeatures
@@ -122,8 +125,8 @@ class Checkpoint:
         """The components of one position."""
         return slice(self.starts[position], self.starts[position + 1])
 
-    def vectors(self, positions: range | None = None) -> Tensor:
-        """(n, d_model) component vectors; over a position they sum to the residual stream.
+    def vectors(self, positions: range | None = None) -> Float[Tensor, "n d_model"]:
+        """Component vectors; over a position they sum to the residual stream.
 
         Args:
             positions: neighbouring positions; None for all.
@@ -137,8 +140,8 @@ class Checkpoint:
             out.index_copy_(0, group.at[part] - start, self.of(group, part))
         return out
 
-    def of(self, group: Group, part: slice) -> Tensor:
-        """(n, d_model) vectors of a part of one group."""
+    def of(self, group: Group, part: slice) -> Float[Tensor, "n d_model"]:
+        """Vectors of a part of one group."""
         if group.kind != FEATURE:
             return self._others[group.kind][part]
         rows = slice(group.first + part.start, group.first + part.stop)

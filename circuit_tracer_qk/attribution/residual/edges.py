@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.component import FEATURE
@@ -38,14 +39,14 @@ class Targets(NamedTuple):
     """Targets across one block, in rows.
 
     Attributes:
-        positions: (n,) token positions.
-        y: (n, d_model) gradients at the block's output: ``a_t v_t``, or a logit's direction.
-        m: (n, d_model) ``M^T y``, zeros where the block has no MLP.
+        positions: token positions.
+        y: gradients at the block's output: ``a_t v_t``, or a logit's direction.
+        m: ``M^T y``, zeros where the block has no MLP.
     """
 
-    positions: Tensor
-    y: Tensor
-    m: Tensor
+    positions: Int[Tensor, " n"]
+    y: Float[Tensor, "n d_model"]
+    m: Float[Tensor, "n d_model"]
 
 
 class PositionRun(NamedTuple):
@@ -56,7 +57,7 @@ class PositionRun(NamedTuple):
     stop: int
 
 
-def runs_of(positions: Tensor) -> list[PositionRun]:
+def runs_of(positions: Int[Tensor, " n"]) -> list[PositionRun]:
     """Ascending positions, which must be at hand (on the CPU), as runs."""
     places, counts = positions.unique_consecutive(return_counts=True)
     ends = [0, *counts.cumsum(0).tolist()]
@@ -78,11 +79,11 @@ class Parts(NamedTuple):
     (torch.Size([1]), torch.Size([1, 8]))
     """
 
-    residual: Tensor
-    mlp: Tensor
-    total: Tensor
-    direct: Tensor
-    pattern: Tensor
+    residual: Float[Tensor, " n"]
+    mlp: Float[Tensor, " n"]
+    total: Float[Tensor, "n n_heads"]
+    direct: Float[Tensor, "n n_heads"]
+    pattern: Float[Tensor, "n n_heads"]
 
     __repr__ = shapes
 
@@ -99,9 +100,9 @@ class EdgeParts(NamedTuple):
     [14, 14]
     """
 
-    layer: Tensor
-    query: Tensor
-    key: Tensor
+    layer: Int[Tensor, " n"]
+    query: Int[Tensor, " n"]
+    key: Int[Tensor, " n"]
     parts: Parts
 
     __repr__ = shapes
@@ -132,12 +133,14 @@ class BlockMLP:
         self._slopes = () if mlp is None else mlp.slopes(run.mlp_input[layer], self.scale)
         self._scratch = Scratch()
 
-    def vjp(self, y: Tensor, positions: Tensor, runs: list[PositionRun]) -> Tensor:
-        """(n, d_model): ``M^T y`` of rows at given positions.
+    def vjp(
+        self, y: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"], runs: list[PositionRun]
+    ) -> Float[Tensor, "n d_model"]:
+        """``M^T y`` of rows at given positions.
 
         Args:
-            y: (n, d_model) gradients at the block's output.
-            positions: (n,) ascending.
+            y: gradients at the block's output.
+            positions: ascending.
             runs: the same.
         """
         if self.mlp is None:
@@ -146,8 +149,10 @@ class BlockMLP:
         rows = torch.arange(len(y), device=y.device)
         return self._through_hidden(hidden, rows, positions, runs)
 
-    def shared(self, decoder: Tensor, n: int) -> Tensor | None:
-        """(n_distinct, d_mlp): decoder vectors at the hidden layer, for :meth:`vjp_shared`.
+    def shared(
+        self, decoder: Float[Tensor, "n_distinct d_model"], n: int
+    ) -> Float[Tensor, "n_distinct d_mlp"] | None:
+        """Decoder vectors at the hidden layer, for :meth:`vjp_shared`.
 
         None where there is no MLP, or where so few of the ``n`` targets share one that it is not
         worth it.
@@ -161,19 +166,23 @@ class BlockMLP:
 
     def vjp_shared(
         self,
-        shared: Tensor,
-        row: Tensor,
-        weight: Tensor,
-        positions: Tensor,
+        shared: Float[Tensor, "n_distinct d_mlp"],
+        row: Int[Tensor, " n"],
+        weight: Float[Tensor, " n"],
+        positions: Int[Tensor, " n"],
         runs: list[PositionRun],
-    ) -> Tensor:
-        """(n, d_model): ``M^T y`` of rows ``weight * decoder[row]``, from :meth:`shared`."""
+    ) -> Float[Tensor, "n d_model"]:
+        """``M^T y`` of rows ``weight * decoder[row]``, from :meth:`shared`."""
         m = self._through_hidden(shared, row, positions, runs)
         return m.mul_((weight / self.post_scale[positions])[:, None])
 
     def _through_hidden(
-        self, hidden: Tensor, row: Tensor, positions: Tensor, runs: list[PositionRun]
-    ) -> Tensor:
+        self,
+        hidden: Float[Tensor, "n_hidden d_mlp"],
+        row: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        runs: list[PositionRun],
+    ) -> Float[Tensor, "n d_model"]:
         """``hidden[row]``, which is never made as a whole, through the hidden layer."""
         assert self.mlp is not None
         sloped = self._scratch.of(hidden, len(row), hidden.shape[1])
@@ -206,14 +215,14 @@ class BlockEdges:
         self.layer = layer
         self.sources = parts.sources(layer)
         self.vectors = self.sources.vectors()
-        self.values = self._values(parts)  # (n_sources, n_kv, d_head)
+        self.values = self._values(parts)
         self._scratch = Scratch()
         block = heads.block(layer)
         # heads of a group read the same values: weighing and adding up targets takes fewer and
         # smaller products, weighing sources fewer calls, which is what a GPU waits for
         self.by_target = block.n_heads > block.n_kv and self.values.device.type == "cpu"
 
-    def _values(self, parts: Decomposition) -> Tensor:
+    def _values(self, parts: Decomposition) -> Float[Tensor, "n_sources n_kv d_head"]:
         block, run, features = self.heads.block(self.layer), parts.run, parts.features
         scale = run.scale("ln1", self.layer)
         width = block.n_kv * block.W_V.shape[2]
@@ -235,7 +244,9 @@ class BlockEdges:
             out.index_copy_(0, group.at, values.flatten(1))
         return out.unflatten(1, (block.n_kv, -1))
 
-    def rows(self, targets: Targets, runs: list[PositionRun]) -> Tensor:
+    def rows(
+        self, targets: Targets, runs: list[PositionRun]
+    ) -> Float[Tensor, "n_targets n_sources"]:
         """Edges from every source to every target.
 
         Args:
@@ -243,7 +254,7 @@ class BlockEdges:
             runs: their positions.
 
         Returns:
-            (n_targets, n_sources) edge weights; zero where the source lies after the target or
+            Edge weights; zero where the source lies after the target or
             outside every head's window. Memory beyond the result is that of the targets.
         """
         block, sources = self.heads.block(self.layer), self.sources
@@ -263,14 +274,20 @@ class BlockEdges:
             out[rows, here].addmm_(local[rows], self.vectors[here].T)
         return out
 
-    def _weighted_sources(self, p: int, attention: Tensor, z: Tensor, out: Tensor) -> None:
+    def _weighted_sources(
+        self,
+        p: int,
+        attention: Float[Tensor, "n_heads n_pos"],
+        z: Float[Tensor, "n width"],
+        out: Float[Tensor, "n n_sources"],
+    ) -> None:
         """Put what attention carries into targets at ``p``, with the sources weighted by it.
 
         Args:
             p: the targets' position.
-            attention: (n_heads, n_pos) from there.
-            z: (n, n_heads * d_head) of the targets.
-            out: (n, n_sources), of which the visible are written.
+            attention: from there.
+            z: of the targets, the heads side by side.
+            out: of which the visible are written.
         """
         block, sources = self.heads.block(self.layer), self.sources
         begin, end = sources.starts[block.first_key(p)], sources.starts[p + 1]
@@ -285,7 +302,13 @@ class BlockEdges:
             torch.mul(self.values[start:stop, :, None], here, out=weighted)
             torch.mm(z, weighted.flatten(1).T, out=out[:, start:stop])
 
-    def _weighted_targets(self, p: int, attention: Tensor, z: Tensor, out: Tensor) -> None:
+    def _weighted_targets(
+        self,
+        p: int,
+        attention: Float[Tensor, "n_heads n_pos"],
+        z: Float[Tensor, "n width"],
+        out: Float[Tensor, "n n_sources"],
+    ) -> None:
         """The same, with the targets weighted and added up over the heads of a group."""
         block, sources = self.heads.block(self.layer), self.sources
         n, n_kv, width = len(z), block.n_kv, self.values.shape[2]
@@ -306,10 +329,10 @@ def edge_parts(
     heads: Heads,
     layer: int,
     targets: Targets,
-    target_row: Tensor,
-    vectors: Tensor,
-    positions: Tensor,
-    source_row: Tensor,
+    target_row: Int[Tensor, " n"],
+    vectors: Float[Tensor, "n_sources d_model"],
+    positions: Int[Tensor, " n_sources"],
+    source_row: Int[Tensor, " n"],
     chunk: int = 4096,
 ) -> Parts:
     """What carried each of a list of edges across one block.
@@ -318,14 +341,11 @@ def edge_parts(
         heads: the heads of the run.
         layer: the block crossed.
         targets: distinct targets (any order).
-        target_row: (n,) row in ``targets`` of each edge.
-        vectors: (n_sources, d_model) distinct source vectors ``a_s v_s``.
-        positions: (n_sources,) their positions.
-        source_row: (n,) row in ``vectors`` of each edge.
+        target_row: row in ``targets`` of each edge.
+        vectors: distinct source vectors ``a_s v_s``.
+        positions: their positions.
+        source_row: row in ``vectors`` of each edge.
         chunk: edges taken at once; bounds memory.
-
-    Returns:
-        The parts, (n,) and (n, n_heads).
     """
     block = heads.block(layer)
     output = heads.output_path(layer, targets.positions)
@@ -350,6 +370,6 @@ def edge_parts(
     return Parts(*(torch.cat(column) for column in zip(*done, strict=True)))
 
 
-def at_write(block: AttentionBlock, targets: Targets) -> Tensor:
+def at_write(block: AttentionBlock, targets: Targets) -> Float[Tensor, "n d_model"]:
     """u: the gradient at the attention write. In parallel blocks the MLP does not read it."""
     return targets.y if block.parallel else targets.y + targets.m

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.batches import Batch
@@ -121,13 +121,13 @@ class StrongestLoadings(NamedTuple):
     ([[7, 7]], [[6, 6]], [[61, -1]], True)
     """
 
-    layer: Tensor
-    loading: Tensor
-    head: Tensor
-    key: Tensor
-    source: Tensor
-    exact: Tensor
-    share: Tensor
+    layer: Int[Tensor, " n_targets"]
+    loading: Float[Tensor, "n_targets n"]
+    head: Int[Tensor, "n_targets n"]
+    key: Int[Tensor, "n_targets n"]
+    source: Int[Tensor, "n_targets n"]
+    exact: Bool[Tensor, " n_targets"]
+    share: Float[Tensor, " n_targets"]
     skipped: float
 
     __repr__ = shapes
@@ -212,13 +212,13 @@ class ResidualGraph(ExplainedGraph):
         return residual_links(self.edges(kept.sources, kept.targets), kept)
 
     @property
-    def bias_edges(self) -> Tensor:
-        """(n_features + n_logits, n_pos): edges from ``b_dec``, which has no node of its own."""
+    def bias_edges(self) -> Float[Tensor, "n_targets n_pos"]:
+        """By feature or logit, and position: edges from ``b_dec``, which has no node of its own."""
         return self.record.bias_edges
 
     @property
-    def position_edges(self) -> Tensor | None:
-        """(n_features + n_logits, n_pos): edges from learned positions; None without them."""
+    def position_edges(self) -> Float[Tensor, "n_targets n_pos"] | None:
+        """By feature or logit, and position: edges from learned positions; None without them."""
         return self.record.position_edges
 
     def qk_top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:

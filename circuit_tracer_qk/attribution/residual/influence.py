@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,29 +63,29 @@ class Rows(NamedTuple):
         part: which of the features asked for; empty for the logits' rows.
         sources: the components that the columns stand for.
         weights: (n, n_sources).
-        m: (n, d_model) ``M^T y`` of the targets.
+        m: ``M^T y`` of the targets.
     """
 
     part: slice
     sources: Checkpoint
-    weights: Tensor
-    m: Tensor
+    weights: Float[Tensor, "n n_sources"]
+    m: Float[Tensor, "n d_model"]
 
 
 class Filled(NamedTuple):
     """A graph's numbers.
 
     Attributes:
-        adjacency: (n_nodes, n_nodes) float32, rows are targets (circuit-tracer's order).
+        adjacency: float32, rows are targets (circuit-tracer's order).
         target_pulls: (n_selected + n_logits, d_model).
-        bias_edges: (n_selected + n_logits, n_pos) edges from decoder biases.
+        bias_edges: edges from decoder biases.
         position_edges: the same from learned positions; None without them.
     """
 
-    adjacency: Tensor
-    target_pulls: Tensor
-    bias_edges: Tensor
-    position_edges: Tensor | None
+    adjacency: Float[Tensor, "n_nodes n_nodes"]
+    target_pulls: Float[Tensor, "n_targets d_model"]
+    bias_edges: Float[Tensor, "n_targets n_pos"]
+    position_edges: Float[Tensor, "n_targets n_pos"] | None
 
 
 class Sweep:
@@ -94,7 +95,7 @@ class Sweep:
         model: for its MLPs.
         parts: the components.
         heads: the heads of the run.
-        directions: (n_logits, d_model) logit directions at checkpoint n_layers.
+        directions: logit directions at checkpoint n_layers.
         resid_pre: error slot i stands for checkpoint i rather than i + 1.
         batch_size: target rows taken at once, by all threads together.
         verbose: show progress even off a terminal.
@@ -105,7 +106,7 @@ class Sweep:
         model: HookedTransformer,
         parts: Decomposition,
         heads: Heads,
-        directions: Tensor,
+        directions: Float[Tensor, "n_logits d_model"],
         resid_pre: bool,
         batch_size: int,
         verbose: bool,
@@ -219,11 +220,11 @@ class Sweep:
         weights = block.rows(Targets(positions, y, m), runs)
         return Rows(slice(0, 0), block.sources, weights, m)
 
-    def influence(self, logit_weights: Tensor) -> Tensor:
-        """(width,) influence of every node on the weighted logits, in one sweep.
+    def influence(self, logit_weights: Float[Tensor, " n_logits"]) -> Float[Tensor, " width"]:
+        """Influence of every node on the weighted logits, in one sweep.
 
         Args:
-            logit_weights: (n_logits,) e.g. their probabilities.
+            logit_weights: e.g. their probabilities.
         """
         out = logit_weights.new_zeros(self.width)
 
@@ -264,28 +265,32 @@ class Sweep:
             kept += rows
         return kept
 
-    def _given(self, rows: Rows, influence: Tensor) -> Tensor:
-        """(n_sources,) what targets of some influence give to their sources."""
+    def _given(self, rows: Rows, influence: Float[Tensor, " n"]) -> Float[Tensor, " n_sources"]:
+        """What targets of some influence give to their sources."""
         size = rows.weights.abs()
         for group in rows.sources.groups:
             if self.place(group, rows.sources.checkpoint) is None:  # no node stands for them
                 size.index_fill_(1, group.at, 0)
         return (influence / size.sum(1).clamp_min(1e-10)) @ size
 
-    def _add(self, out: Tensor, sources: Checkpoint, given: Tensor) -> None:
+    def _add(
+        self, out: Float[Tensor, " width"], sources: Checkpoint, given: Float[Tensor, " n_sources"]
+    ) -> None:
         for group in sources.groups:
             nodes = self.place(group, sources.checkpoint)
             if nodes is not None:
                 out[nodes] += given[group.at]
 
-    def select(self, logit_weights: Tensor, most: int | None) -> Tensor:
-        """(n,) graph features to keep, ascending: the ``most`` of the largest influence, or all."""
+    def select(
+        self, logit_weights: Float[Tensor, " n_logits"], most: int | None
+    ) -> Int[Tensor, " n"]:
+        """Graph features to keep, ascending: the ``most`` of the largest influence, or all."""
         if most is None or most >= self.n_features:
             return torch.arange(self.n_features, device=logit_weights.device)
         influence = self.influence(logit_weights)[: self.n_features]
         return influence.topk(most).indices.sort().values
 
-    def fill(self, selected: Tensor) -> Filled:
+    def fill(self, selected: Int[Tensor, " n"]) -> Filled:
         """The selected features' and the logits' edges, as a graph's adjacency."""
         run, some = self.parts.run, self.some(selected)
         n, n_logits = len(selected), len(self.directions)

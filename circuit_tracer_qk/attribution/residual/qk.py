@@ -11,6 +11,7 @@ from threading import RLock
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -51,11 +52,11 @@ class TopTerms(NamedTuple):
     (129, 61)
     """
 
-    keys: Tensor
-    scores: Tensor
-    values: Tensor
-    query_index: Tensor
-    key_index: Tensor
+    keys: Int[Tensor, " n_keys"]
+    scores: Float[Tensor, " n_keys"]
+    values: Float[Tensor, "n_keys n"]
+    query_index: Int[Tensor, "n_keys n"]
+    key_index: Int[Tensor, "n_keys n"]
 
     __repr__ = shapes
 
@@ -192,7 +193,9 @@ class QK(Scores):
                 listed.append(Component(KINDS[code], layer, None, position, None, label))
         return listed + self._constant_component(layer, position, side)
 
-    def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
+    def _image(
+        self, layer: int, head: int, position: int, side: int
+    ) -> Float[Tensor, "n_components d_head"]:
         checkpoint = self.parts.at(layer)
         vectors = checkpoint.vectors(range(position, position + 1)).to(self.wide)
         at = checkpoint.position[checkpoint.at(position)]
@@ -250,18 +253,22 @@ def _place(place: Sequence[int]) -> Place:
 
 
 def _largest_terms(
-    q: Tensor, keys: list[Tensor], to: Tensor, size: Tensor, n: int
-) -> tuple[Tensor, Tensor]:
+    q: Float[Tensor, "n_query d_head"],
+    keys: list[Tensor],
+    to: Int[Tensor, " n_keys"],
+    size: Int[Tensor, " n_keys"],
+    n: int,
+) -> tuple[Float[Tensor, "n_keys n"], Int[Tensor, "2 n_keys n"]]:
     """The ``n`` largest terms of one query's images with those of each key.
 
     Args:
-        q: (n_query, d_head) images of the query, divided by the scale.
+        q: images of the query, divided by the scale.
         keys: (n_components, d_head) images of each key, from few to many.
-        to: (n_keys,) rows of the result that they go to.
-        size: (n_keys,) how many images each has.
+        to: rows of the result that they go to.
+        size: how many images each has.
 
     Returns:
-        (n_keys, n) values; (2, n_keys, n) rows and columns, -1 beyond a small table.
+        Values; rows and columns, -1 beyond a small table.
     """
     values = q.new_zeros(len(keys), n)
     index = torch.full((2, len(keys), n), -1, device=q.device)

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.edges import BlockEdges, PositionRun, Targets, at_write
@@ -31,22 +32,22 @@ class Strongest(NamedTuple):
     """The largest head loadings of some targets across one block.
 
     Attributes:
-        loading: (n_targets, n) signed, largest by absolute value first; 0 beyond the last.
+        loading: signed, largest by absolute value first; 0 beyond the last.
         head: (n_targets, n); -1 beyond the last.
-        source: (n_targets, n) row among the components of the block's checkpoint; -1 beyond.
-        exact: (n_targets,) True where no loading left out can be larger than one listed; False
+        source: row among the components of the block's checkpoint; -1 beyond.
+        exact: True where no loading left out can be larger than one listed; False
             only where a budget cut the search.
-        share: (n_targets,) the listed have at least this share of the sum of the target's
+        share: the listed have at least this share of the sum of the target's
             |loadings|: what was not computed is counted by its bound.
         computed: how many loadings were computed.
         of: how many there are.
     """
 
-    loading: Tensor
-    head: Tensor
-    source: Tensor
-    exact: Tensor
-    share: Tensor
+    loading: Float[Tensor, "n_targets n"]
+    head: Int[Tensor, "n_targets n"]
+    source: Int[Tensor, "n_targets n"]
+    exact: Bool[Tensor, " n_targets"]
+    share: Float[Tensor, " n_targets"]
     computed: int
     of: int
 

@@ -20,6 +20,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,31 +32,31 @@ class Writes(NamedTuple):
     """What sources write: one row a vector; a cross-layer feature has one for every block.
 
     Attributes:
-        source: (n,) the source of each row.
-        layer: (n,) the block at whose output it is added; -1 for what enters block 0.
-        position: (n,) its position; all rows of a source share one.
-        vector: (n, d_model) as added to the residual stream.
+        source: the source of each row.
+        layer: the block at whose output it is added; -1 for what enters block 0.
+        position: its position; all rows of a source share one.
+        vector: as added to the residual stream.
     """
 
-    source: Tensor
-    layer: Tensor
-    position: Tensor
-    vector: Tensor
+    source: Int[Tensor, " n"]
+    layer: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    vector: Float[Tensor, "n d_model"]
 
 
 class Reads(NamedTuple):
     """What targets read.
 
     Attributes:
-        layer: (n,) the block whose transcoder input is read; n_layers for logits, which read the
+        layer: the block whose transcoder input is read; n_layers for logits, which read the
             last checkpoint.
         position: (n,)
-        row: (n, d_model) gradient at the stream that is read.
+        row: gradient at the stream that is read.
     """
 
-    layer: Tensor
-    position: Tensor
-    row: Tensor
+    layer: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    row: Float[Tensor, "n d_model"]
 
 
 class Listing(NamedTuple):
@@ -88,12 +89,12 @@ class Pairs(NamedTuple):
         value: (n, pairs) what the head carried from key to query; 0 where there are fewer.
     """
 
-    edge: Tensor
-    layer: Tensor
-    head: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    edge: Int[Tensor, " n"]
+    layer: Int[Tensor, " n"]
+    head: Int[Tensor, " n"]
+    query: Int[Tensor, "n pairs"]
+    key: Int[Tensor, "n pairs"]
+    value: Float[Tensor, "n pairs"]
 
     __repr__ = shapes
 
@@ -113,11 +114,11 @@ class Splits(NamedTuple):
         pairs: of the listed heads; None where none were asked for.
     """
 
-    weight: Tensor
-    through: Tensor
-    last: Tensor
-    attention_free: Tensor
-    between: Tensor
+    weight: Float[Tensor, " n"]
+    through: Float[Tensor, "n n_layers n_heads"]
+    last: Float[Tensor, "n n_layers n_heads"]
+    attention_free: Float[Tensor, " n"]
+    between: Bool[Tensor, "n n_layers"]
     pairs: Pairs | None = None
 
     __repr__ = shapes
@@ -127,14 +128,14 @@ class _Back(NamedTuple):
     """Targets carried back, as gradients at the outputs of one block's heads.
 
     Attributes:
-        row: (n_targets,) the row of each target, -1 for those that read before this block.
-        whole: (n_heads, n, n_pos, d_head) along every path; zero after the target's position.
-        local: (n, n_heads, d_head) at the target's position, along paths without attention.
+        row: the row of each target, -1 for those that read before this block.
+        whole: along every path; zero after the target's position.
+        local: at the target's position, along paths without attention.
     """
 
-    row: Tensor
-    whole: Tensor
-    local: Tensor
+    row: Int[Tensor, " n_targets"]
+    whole: Float[Tensor, "n_heads n n_pos d_head"]
+    local: Float[Tensor, "n n_heads d_head"]
 
 
 class _Meeting(NamedTuple):
@@ -152,23 +153,23 @@ class _Meeting(NamedTuple):
     start: int
     carried: Carried
     back: _Back
-    pattern: Tensor
+    pattern: Float[Tensor, "n_heads n_pos n_pos"]
 
 
 class _Edges(NamedTuple):
     """Some of the edges, with the places of their ends.
 
     Attributes:
-        at: (n,) which edges they are.
-        source, target: (n,) rows of the sources and of the targets at hand.
-        target_layer, target_position: (n,) where each edge ends.
+        at: which edges they are.
+        source, target: rows of the sources and of the targets at hand.
+        target_layer, target_position: where each edge ends.
     """
 
-    at: Tensor
-    source: Tensor
-    target: Tensor
-    target_layer: Tensor
-    target_position: Tensor
+    at: Int[Tensor, " n"]
+    source: Int[Tensor, " n"]
+    target: Int[Tensor, " n"]
+    target_layer: Int[Tensor, " n"]
+    target_position: Int[Tensor, " n"]
 
     def only(self, chosen: Tensor) -> _Edges:
         """Those at ``chosen``, indices or a mask."""
@@ -198,8 +199,8 @@ def split_edges(
     blocks: FrozenBlocks,
     writes: Writes,
     reads: Reads,
-    source: Tensor,
-    target: Tensor,
+    source: Int[Tensor, " n"],
+    target: Int[Tensor, " n"],
     listing: Listing | None = None,
     progress: bool = False,
 ) -> Splits:
@@ -211,7 +212,7 @@ def split_edges(
         blocks: the frozen blocks.
         writes: of all sources.
         reads: of all targets.
-        source, target: (n,) ends of each edge, as ``writes.source`` and rows of ``reads``.
+        source, target: ends of each edge, as ``writes.source`` and rows of ``reads``.
         listing: list heads with the positions between which they carried.
         progress: show it, where it takes longer than two seconds.
 
@@ -263,8 +264,8 @@ def split_edges(
     return out._replace(pairs=Pairs(*map(torch.cat, zip(*found, strict=True))))
 
 
-def _by_source(writes: Writes, values: Tensor) -> Tensor:
-    """(n_sources,) the least of each source's values."""
+def _by_source(writes: Writes, values: Int[Tensor, " n"]) -> Int[Tensor, " n_sources"]:
+    """The least of each source's values."""
     out = values.new_zeros(int(writes.source.max()) + 1 if len(writes.source) else 0)
     return out.scatter_reduce_(0, writes.source, values, "amin", include_self=False)
 
@@ -326,8 +327,8 @@ def _sweep(
     return found
 
 
-def _through(meeting: _Meeting, edges: _Edges) -> Tensor:
-    """(n, n_heads): products over positions, of every source with every target in one product."""
+def _through(meeting: _Meeting, edges: _Edges) -> Float[Tensor, "n n_heads"]:
+    """Products over positions, of every source with every target in one product."""
     _, start, carried, back, _ = meeting
     sources, s = edges.source.unique(return_inverse=True)
     targets, t = edges.target.unique(return_inverse=True)
@@ -336,8 +337,8 @@ def _through(meeting: _Meeting, edges: _Edges) -> Tensor:
     return (left @ right.transpose(1, 2))[:, s, t].T
 
 
-def _last(meeting: _Meeting, edges: _Edges) -> Tensor:
-    """(n, n_heads): products at the target's position alone, from where no attention follows."""
+def _last(meeting: _Meeting, edges: _Edges) -> Float[Tensor, "n n_heads"]:
+    """Products at the target's position alone, from where no attention follows."""
     _, start, carried, back, _ = meeting
     n_heads = carried.z.shape[2]
     at = edges.source * carried.z.shape[1] + (edges.target_position - start)
@@ -345,8 +346,10 @@ def _last(meeting: _Meeting, edges: _Edges) -> Tensor:
     return _dots(z, at, local, back.row[edges.target], n_heads)
 
 
-def _largest(through: Tensor, listing: Listing) -> tuple[Tensor, Tensor]:
-    """The heads to list, as (n,) rows of ``through`` and heads."""
+def _largest(
+    through: Float[Tensor, "n n_heads"], listing: Listing
+) -> tuple[Int[Tensor, " n_listed"], Int[Tensor, " n_listed"]]:
+    """The heads to list, as rows of ``through`` and heads."""
     size, order = through.abs().sort(dim=1, descending=True, stable=True)
     before = size.cumsum(1) - size
     wanted = (before < listing.share * size.sum(1, keepdim=True)) & (size > 0)
@@ -358,9 +361,9 @@ def _largest(through: Tensor, listing: Listing) -> tuple[Tensor, Tensor]:
 def _pairs(
     meeting: _Meeting,
     edges: _Edges,
-    row: Tensor,
-    head: Tensor,
-    first_key: Tensor,
+    row: Int[Tensor, " n_listed"],
+    head: Int[Tensor, " n_listed"],
+    first_key: Int[Tensor, " n_sources"],
     n: int,
     chunk: int = 128,
 ) -> Pairs:
@@ -369,8 +372,8 @@ def _pairs(
     Args:
         meeting: the block.
         edges: that cross it.
-        row, head: (n_listed,) rows of ``edges``, and the head listed.
-        first_key: (n_sources,) where each source is.
+        row, head: rows of ``edges``, and the head listed.
+        first_key: where each source is.
         n: how many.
     """
     layer, start, carried, back, pattern = meeting
@@ -404,9 +407,14 @@ def _pairs(
 
 
 def _dots(
-    a: Tensor, i: Tensor, b: Tensor, j: Tensor, parts: int | None = None, chunk: int = 4096
-) -> Tensor:
-    """(n,) or (n, parts): products of rows ``a[i]`` and ``b[j]``, in parts of equal length."""
+    a: Float[Tensor, "n_a width"],
+    i: Int[Tensor, " n"],
+    b: Float[Tensor, "n_b width"],
+    j: Int[Tensor, " n"],
+    parts: int | None = None,
+    chunk: int = 4096,
+) -> Float[Tensor, "n ..."]:
+    """Products of rows ``a[i]`` and ``b[j]``, in parts of equal length."""
     pieces = []
     for some, others in zip(i.split(chunk), j.split(chunk), strict=True):
         product = a[some] * b[others]
@@ -415,7 +423,9 @@ def _dots(
     return found if parts else found[:, 0]
 
 
-def _read(x: Tensor, reads: Reads, edges: _Edges, start: int) -> Tensor:
+def _read(
+    x: Float[Tensor, "n_sources m d_model"], reads: Reads, edges: _Edges, start: int
+) -> Float[Tensor, " n"]:
     at = edges.source * x.shape[1] + (edges.target_position - start)
     return _dots(x.flatten(0, 1), at, reads.row, edges.target)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.transcoder.cuts import (
@@ -76,12 +77,12 @@ class TranscoderRun:
 
     def split(
         self,
-        source: Tensor,
-        target: Tensor,
+        source: Int[Tensor, " n"],
+        target: Int[Tensor, " n"],
         listing: Listing | None = None,
         progress: bool = False,
     ) -> Splits:
-        """Split edges between nodes in adjacency order, as (n,) indices."""
+        """Split edges between nodes in adjacency order."""
         n_logits = len(self.reads.layer) - self.n_features
         first_logit = self.n_nodes - n_logits
         row = torch.where(target < self.n_features, target, target - first_logit + self.n_features)
@@ -89,13 +90,15 @@ class TranscoderRun:
 
 
 @torch.no_grad()
-def read_transcoder_graph(model: Any, graph: host.Graph, columns: Tensor) -> TranscoderRun:
+def read_transcoder_graph(
+    model: Any, graph: host.Graph, columns: Float[Tensor, "n_logits d_model"]
+) -> TranscoderRun:
     """Read a graph that circuit-tracer made, with the replacement model that it was made with.
 
     Args:
         model: the replacement model (TransformerLens backend).
         graph: of ``circuit_tracer.attribute``.
-        columns: (n_logits, d_model) demeaned unembedding columns of the graph's logits.
+        columns: demeaned unembedding columns of the graph's logits.
 
     Raises:
         UserError: the model is of another backend, is not done exactly, or did not make the graph.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.transcoder.hookpoints import HookPoint
@@ -25,42 +26,42 @@ class Carried(NamedTuple):
     """What a block does to vectors that enter it at positions from ``start`` on.
 
     Attributes:
-        values: (n, m, n_heads, d_head) what each key offers to its queries.
-        z: (n, m, n_heads, d_head) the heads' outputs, before their output weights.
-        mid: (n, m, d_model) what the block's transcoder reads.
-        out: (n, m, d_model) what leaves the block.
+        values: what each key offers to its queries.
+        z: the heads' outputs, before their output weights.
+        mid: what the block's transcoder reads.
+        out: what leaves the block.
     """
 
-    values: Tensor
-    z: Tensor
-    mid: Tensor
-    out: Tensor
+    values: Float[Tensor, "n m n_heads d_head"]
+    z: Float[Tensor, "n m n_heads d_head"]
+    mid: Float[Tensor, "n m d_model"]
+    out: Float[Tensor, "n m d_model"]
 
 
 class Gradients(NamedTuple):
     """What a block does to gradients at its output, at positions up to ``end``.
 
     Attributes:
-        z: (n, m, n_heads, d_head) gradients at the heads' outputs.
-        bypass: (n, m, d_model) gradients at the block's input along every path past its heads.
-        whole: (n, m, d_model) gradients at the block's input along every path.
+        z: gradients at the heads' outputs.
+        bypass: gradients at the block's input along every path past its heads.
+        whole: gradients at the block's input along every path.
     """
 
-    z: Tensor
-    bypass: Tensor
-    whole: Tensor
+    z: Float[Tensor, "n m n_heads d_head"]
+    bypass: Float[Tensor, "n m d_model"]
+    whole: Float[Tensor, "n m d_model"]
 
 
 class GradientsHere(NamedTuple):
     """As :class:`Gradients`, at one position and for paths that pass no further attention.
 
     Attributes:
-        z: (n, n_heads, d_head) gradients at the heads' outputs.
-        bypass: (n, d_model) gradients at the block's input past its heads.
+        z: gradients at the heads' outputs.
+        bypass: gradients at the block's input past its heads.
     """
 
-    z: Tensor
-    bypass: Tensor
+    z: Float[Tensor, "n n_heads d_head"]
+    bypass: Float[Tensor, "n d_model"]
 
 
 class FrozenBlocks:
@@ -82,12 +83,12 @@ class FrozenBlocks:
         """The whole block as one map of (n, m, d_model) streams at positions from ``start`` on."""
         return _WholeBlock(self, layer, start)
 
-    def carry(self, layer: int, x: Tensor, start: int = 0) -> Carried:
+    def carry(self, layer: int, x: Float[Tensor, "n m d_model"], start: int = 0) -> Carried:
         """Vectors through block ``layer``.
 
         Args:
             layer: the block.
-            x: (n, m, d_model) streams at positions ``start`` to ``start + m - 1``; zero before.
+            x: streams at positions ``start`` to ``start + m - 1``; zero before.
             start: their first position.
         """
         values, mix, output, skip = self._maps(layer, slice(start, start + x.shape[1]))
@@ -98,11 +99,13 @@ class FrozenBlocks:
         out = x + write
         return Carried(at_keys, z, mid, out if skip is None else out + skip(mid))
 
-    def constant(self, layer: int) -> tuple[Tensor, Tensor]:
+    def constant(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "n_pos d_model"], Float[Tensor, "n_pos d_model"]]:
         """What the block's attention writes whatever it reads, and what the skip makes of it.
 
         Returns:
-            (n_pos, d_model) each: ``post1((b_ln1 W_V + b_V) W_O + b_O)``, since a pattern's row
+            ``post1((b_ln1 W_V + b_V) W_O + b_O)``, since a pattern's row
             sums to one; and the skip's write for it and for the bias of its norm.
         """
         run, block, point = self.heads.run, self.heads.block(layer), self.hook_points[layer]
@@ -116,12 +119,12 @@ class FrozenBlocks:
             skipped = skip(mid) + point.constant(run.n_pos)
         return write, skipped
 
-    def vjp(self, layer: int, g: Tensor, start: int = 0) -> Gradients:
+    def vjp(self, layer: int, g: Float[Tensor, "n m d_model"], start: int = 0) -> Gradients:
         """Gradients through block ``layer``.
 
         Args:
             layer: the block.
-            g: (n, m, d_model) gradients at its output at positions ``start`` to ``start + m - 1``;
+            g: gradients at its output at positions ``start`` to ``start + m - 1``;
                 zero after.
             start: their first position.
         """
@@ -130,25 +133,35 @@ class FrozenBlocks:
         past = g if skip is None else g + skip.vjp(g)
         return self._vjp(layer, g if block.parallel else past, past, here)
 
-    def vjp_mid(self, layer: int, g: Tensor) -> Gradients:
+    def vjp_mid(self, layer: int, g: Float[Tensor, "n m d_model"]) -> Gradients:
         """As :meth:`vjp`, for gradients at what the block's transcoder reads."""
         block = self.heads.block(layer)
         here = slice(g.shape[1])
         return self._vjp(layer, torch.zeros_like(g) if block.parallel else g, g, here)
 
-    def vjp_here(self, layer: int, g: Tensor, positions: Tensor) -> GradientsHere:
-        """Gradients (n, d_model) at the block's output at ``positions`` (n,), without attention."""
+    def vjp_here(
+        self, layer: int, g: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]
+    ) -> GradientsHere:
+        """Gradients at the block's output at ``positions``, without attention."""
         skip = self.hook_points[layer].skipping(positions)
         past = g if skip is None else g + skip.vjp(g)
         at_write = g if self.heads.block(layer).parallel else past
         return GradientsHere(self.heads.output_path(layer, positions).vjp(at_write), past)
 
-    def vjp_mid_here(self, layer: int, g: Tensor, positions: Tensor) -> GradientsHere:
+    def vjp_mid_here(
+        self, layer: int, g: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]
+    ) -> GradientsHere:
         """As :meth:`vjp_here`, for gradients at what the block's transcoder reads."""
         at_write = torch.zeros_like(g) if self.heads.block(layer).parallel else g
         return GradientsHere(self.heads.output_path(layer, positions).vjp(at_write), g)
 
-    def _vjp(self, layer: int, at_write: Tensor, past: Tensor, here: slice) -> Gradients:
+    def _vjp(
+        self,
+        layer: int,
+        at_write: Float[Tensor, "n m d_model"],
+        past: Float[Tensor, "n m d_model"],
+        here: slice,
+    ) -> Gradients:
         values, mix, output, _ = self._maps(layer, here)
         z = output.vjp(at_write)
         return Gradients(z, past, past + values.vjp(mix.vjp(z)))

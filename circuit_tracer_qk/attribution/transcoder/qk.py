@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.component import Component
@@ -45,8 +46,8 @@ class TranscoderQK(Scores):
         self.rounded = rounded
 
     @cached_property
-    def _row(self) -> Tensor:
-        """(n_sources,) the row of each source; those that share one are summed."""
+    def _row(self) -> Int[Tensor, " n_sources"]:
+        """The row of each source; those that share one are summed."""
         rows: dict[object, int] = {}
         of_source = []
         for i, source in enumerate(self.parts.sources):
@@ -72,7 +73,7 @@ class TranscoderQK(Scores):
         return Writes(row, layer, position, vectors)
 
     @cached_property
-    def _first(self) -> tuple[Tensor, Tensor]:
+    def _first(self) -> tuple[Int[Tensor, " n_rows"], Int[Tensor, " n_rows"]]:
         """By row: the first block that it is written before, and the first position."""
         writes, run = self._writes, self.parts.run
         n_rows = int(self._row.max()) + 1
@@ -82,7 +83,7 @@ class TranscoderQK(Scores):
             found.append(first.scatter_reduce_(0, writes.source, values, "amin"))
         return found[0], found[1]
 
-    def _reaching(self, layer: int, position: int) -> Tensor:
+    def _reaching(self, layer: int, position: int) -> Int[Tensor, " n"]:
         """The rows that may reach a block at a position."""
         blocks, positions = self._first
         return ((blocks <= layer) & (positions <= position)).nonzero().flatten()
@@ -127,7 +128,9 @@ class TranscoderQK(Scores):
         return listed + self._constant_component(layer, position, side)
 
     @torch.no_grad()
-    def _image(self, layer: int, head: int, position: int, side: int) -> Tensor:
+    def _image(
+        self, layer: int, head: int, position: int, side: int
+    ) -> Float[Tensor, "n_components d_head"]:
         """The head's map is carried back to what the rows write: d_head gradients for any rows."""
         run, writes = self.parts.run, self._writes
         dtype = self.wide
@@ -147,7 +150,9 @@ class TranscoderQK(Scores):
                 g = self.parts.blocks.block(block - 1).vjp(g.to(run.residual.dtype))
         return self._finished(out[self._reaching(layer, position)], layer, head, position, side)
 
-    def _finished(self, images: Tensor, layer: int, head: int, position: int, side: int) -> Tensor:
+    def _finished(
+        self, images: Float[Tensor, "n d_head"], layer: int, head: int, position: int, side: int
+    ) -> Float[Tensor, "n_components d_head"]:
         """The rows' images, and those of what is added at the position itself."""
         images = images.to(self.wide)
         if self.rounded:
@@ -210,14 +215,14 @@ class _Stream(NamedTuple):
     """Some rows at one block, those that are written first in front.
 
     Attributes:
-        rows: (n,) the rows.
+        rows: the rows.
         start: the first of their positions.
-        x: (n, m, d_model) at positions from ``start`` on.
+        x: at positions from ``start`` on.
     """
 
-    rows: Tensor
+    rows: Int[Tensor, " n"]
     start: int
-    x: Tensor
+    x: Float[Tensor, "n m d_model"]
 
 
 class _BlockImages:
@@ -230,8 +235,8 @@ class _BlockImages:
         self._vectors: dict[int, Tensor] = {}
         self._made: dict[tuple[int, int, int], Tensor] = {}
 
-    def __call__(self, head: int, position: int, side: int) -> Tensor:
-        """(n_components, d_head): as :meth:`TranscoderQK._image`."""
+    def __call__(self, head: int, position: int, side: int) -> Float[Tensor, "n_components d_head"]:
+        """As :meth:`TranscoderQK._image`."""
         key = head, position, side
         if key not in self._made:
             vectors = self._at(position)
@@ -242,8 +247,8 @@ class _BlockImages:
             self._made[key] = self.qk._finished(images, self.layer, head, position, side)
         return self._made[key]
 
-    def _at(self, position: int) -> Tensor:
-        """(n, d_model): the rows that may reach the position, there."""
+    def _at(self, position: int) -> Float[Tensor, "n d_model"]:
+        """The rows that may reach the position, there."""
         if position not in self._vectors:
             here = [s for s in self.streams if s.start <= position]
             rows = torch.cat([s.rows for s in here])
