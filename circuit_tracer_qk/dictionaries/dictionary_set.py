@@ -95,7 +95,7 @@ class DictionarySet:
         Raises:
             UserError: ``labels.json`` is not a mapping from file numbers to lists of labels.
         """
-        labels = self._labels.get(str(self.entries.get(checkpoint, checkpoint - 1)), [])
+        labels = self.labels.get(str(self.entries.get(checkpoint, checkpoint - 1)), [])
         return (labels[feature] or "") if 0 <= feature < len(labels) else ""
 
     def examples(self, checkpoint: int, feature: int) -> bytes | None:
@@ -111,7 +111,8 @@ class DictionarySet:
         return None if self.folder is None else FeatureExamples(self.folder)
 
     @cached_property
-    def _labels(self) -> dict[str, list[str | None]]:
+    def labels(self) -> dict[str, list[str | None]]:
+        """The names of features in ``labels.json``, by the number of the file they are in."""
         path = None if self.folder is None else self.folder / "labels.json"
         if path is None or not path.is_file():
             return {}

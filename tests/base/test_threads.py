@@ -244,8 +244,8 @@ def test_all_threads_together_take_a_batch_or_less(
     parts, heads = read(case.ids, case.model)
     sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, batch_size, False)
     some = sweep.some()
-    pieces = sweep._pieces(some, some.within(*sweep.reading(2)))
-    assert sweep._crew.size == size
+    pieces = sweep.pieces(some, some.within(*sweep.reading(2)))
+    assert sweep.crew.size == size
     assert size * max(piece.stop - piece.start for piece in pieces) <= batch_size
 
 
@@ -257,15 +257,15 @@ def test_pieces_are_cut_between_positions(
     case = build("gpt2", tmp_path, "sae", torch.float32)
     parts, heads = read(case.ids, case.model)
     sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, 2 * most, False)
-    assert sweep._crew.size == 2
+    assert sweep.crew.size == 2
     some = sweep.some()
     whole = some.within(*sweep.reading(2))
-    pieces = sweep._pieces(some, whole)
+    pieces = sweep.pieces(some, whole)
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(
         range(whole.start, whole.stop)
     )
     assert all(0 < piece.stop - piece.start <= most for piece in pieces)
-    positions = sweep._positions[whole]
+    positions = parts.features.position[sweep.skipped :][whole]
     longest = max(run.stop - run.start for run in runs_of(positions))
     if longest <= most:
         inner = [piece.start - whole.start for piece in pieces[1:]]

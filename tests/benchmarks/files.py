@@ -128,7 +128,7 @@ def fitted_dictionaries(
         )
     named = DictionarySet("residual_sae_set", "hook_resid_post", "random/saes", None, found)
     labels = [f"feature {i}: a label of some words" for i in range(shape.width)]
-    vars(named)["_labels"] = {str(c - 1): labels for c in found}
+    vars(named)["labels"] = {str(c - 1): labels for c in found}
     return named
 
 

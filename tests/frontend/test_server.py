@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from helpers.serving import Reply, ask, port_of
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
-from circuit_tracer_qk.frontend import addresses, listener, server
+from circuit_tracer_qk.frontend import listener, server
 from circuit_tracer_qk.frontend import static as contents
 from circuit_tracer_qk.frontend.handler import Handler
 from circuit_tracer_qk.frontend.page import panel_folder, read_page
@@ -329,13 +328,22 @@ def test_large_files_are_compressed_once(site, data_dir, monkeypatch):
 
 def test_compressed_files_are_kept_within_a_limit(monkeypatch):
     monkeypatch.setattr(contents, "KEPT_BYTES", 30_000)
-    kept = contents.Zipped()
-    for i in range(6):
-        data = os.urandom(5000) + bytes(contents.LARGE_BYTES)
-        content = contents.Content("", len(data), partial(bytes, data), "tag", Path(str(i)))
-        assert gzip.decompress(kept.read(content)) == data
-    assert 10_000 < sum(len(data) for _, data in kept._kept.values()) <= 30_000
-    assert Path("5") in kept._kept and Path("0") not in kept._kept
+    kept, reads = contents.Zipped(), []
+
+    def file(i: int, data: bytes) -> contents.Content:
+        def read() -> bytes:
+            reads.append(i)
+            return data
+
+        return contents.Content("", len(data), read, "tag", Path(str(i)))
+
+    files = [file(i, os.urandom(5000) + bytes(contents.LARGE_BYTES)) for i in range(6)]
+    for content in [*files, *reversed(files)]:
+        assert gzip.decompress(kept.read(content)) == content.read()
+        reads.pop()
+    again = reads[6:]  # those that were no longer kept
+    assert reads[:6] == [0, 1, 2, 3, 4, 5] and again == sorted(again, reverse=True)
+    assert 0 in again and not {4, 5} & set(again)  # each takes between 5,000 and 10,000
 
 
 @pytest.mark.parametrize("path", ["/", "/data/large.json", "/data/sally.json", "/util.js"])
@@ -905,7 +913,7 @@ def test_taken_port_is_refused_and_the_next_one_found(data_dir, taken):
 
 
 def test_port_that_was_taken_meanwhile_is_refused(data_dir, taken, monkeypatch):
-    monkeypatch.setattr(addresses, "_bind", lambda port, host: None)
+    monkeypatch.setattr(server, "check_port", lambda port, host: None)
     with pytest.raises(UserError, match=f"port {taken} is in use"):
         ctqk.serve(data_dir, port=taken)
 

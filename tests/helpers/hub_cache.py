@@ -102,7 +102,7 @@ class HubCache:
 
 def _new_session() -> None:
     """Let go of the session, which remembers whether it was offline."""
-    reset = getattr(huggingface_hub.utils._http, "reset_sessions", None)
+    reset = getattr(huggingface_hub.utils, "reset_sessions", None)
     if reset is not None:
         reset()
 

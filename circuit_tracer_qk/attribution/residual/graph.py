@@ -381,7 +381,7 @@ class ResidualGraph(ExplainedGraph):
             listed, source = best.source >= 0, best.source.clamp_min(0)
             found.loading[mine], found.head[mine] = best.loading, best.head
             found.key[mine] = torch.where(listed, block.sources.position[source], -1)
-            found.source[mine] = torch.where(listed, self._nodes(block.sources)[source], -1)
+            found.source[mine] = torch.where(listed, self.nodes_of(block.sources)[source], -1)
             found.exact[mine], found.share[mine] = best.exact, best.share
             computed, of = computed + best.computed, of + best.of
         return found._replace(skipped=1 - computed / of if of else 0.0)
@@ -407,7 +407,7 @@ class ResidualGraph(ExplainedGraph):
         has = [(a, r) in known if n < self.n_features else a == r for n, a, r in pairs]
         return torch.tensor(has, dtype=torch.bool, device=node.device)
 
-    def _nodes(self, sources: Checkpoint) -> Tensor:
+    def nodes_of(self, sources: Checkpoint) -> Tensor:
         """(n_sources,) the node of every component of a checkpoint; -1 where it is none."""
         features, tokens, _, _ = self._starts()
         active = self.record.parts.features

@@ -122,7 +122,7 @@ class Sweep:
         self.width = self.n_features + (self.n_layers + 1) * self.n_pos
         self._positions = parts.features.position[self.skipped :].cpu()
         self._kept: dict[int, list[Rows]] = {}
-        self._crew = Crew(directions.device, batch_size // LEAST_ROWS)
+        self.crew = Crew(directions.device, batch_size // LEAST_ROWS)
 
     def place(self, group: Group, checkpoint: int) -> slice | None:
         """The nodes of a group of components; None for decoder biases and positions."""
@@ -166,10 +166,10 @@ class Sweep:
         def begin(checkpoint: int) -> tuple[Callable[[slice], R], list[slice]]:
             whole = wholes[checkpoint]
             rows_of = self._rows_of(checkpoint, some, whole.stop - whole.start)
-            return lambda part: use(rows_of(part)), self._pieces(some, whole)
+            return lambda part: use(rows_of(part)), self.pieces(some, whole)
 
         wholes = {c: some.within(*self.reading(c)) for c in checkpoints}
-        return self._crew.flow(begin, [c for c in checkpoints if wholes[c].start < wholes[c].stop])
+        return self.crew.flow(begin, [c for c in checkpoints if wholes[c].start < wholes[c].stop])
 
     def _rows_of(self, checkpoint: int, some: Subset, n: int) -> Callable[[slice], Rows]:
         """What makes the rows of any part of some features, ``n`` of which read a checkpoint."""
@@ -193,9 +193,9 @@ class Sweep:
 
         return rows
 
-    def _pieces(self, some: Subset, whole: slice) -> list[slice]:
+    def pieces(self, some: Subset, whole: slice) -> list[slice]:
         """Parts of as many features as a thread takes, cut between positions where that can be."""
-        most, cuts = self.batch_size // self._crew.size, [0]
+        most, cuts = self.batch_size // self.crew.size, [0]
         for _, start, stop in runs_of(self._positions[some.at_hand[whole]]):
             while stop - cuts[-1] > most:
                 cuts.append(start if start > cuts[-1] else cuts[-1] + most)
@@ -296,8 +296,8 @@ class Sweep:
         n, n_logits = len(selected), len(self.directions)
         left_out = self.n_features - n
         total = self.width - left_out + n_logits
-        adjacency = _zeros(total, selected.device)
-        through_mlp = run.residual.new_zeros(n + n_logits, run.residual.shape[-1])
+        adjacency = unwritten_zeros(total, selected.device)
+        through_mlp = run.residual.newunwritten_zeros(n + n_logits, run.residual.shape[-1])
         extra = {
             kind: run.residual.new_zeros(n + n_logits, self.n_pos) for kind in (BIAS, POSITION)
         }
@@ -338,7 +338,7 @@ class Sweep:
         return [c for c in sorted(self.parts.biases, reverse=True) if c > 0]
 
 
-def _zeros(n: int, device: torch.device) -> Tensor:
+def unwritten_zeros(n: int, device: torch.device) -> Tensor:
     """(n, n) float32 zeros. Most of an adjacency stays so, and takes no memory until it is written:
     a target has edges from one checkpoint only, a few pages of its row."""
     if device.type != "cpu":

@@ -88,8 +88,8 @@ class QK(Scores):
             lambda layer, head, side: heads.constants(layer, heads.everywhere, head, side)
         )
         self._lock = RLock()
-        self._projected: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
-        self._kept_bytes = 0
+        self.projected: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
+        self.kept_bytes = 0
 
     @exactly
     def top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
@@ -209,14 +209,14 @@ class QK(Scores):
 
     def _kept(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         wanted = [(side, layer, head, p) for p in at]
-        missing = [key for key in wanted if key not in self._projected]
+        missing = [key for key in wanted if key not in self.projected]
         if missing:
             self._project([p for *_, p in missing], layer, head, side)
         for key in wanted:
-            self._projected.move_to_end(key)
-        images = [self._projected[key] for key in wanted]
-        while self._kept_bytes > self.keep_bytes and len(self._projected) > len(wanted):
-            self._kept_bytes -= self._projected.popitem(last=False)[1].nbytes
+            self.projected.move_to_end(key)
+        images = [self.projected[key] for key in wanted]
+        while self.kept_bytes > self.keep_bytes and len(self.projected) > len(wanted):
+            self.kept_bytes -= self.projected.popitem(last=False)[1].nbytes
         return images
 
     def _project(self, positions: list[int], layer: int, head: int, side: int) -> None:
@@ -233,8 +233,8 @@ class QK(Scores):
                 image = images[here.start - part.start : here.stop - part.start]
                 # a copy: dropping it later frees its memory, whatever became of its neighbours
                 image = torch.cat([image] if constants is None else [image, constants[p][None]])
-                self._projected[side, layer, head, p] = image
-                self._kept_bytes += image.nbytes
+                self.projected[side, layer, head, p] = image
+                self.kept_bytes += image.nbytes
 
 
 def _place(place: Sequence[int]) -> Place:

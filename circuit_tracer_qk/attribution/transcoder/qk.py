@@ -46,7 +46,7 @@ class TranscoderQK(Scores):
         self.rounded = rounded
 
     @cached_property
-    def _row(self) -> Int[Tensor, " n_sources"]:
+    def row_of(self) -> Int[Tensor, " n_sources"]:
         """The row of each source; those that share one are summed."""
         rows: dict[object, int] = {}
         of_source = []
@@ -63,7 +63,7 @@ class TranscoderQK(Scores):
     def _writes(self) -> Writes:
         """What every row writes, ``source`` being the row: one vector a block and position."""
         writes, run = self.parts.writes, self.parts.run
-        row = self._row[writes.source]
+        row = self.row_of[writes.source]
         code = (row * (run.n_layers + 1) + writes.layer + 1) * run.n_pos + writes.position
         codes, at = code.unique(return_inverse=True)
         vectors = writes.vector.new_zeros(len(codes), writes.vector.shape[1])
@@ -76,14 +76,14 @@ class TranscoderQK(Scores):
     def _first(self) -> tuple[Int[Tensor, " n_rows"], Int[Tensor, " n_rows"]]:
         """By row: the first block that it is written before, and the first position."""
         writes, run = self._writes, self.parts.run
-        n_rows = int(self._row.max()) + 1
+        n_rows = int(self.row_of.max()) + 1
         found = []
         for values, far in ((writes.layer + 1, run.n_layers + 1), (writes.position, run.n_pos)):
             first = torch.full((n_rows,), far, device=values.device)
             found.append(first.scatter_reduce_(0, writes.source, values, "amin"))
         return found[0], found[1]
 
-    def _reaching(self, layer: int, position: int) -> Int[Tensor, " n"]:
+    def rows_reaching(self, layer: int, position: int) -> Int[Tensor, " n"]:
         """The rows that may reach a block at a position."""
         blocks, positions = self._first
         return ((blocks <= layer) & (positions <= position)).nonzero().flatten()
@@ -92,7 +92,9 @@ class TranscoderQK(Scores):
     def _components(self) -> list[Component]:
         """By row: its component; for a row that is no node its place is still to be put in."""
         listed: dict[int, Component] = {}
-        for i, (row, source) in enumerate(zip(self._row.tolist(), self.parts.sources, strict=True)):
+        for i, (row, source) in enumerate(
+            zip(self.row_of.tolist(), self.parts.sources, strict=True)
+        ):
             if row in listed:
                 continue
             if source is None:  # a logit, which writes nothing
@@ -114,11 +116,11 @@ class TranscoderQK(Scores):
     def _aggregated(self) -> set[int]:
         """The rows that are no nodes."""
         last = self.parts.n_nodes
-        return set(self._row[last:].tolist())
+        return set(self.row_of[last:].tolist())
 
     def _list(self, layer: int, position: int, side: int) -> list[Component]:
         listed, no_nodes = [], self._aggregated
-        for row in self._reaching(layer, position).tolist():
+        for row in self.rows_reaching(layer, position).tolist():
             component = self._components[row]
             if row in no_nodes:
                 component = component._replace(checkpoint=layer, position=position)
@@ -134,7 +136,7 @@ class TranscoderQK(Scores):
         """The head's map is carried back to what the rows write: d_head gradients for any rows."""
         run, writes = self.parts.run, self._writes
         dtype = self.wide
-        eye = torch.eye(run.residual.shape[2], dtype=dtype, device=self._row.device)
+        eye = torch.eye(run.residual.shape[2], dtype=dtype, device=self.row_of.device)
         at = torch.full((len(eye),), position, device=eye.device)
         rows = self.heads.image(layer, eye, at, head, side).T  # (d_head, d_model), at the stream
         out = rows.new_zeros(len(self._components), len(rows))
@@ -148,7 +150,7 @@ class TranscoderQK(Scores):
                 out.index_add_(0, writes.source[i], images.to(dtype))
             if block:
                 g = self.parts.blocks.block(block - 1).vjp(g.to(run.residual.dtype))
-        return self._finished(out[self._reaching(layer, position)], layer, head, position, side)
+        return self._finished(out[self.rows_reaching(layer, position)], layer, head, position, side)
 
     def _finished(
         self, images: Float[Tensor, "n d_head"], layer: int, head: int, position: int, side: int
@@ -255,5 +257,5 @@ class _BlockImages:
             vectors = torch.cat([s.x[:, position - s.start] for s in here])
             place = torch.full_like(self.qk._first[0], -1)
             place[rows] = torch.arange(len(rows), device=rows.device)
-            self._vectors[position] = vectors[place[self.qk._reaching(self.layer, position)]]
+            self._vectors[position] = vectors[place[self.qk.rows_reaching(self.layer, position)]]
         return self._vectors[position]

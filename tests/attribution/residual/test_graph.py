@@ -320,7 +320,7 @@ def test_the_strongest_head_loadings_are_those_of_all(name: str, kind: str, tmp_
     for i, target in enumerate(targets):
         at, layer = graph.record.parts, int(found.layer[i])
         sources = at.tokens if layer == 0 else at.at(layer)
-        nodes = graph._nodes(sources)
+        nodes = graph.nodes_of(sources)
         known = [
             n for n in nodes.tolist() if n >= 0 and graph.positions[n] <= graph.positions[target]
         ]
@@ -364,11 +364,11 @@ def test_both_ways_of_weighing_give_the_same_edges(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of memory")
 def test_an_adjacency_takes_the_memory_of_what_is_written() -> None:
-    from circuit_tracer_qk.attribution.residual.influence import _zeros
+    from circuit_tracer_qk.attribution.residual.influence import unwritten_zeros
 
     n, process = 20_000, psutil.Process()
     before = process.memory_info().rss
-    adjacency = _zeros(n, torch.device("cpu"))  # 1.6 GB
+    adjacency = unwritten_zeros(n, torch.device("cpu"))  # 1.6 GB
     for row in range(0, n, 20):
         adjacency[row, row // 2 : row // 2 + 100] = 1.0
     assert process.memory_info().rss - before < 50e6
@@ -445,8 +445,8 @@ def test_threads_share_what_is_projected(case: Case) -> None:
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda q: (q, scores.top(1, 0, q, 5).values), [*expected] * 12))
     assert all(torch.equal(values, expected[q]) for q, values in found)
-    kept = sum(image.nbytes for image in scores._projected.values())
-    assert kept == scores._kept_bytes
+    kept = sum(image.nbytes for image in scores.projected.values())
+    assert kept == scores.kept_bytes
 
 
 def test_a_deep_crosscoder_comes_back_in_its_order(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_scores_are_sums_over_sources(tmp_path, record_error, name, kind):
     run, reference = qk.parts, case.reference
     worst = 0.0
     by_row: dict[int, list[int]] = {}
-    for source, row in enumerate(qk._row.tolist()):
+    for source, row in enumerate(qk.row_of.tolist()):
         by_row.setdefault(row, []).append(source)
     for layer, query, key in ((0, 5, 2), (1, 8, 8), (reference.n_layers - 1, 8, 3)):
         head = reference.n_heads - 1
@@ -67,7 +67,7 @@ def test_scores_are_sums_over_sources(tmp_path, record_error, name, kind):
         expected = float(case.run.scores[layer][head, query, key])
         worst = max(worst, abs(table.score - expected) / scale)
         worst = max(worst, abs(float(table.terms.double().sum()) - expected) / scale)
-        rows = qk._reaching(layer, query).tolist(), qk._reaching(layer, key).tolist()
+        rows = qk.rows_reaching(layer, query).tolist(), qk.rows_reaching(layer, key).tolist()
         assert len(table.query) == len(rows[0]) + qk.heads.has_constants(layer)
         for i in range(0, len(rows[0]), 7):  # some rows, by another way
             x = carried(case, run, by_row[rows[0][i]], layer)[query]
