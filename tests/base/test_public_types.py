@@ -20,7 +20,7 @@ MADE_BY_USERS = {"LiveGraphs"}  # their constructors are public calls; other cla
 def test_every_class_in_a_public_signature_is_public() -> None:
     hidden = {
         f"{found.__module__}.{found.__name__}, named by {where}"
-        for where, annotation, namespace in annotations()
+        for where, annotation, namespace in signatures()
         for found in classes(resolved(annotation, namespace))
         if found.__module__.split(".")[0] == PACKAGE and found.__name__ not in ctqk.__all__
     }
@@ -48,14 +48,14 @@ def test_type_checkers_see_the_names_that_are_loaded() -> None:
     }
     assert sorted(seen) == sorted(ctqk.__all__)
     for name, module in seen.items():
-        assert getattr(ctqk, name) is getattr(sys.modules[module], name)
+        assert getattr(ctqk, name) is getattr(sys.modules[str(module)], name)
 
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(ctqk.__file__).parent / "py.typed").is_file()
 
 
-def annotations() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def signatures() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Every annotation of a public call: where it stands, itself, what its names mean."""
     for name in ctqk.__all__:
         value = getattr(ctqk, name)
@@ -99,7 +99,7 @@ def of_function(where: str, function: Any) -> Iterator[tuple[str, Any, dict[str,
 
 def names_of(module: str) -> dict[str, Any]:
     """A module's names, those that only type checkers import among them."""
-    loaded = sys.modules[module]
+    loaded = sys.modules[str(module)]
     names = dict(vars(loaded))
     for node in ast.parse(inspect.getsource(loaded)).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -15,7 +15,7 @@ from helpers.cases import build
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.residual import influence
 from circuit_tracer_qk.attribution.residual.attribution import read
-from circuit_tracer_qk.attribution.residual.edges import runs_of
+from circuit_tracer_qk.attribution.residual.edges import PositionRun, runs_of
 from circuit_tracer_qk.attribution.residual.influence import Sweep
 from circuit_tracer_qk.base.threads import Crew, Scratch
 
@@ -209,7 +209,7 @@ def test_graphs_of_two_threads_are_those_of_one(
     seen: set[int] = set()
 
     class Watched(influence.BlockEdges):
-        def rows(self, targets: influence.Targets, runs: list[influence.Run]) -> torch.Tensor:
+        def rows(self, targets: influence.Targets, runs: list[PositionRun]) -> torch.Tensor:
             seen.add(get_ident())
             return super().rows(targets, runs)
 

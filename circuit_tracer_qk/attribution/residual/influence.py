@@ -297,7 +297,7 @@ class Sweep:
         left_out = self.n_features - n
         total = self.width - left_out + n_logits
         adjacency = unwritten_zeros(total, selected.device)
-        through_mlp = run.residual.newunwritten_zeros(n + n_logits, run.residual.shape[-1])
+        through_mlp = run.residual.new_zeros(n + n_logits, run.residual.shape[-1])
         extra = {
             kind: run.residual.new_zeros(n + n_logits, self.n_pos) for kind in (BIAS, POSITION)
         }
