@@ -125,9 +125,9 @@ def heads_text(total: Tensor, n: int = 3) -> str:
     return ", ".join(parts)
 
 
-def shapes(fields: Any) -> str:
-    """The ``repr`` of a named tuple of tensors: their shapes, and other values as they are."""
-    return f"{type(fields).__name__}({', '.join(_shapes(fields._asdict().items()))})"
+def shapes(self: Any) -> str:
+    """A method, the ``repr`` of a named tuple of tensors: shapes, and other values as they are."""
+    return f"{type(self).__name__}({', '.join(_shapes(self._asdict().items()))})"
 
 
 def _shapes(items: Iterable[tuple[str, Any]]) -> Iterable[str]:

@@ -20,7 +20,7 @@ MADE_BY_USERS = {"LiveGraphs"}  # their constructors are public calls; other cla
 def test_every_class_in_a_public_signature_is_public() -> None:
     hidden = {
         f"{found.__module__}.{found.__name__}, named by {where}"
-        for where, annotation, namespace in annotations()
+        for where, annotation, namespace in signatures()
         for found in classes(resolved(annotation, namespace))
         if found.__module__.split(".")[0] == PACKAGE and found.__name__ not in ctqk.__all__
     }
@@ -40,7 +40,7 @@ def test_type_checkers_see_the_names_that_are_loaded() -> None:
     """The imports for type checkers, the table of modules and ``__all__`` agree."""
     source = Path(ctqk.__file__).read_text(encoding="utf-8")
     seen = {
-        alias.name: node.module
+        alias.name: str(node.module)
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"{PACKAGE}.")
         for alias in node.names
@@ -55,7 +55,7 @@ def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(ctqk.__file__).parent / "py.typed").is_file()
 
 
-def annotations() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def signatures() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Every annotation of a public call: where it stands, itself, what its names mean."""
     for name in ctqk.__all__:
         value = getattr(ctqk, name)
