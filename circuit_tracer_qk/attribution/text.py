@@ -126,7 +126,7 @@ def heads_text(total: Tensor, n: int = 3) -> str:
 
 
 def shapes(self: Any) -> str:
-    """The ``repr`` of a named tuple of tensors: their shapes, and other values as they are."""
+    """A method, the ``repr`` of a named tuple of tensors: shapes, and other values as they are."""
     return f"{type(self).__name__}({', '.join(_shapes(self._asdict().items()))})"
 
 

@@ -40,7 +40,7 @@ def test_type_checkers_see_the_names_that_are_loaded() -> None:
     """The imports for type checkers, the table of modules and ``__all__`` agree."""
     source = Path(ctqk.__file__).read_text(encoding="utf-8")
     seen = {
-        alias.name: node.module
+        alias.name: str(node.module)
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"{PACKAGE}.")
         for alias in node.names

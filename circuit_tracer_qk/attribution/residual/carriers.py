@@ -90,17 +90,17 @@ def carriers(
         wanted = wanted & False
         wanted[node] = kept
     target, source = wanted.nonzero(as_tuple=True)
-    found = graph.edges(source, target)
-    weight = graph.adjacency_matrix[target, source].to(found.parts.total)[:, None]
-    through = influence[target, source].to(weight)[:, None] * found.parts.total / weight
+    edges = graph.edges(source, target)
+    weight = graph.adjacency_matrix[target, source].to(edges.parts.total)[:, None]
+    through = influence[target, source].to(weight)[:, None] * edges.parts.total / weight
     out = []
-    for layer in found.layer.unique().tolist():
-        mine = found.layer == layer
+    for layer in edges.layer.unique().tolist():
+        crossing = edges.layer == layer
         if layer < 0:  # a logit that reads its own checkpoint crosses no block
             continue
-        sizes, along = through[mine].abs().sum(0), through[mine].clamp(min=0).sum(0)
+        sizes, along = through[crossing].abs().sum(0), through[crossing].clamp(min=0).sum(0)
         # each pair of positions once
-        pairs = (found.query[mine] * graph.n_pos + found.key[mine]).unique()
+        pairs = (edges.query[crossing] * graph.n_pos + edges.key[crossing]).unique()
         pattern = graph.run.pattern[layer][:, pairs // graph.n_pos, pairs % graph.n_pos].sum(1)
         for head, size in enumerate(sizes.tolist()):
             if size > 0:
@@ -143,12 +143,12 @@ def select_heads(
         raise UserError(f"count is {count!r}: it must be a whole number from 1 on.")
     if share is not None and (not isinstance(share, int | float) or not 0 < share <= 1):
         raise UserError(f"share is {share!r}: it must be above 0 and at most 1.")
-    found = carriers(graph, query=query, key=key, node=node)
+    ranked = carriers(graph, query=query, key=key, node=node)
     if count is not None:
-        return [(c.layer, c.head) for c in found[:count]]
+        return [(c.layer, c.head) for c in ranked[:count]]
     chosen: list[Head] = []
-    left = (share or 0.0) * sum(c.influence for c in found) * (1 - 1e-9)
-    for carrier in found:
+    left = (share or 0.0) * sum(c.influence for c in ranked) * (1 - 1e-9)
+    for carrier in ranked:
         if left <= 0:
             break
         chosen.append((carrier.layer, carrier.head))

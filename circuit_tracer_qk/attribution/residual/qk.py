@@ -101,8 +101,8 @@ class QK(Scores):
         check_count(n)
         self.check(layer, head, query)
         keys = range(self.heads.block(layer).first_key(query), query + 1)
-        [(_, found)] = self._tops({(layer, head, query): list(keys)}, n)
-        return found
+        [(_, top)] = self._tops({(layer, head, query): list(keys)}, n)
+        return top
 
     def tops(
         self, places: Iterable[Sequence[int]], n: int = 50
@@ -132,12 +132,12 @@ class QK(Scores):
         """The same, for the keys of each (layer, head, query), all of a head's in a row."""
         sizes = {layer: self._sizes(layer) for layer, _, _ in by_query}
         # keys from few components to many, so that tables made at once are alike; what the device
-        # has to know of them is told in one go
-        told: list[tuple[int, int, int]] = []
+        # has to know of them goes there in one go
+        key_meta: list[tuple[int, int, int]] = []
         for (layer, _, _), keys in by_query.items():
             of = [(i, key, sizes[layer][key]) for i, key in enumerate(keys)]
-            told += sorted(of, key=itemgetter(2))
-        here = torch.tensor(told, device=self.heads.run.residual.device).view(-1, 3).T
+            key_meta += sorted(of, key=itemgetter(2))
+        here = torch.tensor(key_meta, device=self.heads.run.residual.device).view(-1, 3).T
         start = 0
         for (layer, head), queries in groupby(by_query, key=itemgetter(0, 1)):
             queries, group = list(queries), self.heads.block(layer).group(head)
@@ -148,15 +148,20 @@ class QK(Scores):
             for at in queries:
                 stop = start + len(by_query[at])
                 with exactly:
-                    mine = [of_key[key] for _, key, _ in told[start:stop]]
-                    found = self._top(at, mine, here[:, start:stop], n)
-                yield at, found._replace(keys=torch.tensor(by_query[at]))
+                    of_keys = [of_key[key] for _, key, _ in key_meta[start:stop]]
+                    top = self._top(at, of_keys, here[:, start:stop], n)
+                yield at, top._replace(keys=torch.tensor(by_query[at]))
                 start = stop
 
-    def _top(self, at: tuple[int, int, int], keys: list[Tensor], told: Tensor, n: int) -> TopTerms:
-        """One query's terms; ``told`` (3, n_keys): each key's row of the result, itself, its size."""
+    def _top(
+        self, at: tuple[int, int, int], keys: list[Tensor], key_meta: Tensor, n: int
+    ) -> TopTerms:
+        """One query's terms.
+
+        ``key_meta`` (3, n_keys) holds each key's row of the result, itself and its size.
+        """
         layer, head, query = at
-        to, key, size = told
+        to, key, size = key_meta
         q = self._images(layer, head, [query], side=QUERY)[0] / self.heads.block(layer).attn_scale
         values, index = _largest_terms(q, keys, to, size, n)
         scores = torch.empty_like(values[:, 0])
@@ -278,10 +283,10 @@ def _largest_terms(
         start = max(0, stop - max(1, BATCH_BYTES // (width * len(q) * q.element_size())))
         k = pad_sequence(keys[start:stop], batch_first=True)
         terms = (k.flatten(0, 1) @ q.T).view(stop - start, -1)
-        found, place = largest(terms, min(n, terms.shape[1]))
+        largest_values, place = largest(terms, min(n, terms.shape[1]))
         row, column = place % len(q), place // len(q)
-        real, at, m = column < size[start:stop, None], to[start:stop], found.shape[1]
-        values[at, :m] = found
+        real, at, m = column < size[start:stop, None], to[start:stop], largest_values.shape[1]
+        values[at, :m] = largest_values
         index[0, at, :m] = torch.where(real, row, -1)
         index[1, at, :m] = torch.where(real, column, -1)
         stop = start
