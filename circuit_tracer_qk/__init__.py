@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what ``_HOMES`` says, for type checkers
     from circuit_tracer_qk.attribution.batches import Batch, Terms
     from circuit_tracer_qk.attribution.component import Component
     from circuit_tracer_qk.attribution.graph import ExplainedGraph
+    from circuit_tracer_qk.attribution.links import Kept, Links
     from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
     from circuit_tracer_qk.attribution.residual.attribution import explain
     from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers, select_heads
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what ``_HOMES`` says, for type checkers
     from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph, explain_graph
     from circuit_tracer_qk.attribution.transcoder.qk import TranscoderQK
     from circuit_tracer_qk.base.errors import UserError
+    from circuit_tracer_qk.base.json_text import Encoded
     from circuit_tracer_qk.base.precision import tf32
     from circuit_tracer_qk.dictionaries.dictionary import Dictionary, Scaled, Units
     from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
@@ -43,7 +45,13 @@ if TYPE_CHECKING:  # what ``_HOMES`` says, for type checkers
     from circuit_tracer_qk.plugin.attribute import attribute
     from circuit_tracer_qk.plugin.enable import disable, enable
     from circuit_tracer_qk.plugin.live import LiveGraphs
-    from circuit_tracer_qk.steering.edits import HeadEdit, QKEdit, swap
+    from circuit_tracer_qk.steering.edits import (
+        HeadEdit,
+        QKEdit,
+        ResolvedHeadEdit,
+        ResolvedQKEdit,
+        swap,
+    )
     from circuit_tracer_qk.steering.head_curve import head_curve
     from circuit_tracer_qk.steering.options import SteeringOptions
     from circuit_tracer_qk.steering.resolve import Changed
@@ -62,6 +70,7 @@ _HOMES = {
     "attribution.batches": "Batch Terms",
     "attribution.component": "Component",
     "attribution.graph": "ExplainedGraph",
+    "attribution.links": "Kept Links",
     "attribution.qk": "Place QKRow QKTable Scores",
     "attribution.residual.attribution": "explain",
     "attribution.residual.carriers": "Carrier carriers select_heads",
@@ -73,6 +82,7 @@ _HOMES = {
     "attribution.transcoder.graph": "TranscoderGraph explain_graph",
     "attribution.transcoder.qk": "TranscoderQK",
     "base.errors": "UserError",
+    "base.json_text": "Encoded",
     "base.precision": "tf32",
     "dictionaries.dictionary": "Dictionary Scaled Units",
     "dictionaries.dictionary_set": "DictionarySet",
@@ -85,7 +95,7 @@ _HOMES = {
     "plugin.attribute": "attribute",
     "plugin.enable": "disable enable",
     "plugin.live": "LiveGraphs",
-    "steering.edits": "HeadEdit QKEdit swap",
+    "steering.edits": "HeadEdit QKEdit ResolvedHeadEdit ResolvedQKEdit swap",
     "steering.head_curve": "head_curve",
     "steering.options": "SteeringOptions",
     "steering.resolve": "Changed",
@@ -107,12 +117,15 @@ __all__ = [
     "Edge",
     "EdgeParts",
     "Effect",
+    "Encoded",
     "ExplainedGraph",
     "FrozenRun",
     "Generation",
     "HeadCurve",
     "HeadEdit",
     "HeadLoadings",
+    "Kept",
+    "Links",
     "Listing",
     "Live",
     "LiveGraphs",
@@ -125,6 +138,8 @@ __all__ = [
     "QKTable",
     "ResidualGraph",
     "ResidualModel",
+    "ResolvedHeadEdit",
+    "ResolvedQKEdit",
     "Scaled",
     "Scores",
     "Server",

@@ -381,21 +381,22 @@ class ResidualGraph(ExplainedGraph):
             listed, source = best.source >= 0, best.source.clamp_min(0)
             found.loading[mine], found.head[mine] = best.loading, best.head
             found.key[mine] = torch.where(listed, block.sources.position[source], -1)
-            found.source[mine] = torch.where(listed, self.nodes_of(block.sources)[source], -1)
+            found.source[mine] = torch.where(listed, nodes_of(self, block.sources)[source], -1)
             found.exact[mine], found.share[mine] = best.exact, best.share
             computed, of = computed + best.computed, of + best.of
         return found._replace(skipped=1 - computed / of if of else 0.0)
 
     # Node indices to what they stand for. Order: features, errors, tokens, logits.
 
-    def _starts(self) -> tuple[int, int, int, int]:
+    def first_indices(self) -> tuple[int, int, int, int]:
+        """The first node that is an error, a token, a logit, and no node at all."""
         n_errors = self.n_pos * self.record.heads.run.n_layers
         tokens = self.n_features + n_errors
         logits = tokens + self.n_pos
         return self.n_features, tokens, logits, logits + len(self.logit_targets)
 
     def _is_logit(self, node: Tensor) -> Tensor:
-        return node >= self._starts()[2]
+        return node >= self.first_indices()[2]
 
     def _has_component(self, node: Tensor, at: Tensor, read: Tensor) -> Tensor:
         """Whether source nodes standing at checkpoints ``at`` are components of ``read``.
@@ -407,20 +408,7 @@ class ResidualGraph(ExplainedGraph):
         has = [(a, r) in known if n < self.n_features else a == r for n, a, r in pairs]
         return torch.tensor(has, dtype=torch.bool, device=node.device)
 
-    def nodes_of(self, sources: Checkpoint) -> Tensor:
-        """(n_sources,) the node of every component of a checkpoint; -1 where it is none."""
-        features, tokens, _, _ = self._starts()
-        active = self.record.parts.features
-        of_feature = sources.node.new_full((len(active),), -1)
-        kept = self._feature(torch.arange(features, device=of_feature.device))
-        of_feature[kept] = torch.arange(features, device=of_feature.device)
-        slot = sources.checkpoint - (0 if self.record.resid_pre else 1)
-        nodes = torch.where(sources.kind == FEATURE, of_feature[sources.node], -1)
-        first_error = features + slot * self.n_pos
-        nodes = torch.where(sources.kind == ERROR, first_error + sources.position, nodes)
-        return torch.where(sources.kind == EMBEDDING, tokens + sources.position, nodes)
-
-    def _feature(self, node: Tensor) -> Tensor:
+    def active_rows(self, node: Tensor) -> Tensor:
         """Feature nodes to rows of the run's active features (checkpoint 0 has no nodes)."""
         active = self.record.parts.features.checkpoint
         skipped = int((active == 0).sum())
@@ -428,7 +416,7 @@ class ResidualGraph(ExplainedGraph):
 
     def _target_places(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """(checkpoint written at, position) of target nodes."""
-        features, _, logits, end = self._starts()
+        features, _, logits, end = self.first_indices()
         allowed = ((node >= 0) & (node < features)) | ((node >= logits) & (node < end))
         for bad in node[~allowed].tolist():
             raise UserError(
@@ -439,14 +427,14 @@ class ResidualGraph(ExplainedGraph):
         checkpoint = torch.full_like(node, run.n_layers)
         position = torch.full_like(node, run.n_pos - 1)
         feature = node < features
-        rows = self._feature(node[feature])
+        rows = self.active_rows(node[feature])
         checkpoint[feature] = self.record.parts.features.checkpoint[rows]
         position[feature] = self.record.parts.features.position[rows]
         return checkpoint, position
 
     def _source_places(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """(checkpoint stood at, position) of source nodes; for features the one they read."""
-        features, tokens, logits, _ = self._starts()
+        features, tokens, logits, _ = self.first_indices()
         for bad in node[(node < 0) | (node >= logits)].tolist():
             raise UserError(
                 f"node {bad} is no source: sources are features (0 to {features - 1}), errors and "
@@ -455,7 +443,7 @@ class ResidualGraph(ExplainedGraph):
         run, active = self.record.heads.run, self.record.parts.features
         checkpoint, position = torch.zeros_like(node), torch.zeros_like(node)
         feature = node < features
-        rows = self._feature(node[feature])
+        rows = self.active_rows(node[feature])
         checkpoint[feature], position[feature] = active.checkpoint[rows], active.position[rows]
         error = (node >= features) & (node < tokens)
         slot = (node[error] - features).div(run.n_pos, rounding_mode="floor")
@@ -467,13 +455,13 @@ class ResidualGraph(ExplainedGraph):
 
     def _source_vectors(self, node: Tensor, checkpoint: int) -> Tensor:
         """(n, d_model) vectors of source nodes at a checkpoint."""
-        features, tokens, _, _ = self._starts()
+        features, tokens, _, _ = self.first_indices()
         parts = self.record.parts
         _, position = self._source_places(node)
         out = parts.run.residual.new_zeros(len(node), parts.run.residual.shape[-1])
         feature, token = node < features, node >= tokens
         if bool(feature.any()):
-            out[feature] = parts.features.vectors(self._feature(node[feature]), checkpoint)
+            out[feature] = parts.features.vectors(self.active_rows(node[feature]), checkpoint)
         out[token] = parts.run.embedding[position[token]]
         error = ~feature & ~token
         if checkpoint in parts.errors and checkpoint > 0:
@@ -482,16 +470,30 @@ class ResidualGraph(ExplainedGraph):
 
     def _targets(self, node: Tensor) -> Targets:
         """Rows of target nodes."""
-        parts, (features, _, logits, _) = self.record.parts, self._starts()
+        parts, (features, _, logits, _) = self.record.parts, self.first_indices()
         checkpoint, position = self._target_places(node)
         y = parts.run.residual.new_zeros(len(node), parts.run.residual.shape[-1])
         feature = node < features
         for c in checkpoint[feature].unique().tolist():
             at = feature & (checkpoint == c)
-            y[at] = parts.features.vectors(self._feature(node[at]), c)
+            y[at] = parts.features.vectors(self.active_rows(node[at]), c)
         y[~feature] = self.record.logit_rows[node[~feature] - logits]
         row = torch.where(feature, node, node - logits + features)
         return Targets(position, y, self.record.target_pulls[row])
+
+
+def nodes_of(graph: ResidualGraph, sources: Checkpoint) -> Tensor:
+    """(n_sources,) the node of every component of a checkpoint; -1 where it is none."""
+    features, tokens, _, _ = graph.first_indices()
+    active = graph.record.parts.features
+    of_feature = sources.node.new_full((len(active),), -1)
+    kept = graph.active_rows(torch.arange(features, device=of_feature.device))
+    of_feature[kept] = torch.arange(features, device=of_feature.device)
+    slot = sources.checkpoint - (0 if graph.record.resid_pre else 1)
+    nodes = torch.where(sources.kind == FEATURE, of_feature[sources.node], -1)
+    first_error = features + slot * graph.n_pos
+    nodes = torch.where(sources.kind == ERROR, first_error + sources.position, nodes)
+    return torch.where(sources.kind == EMBEDDING, tokens + sources.position, nodes)
 
 
 def load_graph(path: str | Path, device: str | torch.device = "cpu") -> ResidualGraph:
