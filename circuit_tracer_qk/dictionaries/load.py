@@ -86,7 +86,9 @@ def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:
     if form is not None and form["format"] in LAYOUTS:
         layout, text = LAYOUTS[form["format"]], form["ref"]
     folder = Path(text).expanduser()
-    if layout is None and isinstance(ref, str) and not folder.exists():
+    # a demo's folder of graphs has a folder of examples with the bundled set's name
+    bundled = text in catalogue.MINIATURES and not (folder / "config.yaml").is_file()
+    if layout is None and isinstance(ref, str) and (bundled or not folder.exists()):
         entry = catalogue.find(text)
         if entry is not None:
             return _listed(entry, checkpoints)

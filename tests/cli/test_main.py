@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -62,10 +63,10 @@ def test_help_is_quick_and_loads_no_torch():
         "try: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(3):  # processor time: other tests run beside this one
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
+        times.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
     assert min(times) < 0.3
 
 

@@ -190,7 +190,10 @@ def test_a_file_without_prompts_and_one_without_good_ones(
     written(path, {"prompt": ""}, b"{")
     done = run("attribute", "--prompts", path, *flags)
     assert (done.status, done.out) == (cli.MISTAKE, "2 prompts: 0 done, 2 failed\n")
-    assert "line 1 failed: its prompt is empty" in done.err and "line 2 failed" in done.err
+    assert (
+        "line 1 failed: prompt should be a text of valid Unicode that is not empty" in done.err
+        and "line 2 failed" in done.err
+    )
     assert not loads and not (tmp_path / "g").exists()
 
 

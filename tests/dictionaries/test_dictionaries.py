@@ -16,10 +16,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries import catalogue
 from circuit_tracer_qk.dictionaries.dictionary import Dictionary
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
+from circuit_tracer_qk.dictionaries.native_writer import write_dictionaries
 
 D_DICT, D_MODEL = 6, 4
 
@@ -613,3 +615,16 @@ def test_real_dictionaries_explain_their_model(shared: Path, name: str):
         unexplained = (x - rebuilt).square().sum() / (x - x.mean(0)).square().sum()
         assert unexplained < 0.2
         assert 2 < (active[c] > 0).sum(-1).float().mean() < 16
+
+
+def test_the_miniature_is_found_beside_a_demos_folder_of_examples(tmp_path: Path, monkeypatch):
+    (tmp_path / "miniature-sae").mkdir()
+    (tmp_path / "miniature-sae" / "7.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert ctqk.load_model(device="cpu").scan == "miniature-sae"
+
+
+def test_a_converted_copy_of_the_miniatures_set_knows_its_model(tmp_path: Path):
+    write_dictionaries(ctqk.load_dictionaries("miniature-wcc"), tmp_path / "copy")
+    model = ctqk.load_model(dictionaries=tmp_path / "copy", device="cpu")
+    assert model.cfg.n_layers == 4 and model.scan == "miniature-wcc"

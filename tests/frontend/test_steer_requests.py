@@ -280,7 +280,9 @@ def test_no_model_in_memory(site, tmp_path):
 
 
 def test_a_graph_of_transcoders_and_models_of_other_graphs(graph, model):
-    transcoders = cast(Any, SimpleNamespace(kind="transcoder", input_tokens=[0]))
+    transcoders = cast(
+        Any, SimpleNamespace(kind="transcoder", writes_examples=False, input_tokens=[0])
+    )
     graphs = LiveGraphs({"plt": transcoders})
     with pytest.raises(UserError, match="steering is for residual graphs"):
         graphs.steer("plt", read_request(EDIT))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
-from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.host import graph as host
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 MINIATURE = ROOT / "miniature" / "model"
+MINIATURE_NAME = "circuit-tracer-qk/miniature"  # as configs of its dictionaries name it
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +114,12 @@ def load_model(
             )
         dictionaries = "miniature-sae"
     if not isinstance(dictionaries, DictionarySet):
-        builtin = str(dictionaries) in MINIATURES
         dictionaries = load_dictionaries(
             dictionaries, device=device, dtype=contraction_dtype(dtype), checkpoints=checkpoints
         )
-        model = model or (MINIATURE if builtin else None)
     model = model or dictionaries.model_name
+    if model == MINIATURE_NAME:
+        model = MINIATURE
     if model is None:
         raise UserError(
             "No model was named, and the dictionaries' config has no model_name: give one."
