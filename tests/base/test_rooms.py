@@ -135,7 +135,7 @@ def test_a_right_import_is_not() -> None:
     assert not wrong_arrows({"cli.main": "import circuit_tracer_qk as ctqk"})
 
 
-HEAVY = ("torch", "pydantic", "jaxtyping")
+HEAVY = ("torch", "transformers", "transformer_lens", "pydantic", "jaxtyping")
 
 
 def loaded_by(program: str) -> list[str]:
@@ -169,9 +169,10 @@ def command(*argv: str, is_error: bool = False) -> str:
         command("--help"),
         command("attribute", "--help"),
         command("start-server", "--graph_file_dir", "absent", is_error=True),
+        command("attribute", "-p", "x", "-t", "y", is_error=True),
         command("demo", "--no-such-flag", is_error=True),
     ],
-    ids=["import", "help", "help of a command", "user error", "wrong flag"],
+    ids=["import", "help", "help of a command", "no folder", "no output named", "wrong flag"],
 )
 def test_the_start_loads_nothing_heavy(program: str) -> None:
     assert not loaded_by(program)
