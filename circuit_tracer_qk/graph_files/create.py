@@ -168,11 +168,11 @@ def write_graph_files(
         document, names, attributions = _document(
             graph, metadata, edge_threshold, limits if qk else None
         )
-        data, sidecars = _encoded(document, attributions, path, max_file_bytes)
+        data, sidecars = encode_files(document, attributions, path, max_file_bytes)
     if graph.writes_examples:
         features = names.features.values()
         examples = write_features(graph, folder / scan_name, features, scan_name)
-    _write(path, data, sidecars)
+    replace_files(path, data, sidecars)
     # the local page finds the file by its name, also where Neuronpedia's slug differs
     return GraphFiles(
         path, [folder / name for name in sidecars], examples, document["metadata"] | {"slug": slug}
@@ -213,7 +213,7 @@ def _document(
     return document, names, select_tables(graph, links, nodes, names, limits)
 
 
-def _encoded(
+def encode_files(
     document: dict[str, Any], attributions: Attributions | None, path: Path, max_file_bytes: int
 ) -> tuple[bytes, dict[str, bytes]]:
     """The graph's file, and the sidecars of the tables that it has no room for.
@@ -232,7 +232,7 @@ def _encoded(
     return encode({**parts, "qk": divided.qk, "qk_only_nodes": outsiders}), divided.files
 
 
-def _write(path: Path, data: bytes, sidecars: dict[str, bytes]) -> None:
+def replace_files(path: Path, data: bytes, sidecars: dict[str, bytes]) -> None:
     """Put a graph's file and its sidecars in place of the old ones, all or none.
 
     Raises:

@@ -146,12 +146,12 @@ def made_graph(shape: Shape) -> ctqk.ResidualGraph:
 
 
 STAGES = {
-    "prune": "circuit-tracer's pruning, nodes",
-    "residual_links": "links with head loadings",
-    "attributions": "tables",
-    "_encoded": "JSON",
-    "write_features": "features' examples",
-    "_write": "to the disk",
+    "prune": (export, "circuit-tracer's pruning, nodes"),
+    "links": (ctqk.ResidualGraph, "links with head loadings"),
+    "select_tables": (export, "tables"),
+    "encode_files": (export, "JSON"),
+    "write_features": (export, "features' examples"),
+    "replace_files": (export, "to the disk"),
 }
 
 
@@ -159,7 +159,7 @@ STAGES = {
 def stages() -> Iterator[dict[str, list[float]]]:
     """Seconds of each stage of ``create_graph_files``, one entry a call."""
     seconds: dict[str, list[float]] = {name: [] for name in STAGES}
-    before = {name: getattr(export, name) for name in STAGES}
+    before = {name: getattr(home, name) for name, (home, _) in STAGES.items()}
 
     def watched(name: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -171,13 +171,13 @@ def stages() -> Iterator[dict[str, list[float]]]:
 
         return call
 
-    for name in STAGES:
-        setattr(export, name, watched(name))
+    for name, (home, _) in STAGES.items():
+        setattr(home, name, watched(name))
     try:
         yield seconds
     finally:
-        for name, function in before.items():
-            setattr(export, name, function)
+        for name, (home, _) in STAGES.items():
+            setattr(home, name, before[name])
 
 
 def measure_writing(
@@ -213,7 +213,7 @@ def measure_writing(
     tables = f"{len(qk['attributions']):,} tables in the file, {n_beside:,} in {len(beside)} others"
     limit = f"target: under {TARGET_WRITE:g} s"
     rows = [_row(f"write, {name}", whole, "s", f"{counted}; {limit}")]
-    rows += [Row(f"  {STAGES[stage]}", times, "s") for stage, times in seconds.items()]
+    rows += [Row(f"  {STAGES[stage][1]}", times, "s") for stage, times in seconds.items()]
     rows.append(_row("  the processor's time, of all threads", processor[-repeats:], "s"))
     rows += [
         _row(f"write, {name}: into an empty folder", [cold], "s", f"{features:,} features' files"),

@@ -320,7 +320,7 @@ def test_other_work_is_not_taken_for_this(
 ) -> None:
     """A work file of other texts or options starts over."""
     monkeypatch.setattr(feature_examples, "SAVED_EVERY", -1.0)
-    monkeypatch.setattr(feature_examples, "_records", _interrupted)
+    monkeypatch.setattr(feature_examples, "feature_records", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_features(model, TEXTS[:3], tmp_path)
     monkeypatch.undo()

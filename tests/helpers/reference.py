@@ -161,11 +161,11 @@ class Reference:
             k = torch.einsum("pd,gde->pge", n, block.W_K) + block.b_K
             run.tau_q.append(block.q_norm.denominator(q))
             run.tau_k.append(block.k_norm.denominator(k))
-            q = _rotate(block.q_norm(q, run.tau_q[-1]), positions, block.inv_freq)
-            k = _rotate(block.k_norm(k, run.tau_k[-1]), positions, block.inv_freq)
+            q = rotate(block.q_norm(q, run.tau_q[-1]), positions, block.inv_freq)
+            k = rotate(block.k_norm(k, run.tau_k[-1]), positions, block.inv_freq)
             k = k.repeat_interleave(self.n_heads // self.n_kv_heads, 1)
             run.scores.append(torch.einsum("qhe,khe->hqk", q, k) / self.attn_scale)
-            run.capped.append(_softcap(run.scores[-1], self.softcap))
+            run.capped.append(softcap(run.scores[-1], self.softcap))
             run.mask.append((distance >= 0) & (distance < (block.window or n_pos)))
             run.pattern.append(run.capped[-1].masked_fill(~run.mask[-1], -math.inf).softmax(-1))
             write = block.heads_write(n.expand(self.n_heads, -1, -1), run.pattern[-1])
@@ -178,7 +178,7 @@ class Reference:
             x = x + write + block.post2(mlp, run.post2[-1])
         run.residual.append(x)
         run.final = self.final_norm.denominator(x)
-        run.logits = _softcap(self.final_norm(x, run.final) @ self.W_U, self.final_softcap)
+        run.logits = softcap(self.final_norm(x, run.final) @ self.W_U, self.final_softcap)
         return run
 
     def q_vector(
@@ -203,7 +203,7 @@ class Reference:
         else:
             q = block.ln1.linear(u, run.ln1[layer][position]) @ block.W_Q[head]
         q = block.q_norm.linear(q, run.tau_q[layer][position, head])
-        return _rotate(q, torch.tensor(position), block.inv_freq)
+        return rotate(q, torch.tensor(position), block.inv_freq)
 
     def k_vector(
         self, run: Run, layer: int, head: int, position: int, u: Tensor, const: bool = False
@@ -216,7 +216,7 @@ class Reference:
         else:
             k = block.ln1.linear(u, run.ln1[layer][position]) @ block.W_K[group]
         k = block.k_norm.linear(k, run.tau_k[layer][position, group])
-        return _rotate(k, torch.tensor(position), block.inv_freq)
+        return rotate(k, torch.tensor(position), block.inv_freq)
 
     def block_frozen(self, run: Run, layer: int, x: Tensor) -> Tensor:
         """The block's output (P, d) as a function of its input x (P, d), differentiable.
@@ -391,7 +391,7 @@ def _inv_freq(width: int, base: float) -> Tensor:
     return base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
 
 
-def _rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     """Rotates x (..., e) in its first 2 * half dimensions, where i pairs with i + half."""
     half = len(inv_freq)
     angle = positions[..., None] * inv_freq
@@ -400,5 +400,5 @@ def _rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-def _softcap(x: Tensor, cap: float | None) -> Tensor:
+def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from helpers.reference import Block, Reference, Run, _rotate, _softcap
+from helpers.reference import Block, Reference, Run, rotate, softcap
 
 # (layer, head, "query" or "key") -> (P, d): what is added to the stream that side reads
 Moves = Mapping[tuple[int, int, str], Tensor]
@@ -72,7 +72,7 @@ def steered(
             else:
                 scores.append(product(x, dq, dk, False))
         raw = torch.stack(scores)
-        capped = _softcap(raw, reference.softcap)
+        capped = softcap(raw, reference.softcap)
         pattern = capped.masked_fill(~clean.mask[layer], -math.inf).softmax(-1)
         if keep is not None:
             free = [h for h in range(reference.n_heads) if h in moved or (layer, h) in outputs]
@@ -92,7 +92,7 @@ def steered(
         mlp = block.mlp(block.ln2(mid, block.ln2.denominator(mid)))
         x = x + write + block.post2(mlp, block.post2.denominator(mlp))
     final = reference.final_norm(x, reference.final_norm.denominator(x))
-    logits = _softcap(final @ reference.W_U, reference.final_softcap)
+    logits = softcap(final @ reference.W_U, reference.final_softcap)
     return result._replace(logits=logits)
 
 
@@ -106,4 +106,4 @@ def _vector(
     )[side]
     y = block.ln1(x, clean.ln1[layer] if fixed else block.ln1.denominator(x)) @ W[head] + b[head]
     y = norm(y, taus[layer][:, head] if fixed else norm.denominator(y))
-    return _rotate(y, torch.arange(len(x))[:, None][:, 0], block.inv_freq)
+    return rotate(y, torch.arange(len(x))[:, None][:, 0], block.inv_freq)

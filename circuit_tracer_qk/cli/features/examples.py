@@ -137,7 +137,7 @@ def build_features(
             total=total, desc="Describing features", leave=False, delay=2, disable=None
         ) as bar:
             for c, peaks in found.items():
-                for record in _records(model, corpus, c, peaks, examples, decode, logits):
+                for record in feature_records(model, corpus, c, peaks, examples, decode, logits):
                     yield c, record
                     bar.update(1)
 
@@ -254,7 +254,7 @@ def _other_labels(
     return {number: some for number, some in labels.items() if number not in mine}
 
 
-def _records(
+def feature_records(
     model: ResidualModel,
     corpus: Corpus,
     checkpoint: int,
