@@ -193,7 +193,7 @@ def _rotary(config: Any, rotary_dim: int, attn_types: list[str] | None) -> dict[
         where = " in a model with sliding windows" if mixed else ""
         raise UserError(
             f"rope_scaling of type {kind}{where} cannot be done exactly by the installed "
-            "TransformerLens; use a model with default, linear or llama3 rotary positions."
+            "TransformerLens; use a model with default, linear, llama3 or YaRN rotary positions."
         )
     absent = [key for key in ROPE_SCALINGS[kind] if key not in scaling]
     if absent:

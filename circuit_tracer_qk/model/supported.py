@@ -72,6 +72,6 @@ def _refuse(cfg: Any, reasons: dict[str, bool]) -> None:
         if holds:
             raise UserError(
                 f"{cfg.model_name} ({cfg.original_architecture}) has {reason}, which cannot be "
-                "attributed exactly: use a GPT-2, Pythia, Llama, Mistral, Qwen2, Qwen3, Gemma-2 or "
-                "Gemma-3 model."
+                "attributed exactly: use a GPT-2, Pythia, Llama, Mistral, Qwen2, Qwen3, Gemma, "
+                "Gemma-2 or Gemma-3 model."
             )

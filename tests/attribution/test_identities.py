@@ -1,4 +1,4 @@
-"""Every identity of method.md, sections 1 to 3, over every architecture.
+"""Every identity of attribution/README.md, sections 1 to 3, over every architecture.
 
 Each compares the package (TransformerLens, closed forms) with ``reference.py`` (Hugging Face
 weights, autograd) and ``random_dictionaries.decomposition`` (the files, position by position), in

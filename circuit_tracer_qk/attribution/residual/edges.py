@@ -259,8 +259,7 @@ class BlockEdges:
         """
         block, sources = self.heads.block(self.layer), self.sources
         pattern = self.heads.run.pattern[self.layer]
-        local = targets.y + targets.m
-        u = targets.y if block.parallel else local
+        local, u = targets.y + targets.m, at_write(block, targets)
         z = self.heads.output_path(self.layer, targets.positions).vjp(u).flatten(1)
         out = z.new_empty(len(z), len(self.vectors))
         for p, first, last in runs:
@@ -349,8 +348,9 @@ def edge_parts(
     """
     block = heads.block(layer)
     output = heads.output_path(layer, targets.positions)
-    z_total = output.vjp(at_write(block, targets))
-    z_direct = z_total if block.parallel else output.vjp(targets.y)
+    u = at_write(block, targets)
+    z_total = output.vjp(u)
+    z_direct = z_total if u is targets.y else output.vjp(targets.y)
     values = heads.value_path(layer, positions)(vectors)
     done: list[tuple[Tensor, ...]] = []
     for t, s in zip(target_row.split(chunk), source_row.split(chunk), strict=True):
