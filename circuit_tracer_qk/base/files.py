@@ -34,8 +34,8 @@ def remove_temporaries(folder: Path, names: Collection[str]) -> None:
     wanted = {name[:_NAME] for name in names}
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            found = _TEMPORARY.fullmatch(entry.name)
-            if found is None or found["name"] not in wanted:
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match is None or match["name"] not in wanted:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)

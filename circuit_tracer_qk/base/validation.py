@@ -37,6 +37,6 @@ def validate(model: type[Model], content: Mapping[str, Any], where: str = "") ->
     elif problem["type"] in ("extra_forbidden", "invalid_key"):
         message = f"{key} is unknown here: known are {', '.join(model.model_fields)}"
     else:
-        found = "nothing" if content.get(key) is None else f"{content[key]!r:.60}"
-        message = f"{key} should be {model.model_fields[key].description}, found {found}"
+        given = "nothing" if content.get(key) is None else f"{content[key]!r:.60}"
+        message = f"{key} should be {model.model_fields[key].description}, found {given}"
     raise UserError(f"{where}{message}")

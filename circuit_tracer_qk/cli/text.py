@@ -337,19 +337,19 @@ def _carried(residual: float, mlp: float, heads: Tensor, most: int = 3) -> str:
     return "  ".join(parts)
 
 
-def carrier_lines(found: Sequence[Carrier], title: str, top: int) -> list[str]:
+def carrier_lines(ranked: Sequence[Carrier], title: str, top: int) -> list[str]:
     """The heads that carried edges between two positions."""
-    if not found:
+    if not ranked:
         return [title, "  none: no edge joins these positions"]
     lines = [
         title,
         "  head    influence  attention  agrees   (agrees: part that has the sign of its edge)",
     ]
-    for c in found[:top]:
+    for c in ranked[:top]:
         name = f"L{c.layer}H{c.head}"
         line = f"  {name:6}  {percent(c.influence):>9}  {c.attention:9.3f}  {percent(c.along):>6}"
         lines.append(line)
-    rest = found[top:]
+    rest = ranked[top:]
     if rest:
         total = percent(sum(c.influence for c in rest))
         lines.append(f"  {'rest':6}  {total:>9}  {count(len(rest), 'head')}")
@@ -392,14 +392,14 @@ def story_lines(graph: ResidualGraph, decode: Callable[[int], str]) -> list[str]
     key = source_position(graph, influence)
     if key is None:
         return lines
-    found = carriers(graph, influence, query=last, key=key)
+    ranked = carriers(graph, influence, query=last, key=key)
     copied = tokens[key] == predicted[0][0]
     what = "name-copying heads: they" if copied else "heads that"
     title = (
         f"{what} carried {token_name(tokens, key)} to the last position, {last} {tokens[last]!r}"
     )
-    lines += ["", *carrier_lines(found, title, 6)]
-    for carrier in found[:2]:
+    lines += ["", *carrier_lines(ranked, title, 6)]
+    for carrier in ranked[:2]:
         table = graph.qk(carrier.layer, carrier.head, last, key)
         row = graph.qk_row(carrier.layer, carrier.head, last)
         looked = "why it looked there" if carrier.attention >= LOOKED else "it hardly looked there"

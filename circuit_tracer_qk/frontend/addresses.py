@@ -81,10 +81,10 @@ def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[An
         OSError: it has none.
     """
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except ValueError as error:  # it cannot even be written as a host name
         raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
-    family, _, _, _, address = found[0]
+    family, _, _, _, address = resolved[0]
     return family, address
 
 

@@ -95,16 +95,16 @@ class Handler(BaseHTTPRequestHandler):
     def _check_sender(self) -> None:
         """Refuse what another web page made a browser send."""
         hosts = self.headers.get_all("Host", [])
-        found = _AUTHORITY.fullmatch(hosts[0].strip().lower()) if len(hosts) == 1 else None
-        if found is None:
+        match = _AUTHORITY.fullmatch(hosts[0].strip().lower()) if len(hosts) == 1 else None
+        if match is None:
             raise Refusal(HTTPStatus.BAD_REQUEST, "the request needs one Host header.")
-        if not self.server.is_called(found[1]):
+        if not self.server.is_called(match[1]):
             raise Refusal(
                 HTTPStatus.FORBIDDEN,
-                f"this server does not go by the name {found[1]}: open {self.server.url}, or "
+                f"this server does not go by the name {match[1]}: open {self.server.url}, or "
                 "start it with this name as --host.",
             )
-        own = f"http://{found[0]}", f"https://{found[0]}"
+        own = f"http://{match[0]}", f"https://{match[0]}"
         if any(origin.strip().lower() not in own for origin in self.headers.get_all("Origin", [])):
             raise Refusal(HTTPStatus.FORBIDDEN, "requests of other web pages are refused.")
         foreign = self.headers.get("Sec-Fetch-Site", "").lower() == "cross-site"

@@ -196,8 +196,8 @@ def _script(name: str) -> str:
 
 def _attribute(tag: re.Match[str], name: str) -> str:
     """The value of a tag's attribute, empty without one."""
-    found = re.search(_ATTRIBUTE.format(name=name), tag["attributes"], re.I)
-    return next(filter(None, found.groups()), "").strip() if found else ""
+    match = re.search(_ATTRIBUTE.format(name=name), tag["attributes"], re.I)
+    return next(filter(None, match.groups()), "").strip() if match else ""
 
 
 def _is_external(address: str) -> bool:

@@ -112,8 +112,8 @@ def _place(text: str, key: str) -> slice | None:
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,:]*")
 
     def skip(at: int) -> int:
-        found = space.match(text, at)
-        return at if found is None else found.end()
+        match = space.match(text, at)
+        return at if match is None else match.end()
 
     at = skip(text.index("{") + 1)
     while text[at] == '"':

@@ -120,10 +120,10 @@ def part_of(content: Content, asked: str) -> Answer | None:
     Raises:
         Refusal: they lie beyond the file's end, or cannot be read.
     """
-    found = _RANGE.fullmatch(asked)
-    if found is None or content.file is None:
+    match = _RANGE.fullmatch(asked)
+    if match is None or content.file is None:
         return None
-    start, end = int(found[1]), min(int(found[2] or content.size), content.size - 1)
+    start, end = int(match[1]), min(int(match[2] or content.size), content.size - 1)
     if start > end:
         raise Refusal(
             HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,

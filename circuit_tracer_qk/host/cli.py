@@ -159,8 +159,8 @@ def assets() -> Path:
     """
     spec = find_spec("circuit_tracer")
     for folder in (spec and spec.submodule_search_locations) or ():
-        if (found := Path(folder, "frontend", "assets")).is_dir():
-            return found
+        if (folder_of_page := Path(folder, "frontend", "assets")).is_dir():
+            return folder_of_page
     raise UserError(
         "circuit-tracer is installed without its page (frontend/assets): install it again."
     )

@@ -313,7 +313,7 @@ def transcoder_nodes(model: Any, tokens: Tensor) -> TranscoderNodes:
     context = model.setup_attribution(tokens)
     matrix = context.activation_matrix.coalesce()
     layer, position = context.decoder_locations
-    found = TranscoderNodes(
+    nodes = TranscoderNodes(
         active=matrix.indices().T,
         encoders=context.encoder_vecs,
         decoders=context.decoder_vecs,
@@ -324,7 +324,7 @@ def transcoder_nodes(model: Any, tokens: Tensor) -> TranscoderNodes:
         tokens=context.token_vectors,
         activations=matrix.values(),
     )
-    return TranscoderNodes(*(part.to(tokens.device) for part in found))  # the host mixes devices
+    return TranscoderNodes(*(part.to(tokens.device) for part in nodes))  # the host mixes devices
 
 
 def transcoder_biases(model: Any) -> Tensor:

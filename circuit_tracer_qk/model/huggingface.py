@@ -218,10 +218,10 @@ def read_weights(source: Source, config: Any, dtype: torch.dtype) -> Any:
         raise source.failure("weights", error) from error
     if info["mismatched_keys"]:
         key = sorted(info["mismatched_keys"])[0]
-        found = _stored_shape(source, key)
+        stored = _stored_shape(source, key)
         raise UserError(
             f"The weight {key} of {source.title} should have shape "
-            f"{list(model.state_dict()[key].shape)} by its config.json, found {found}; the "
+            f"{list(model.state_dict()[key].shape)} by its config.json, found {stored}; the "
             "configuration and the weights do not belong together."
         )
     if info["missing_keys"]:

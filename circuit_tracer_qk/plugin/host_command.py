@@ -154,7 +154,7 @@ def load_replacement_model(model: str | None, transcoders: str, dtype: torch.dty
         UserError: either cannot be loaded, or no model is named.
     """
     with explaining(qk=False):
-        found, config = import_module(
+        loaded, config = import_module(
             FUNCTIONS["load_transcoder_from_hub"]
         ).load_transcoder_from_hub(transcoders, dtype=dtype)
         model = model or config.get("model_name")
@@ -163,5 +163,5 @@ def load_replacement_model(model: str | None, transcoders: str, dtype: torch.dty
         from circuit_tracer.replacement_model import ReplacementModel
 
         return ReplacementModel.from_pretrained_and_transcoders(
-            model_name=model, transcoders=found, dtype=dtype
+            model_name=model, transcoders=loaded, dtype=dtype
         )

@@ -57,10 +57,10 @@ def check_fvu(parts: Decomposition, dictionaries: DictionarySet, zero_positions:
     Warns:
         ReconstructionWarning: naming the checkpoint, its FVU and what would fit, if anything does.
     """
-    found = explained(parts, zero_positions)
-    shown = ", ".join(f"{c}: {value:.3f}" for c, value in found.items())
+    fvu_of = explained(parts, zero_positions)
+    shown = ", ".join(f"{c}: {value:.3f}" for c, value in fvu_of.items())
     log.info("FVU of %s on this prompt, by checkpoint: %s", dictionaries.scan, shown)
-    bad = {c: value for c, value in found.items() if value > 1}
+    bad = {c: value for c, value in fvu_of.items() if value > 1}
     if not bad:
         return
     worst = max(bad, key=lambda c: bad[c])

@@ -321,8 +321,8 @@ class ResidualGraph(ExplainedGraph):
                 same = (rows.positions[t] == positions[s]).to(vectors.dtype)
                 out.residual[mine] = same * (rows.y[t] * vectors[s]).sum(1)
                 continue
-            found = edge_parts(heads, block, rows, t, vectors, positions, s)
-            for whole, part in zip(out, found, strict=True):
+            parts_here = edge_parts(heads, block, rows, t, vectors, positions, s)
+            for whole, part in zip(out, parts_here, strict=True):
                 whole[mine] = part
         return EdgeParts(layer, query, key, out)
 
@@ -364,7 +364,7 @@ class ResidualGraph(ExplainedGraph):
             )
         layer = writes - 1
         empty = layer.new_full((len(target), n), -1)
-        found = StrongestLoadings(
+        listing = StrongestLoadings(
             layer,
             heads.run.residual.new_zeros(len(target), n),
             *(empty.clone() for _ in range(3)),
@@ -379,12 +379,12 @@ class ResidualGraph(ExplainedGraph):
             block, rows = BlockEdges(parts, heads, at), self._targets(target[mine])
             best = strongest(block, rows, runs_of(rows.positions.cpu()), n, budget)
             listed, source = best.source >= 0, best.source.clamp_min(0)
-            found.loading[mine], found.head[mine] = best.loading, best.head
-            found.key[mine] = torch.where(listed, block.sources.position[source], -1)
-            found.source[mine] = torch.where(listed, nodes_of(self, block.sources)[source], -1)
-            found.exact[mine], found.share[mine] = best.exact, best.share
+            listing.loading[mine], listing.head[mine] = best.loading, best.head
+            listing.key[mine] = torch.where(listed, block.sources.position[source], -1)
+            listing.source[mine] = torch.where(listed, nodes_of(self, block.sources)[source], -1)
+            listing.exact[mine], listing.share[mine] = best.exact, best.share
             computed, of = computed + best.computed, of + best.of
-        return found._replace(skipped=1 - computed / of if of else 0.0)
+        return listing._replace(skipped=1 - computed / of if of else 0.0)
 
     # Node indices to what they stand for. Order: features, errors, tokens, logits.
 
@@ -535,14 +535,14 @@ def _indices(nodes: Sequence[int] | Tensor) -> Tensor:
         UserError: they are not a list of whole numbers.
     """
     try:
-        found = torch.as_tensor(nodes)
+        indices = torch.as_tensor(nodes)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(())
-    if found.ndim == 1 and not len(found):
-        return found.long()
-    if found.ndim != 1 or found.dtype == torch.bool or found.is_floating_point():
+        indices = torch.empty(())
+    if indices.ndim == 1 and not len(indices):
+        return indices.long()
+    if indices.ndim != 1 or indices.dtype == torch.bool or indices.is_floating_point():
         raise UserError(f"{nodes} are no targets: give a list of node indices, whole numbers.")
-    return found.long()
+    return indices.long()
 
 
 def _fingerprint(graph: ResidualGraph) -> list[int]:

@@ -148,9 +148,9 @@ def load_model(
 def _device(device: str | torch.device | None) -> torch.device:
     """The device named, if it is there; else cuda, else cpu."""
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=found)
+        named = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=named)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the device {device} cannot be used here ({reason}): use cpu.") from error
-    return found
+    return named

@@ -119,14 +119,14 @@ def strongest(
             real = source < starts[k + 1][:, None]
             source = source.clamp_max(n_sources - 1)
             values = block.values[source, group[h][:, None]]  # (n_pairs, width, d_head)
-            found = torch.bmm(values, mine[:, h].permute(1, 2, 0)) * weight[h, k][:, None, None]
-            found = found.masked_fill(~real[..., None], 0).flatten(0, 1).T  # (n_mine, ...)
+            loading = torch.bmm(values, mine[:, h].permute(1, 2, 0)) * weight[h, k][:, None, None]
+            loading = loading.masked_fill(~real[..., None], 0).flatten(0, 1).T  # (n_mine, ...)
             codes = (h[:, None] * n_sources + source).flatten().expand(len(mine), -1)
-            total += found.abs().sum(1)
+            total += loading.abs().sum(1)
             computed += int(real.sum()) * len(mine)
-            found, codes = torch.cat([best, found], 1), torch.cat([code, codes], 1)
-            at = found.abs().topk(n, dim=1).indices
-            best, code = found.gather(1, at), codes.gather(1, at)
+            loading, codes = torch.cat([best, loading], 1), torch.cat([code, codes], 1)
+            at = loading.abs().topk(n, dim=1).indices
+            best, code = loading.gather(1, at), codes.gather(1, at)
         of += sources.starts[p + 1] * n_heads * len(mine)
         left = torch.where(waiting, reach, 0).amax(1) * size  # (n_mine, n_heads)
         out.exact[rows] = SLACK * left.amax(1) <= best[:, -1].abs().clamp_min(TINY)

@@ -228,7 +228,7 @@ def split_edges(
     position, first = (_by_source(writes, values) for values in (writes.position, writes.layer))
     width = n_heads * d_head * run.residual.element_size()
 
-    found: list[Pairs] = []
+    pairs: list[Pairs] = []
     causal = position[source] <= reads.position[target]  # all else is zero
     order = target[causal].unique()
     order = order[reads.position[order].argsort(stable=True)]
@@ -253,15 +253,15 @@ def split_edges(
                 at = edges[row[of_group] >= 0]
                 t = local[target[at]]
                 these = _Edges(at, row[source[at]], t, group.layer[t], group.position[t])
-                found += _sweep(blocks, chosen, group, back, free, these, out, listing)
+                pairs += _sweep(blocks, chosen, group, back, free, these, out, listing)
                 bar.update(len(at))
     if listing is None:
         return out
     empty = zeros(0, listing.pairs)
     none = source.new_zeros(0)
     nowhere = source.new_zeros(0, listing.pairs)
-    found.append(Pairs(none, none, none, nowhere, nowhere, empty))
-    return out._replace(pairs=Pairs(*map(torch.cat, zip(*found, strict=True))))
+    pairs.append(Pairs(none, none, none, nowhere, nowhere, empty))
+    return out._replace(pairs=Pairs(*map(torch.cat, zip(*pairs, strict=True))))
 
 
 def _by_source(writes: Writes, values: Int[Tensor, " n"]) -> Int[Tensor, " n_sources"]:
@@ -288,7 +288,7 @@ def _sweep(
     # nothing flows before the first source, and nothing after the last target is read
     x = run.residual.new_zeros(n_sources, end - start, d_model)
     here = edges.only(edges.target_position == position[edges.source])
-    found: list[Pairs] = []
+    pairs: list[Pairs] = []
 
     def write(layer: int) -> None:
         now = writes.layer == layer
@@ -317,14 +317,14 @@ def _sweep(
             out.last[crossing.at, layer] = _last(meeting, crossing)
             if listing is not None:
                 row, head = _largest(through, listing)
-                found.append(_pairs(meeting, crossing, row, head, position, listing.pairs))
+                pairs.append(_pairs(meeting, crossing, row, head, position, listing.pairs))
         reading = edges.only((edges.target_layer == layer) & (first[edges.source] < layer))
         out.weight[reading.at] = _read(carried.mid, reads, reading, start)
         x[:begun] = carried.out
         write(layer)
     reading = edges.only(edges.target_layer == run.n_layers)
     out.weight[reading.at] = _read(x, reads, reading, start)
-    return found
+    return pairs
 
 
 def _through(meeting: _Meeting, edges: _Edges) -> Float[Tensor, "n n_heads"]:
@@ -419,8 +419,8 @@ def _dots(
     for some, others in zip(i.split(chunk), j.split(chunk), strict=True):
         product = a[some] * b[others]
         pieces.append(product.unflatten(1, (parts or 1, -1)).sum(2))
-    found = torch.cat(pieces) if pieces else a.new_zeros(0, parts or 1)
-    return found if parts else found[:, 0]
+    products = torch.cat(pieces) if pieces else a.new_zeros(0, parts or 1)
+    return products if parts else products[:, 0]
 
 
 def _read(

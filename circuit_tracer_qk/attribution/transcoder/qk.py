@@ -77,11 +77,11 @@ class TranscoderQK(Scores):
         """By row: the first block that it is written before, and the first position."""
         writes, run = self._writes, self.parts.run
         n_rows = int(self.row_of.max()) + 1
-        found = []
+        firsts = []
         for values, far in ((writes.layer + 1, run.n_layers + 1), (writes.position, run.n_pos)):
             first = torch.full((n_rows,), far, device=values.device)
-            found.append(first.scatter_reduce_(0, writes.source, values, "amin"))
-        return found[0], found[1]
+            firsts.append(first.scatter_reduce_(0, writes.source, values, "amin"))
+        return firsts[0], firsts[1]
 
     def rows_reaching(self, layer: int, position: int) -> Int[Tensor, " n"]:
         """The rows that may reach a block at a position."""

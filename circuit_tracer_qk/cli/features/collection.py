@@ -87,13 +87,13 @@ class Peaks:
         self.value[rising] = value.cpu()
         rank, row, column = rank.cpu(), row.cpu(), column.cpu()
         rows = torch.arange(len(rising), device="cpu")[:, None]
-        for known, found in (
+        for known, new in (
             (self.chunk, chunk + first_chunk),
             (self.position, position),
             (self.acts, windows),
         ):
             ranked = known[rising][rows, rank.clamp(max=k - 1)]
-            ranked[row, column] = found.to("cpu", known.dtype)
+            ranked[row, column] = new.to("cpu", known.dtype)
             known[rising] = ranked
 
 
@@ -168,9 +168,9 @@ def collect(
     fingerprint = fingerprint_of(model, corpus, checkpoints, k)
     for torn in progress.parent.glob(f".{progress.name}.*.tmp"):  # of a run that was killed
         torn.unlink(missing_ok=True)
-    found, done = _resumed(progress, fingerprint)
+    peaks_of, done = _resumed(progress, fingerprint)
     for c in checkpoints:
-        found.setdefault(c, Peaks.none(len(known[c].b_enc), k))
+        peaks_of.setdefault(c, Peaks.none(len(known[c].b_enc), k))
     batches = corpus.batches()
     bar = tqdm(batches, "Reading the corpus", initial=done, leave=False, delay=2, disable=None)
     for i, numbers in enumerate(batches[done:], done):
@@ -178,12 +178,12 @@ def collect(
         for c in checkpoints:
             x = streams[c]
             acts = known[c].encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
-            found[c].add(acts * counted[..., None], numbers.start)
+            peaks_of[c].add(acts * counted[..., None], numbers.start)
         bar.update(1)
         if i + 1 == len(batches) or save_when(i + 1):  # what follows takes its time too
-            write_atomically(progress, _packed(found, fingerprint, i + 1))
+            write_atomically(progress, _packed(peaks_of, fingerprint, i + 1))
     bar.close()
-    return found
+    return peaks_of
 
 
 def read_streams(
@@ -242,10 +242,10 @@ def _spread(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _packed(found: dict[int, Peaks], fingerprint: str, done: int) -> bytes:
+def _packed(peaks_of: dict[int, Peaks], fingerprint: str, done: int) -> bytes:
     tensors = {
         f"{c}.{name}": tensor.contiguous()
-        for c, peaks in found.items()
+        for c, peaks in peaks_of.items()
         for name, tensor in vars(peaks).items()
     }
     return save(tensors, {"fingerprint": fingerprint, "done": str(done)})

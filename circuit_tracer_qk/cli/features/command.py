@@ -116,10 +116,10 @@ def read_texts(path: Path) -> list[str]:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
     kind = path.suffix.lower()
     if kind == ".json":
-        found = _parsed(path, content)
-        if not isinstance(found, list):
+        items = _parsed(path, content)
+        if not isinstance(items, list):
             raise UserError(f"{path} should be a list of strings.")
-        texts = [_text(path, f"item {i}", item) for i, item in enumerate(found, 1)]
+        texts = [_text(path, f"item {i}", item) for i, item in enumerate(items, 1)]
     elif kind == ".jsonl":
         texts = [
             _text(path, f"line {i}", _parsed(path, line, f"line {i}"))

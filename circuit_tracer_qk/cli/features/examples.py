@@ -127,23 +127,23 @@ def build_features(
         last = time.monotonic() if late else last
         return late
 
-    found = collect(model, corpus, every, 2 * examples, progress, save_when)
+    peaks_of = collect(model, corpus, every, 2 * examples, progress, save_when)
     tokenizer = host.decoder(model.tokenizer, model.cfg.d_vocab)
     decode = cache(lambda token: tokenizer.decode(token))
-    total = sum(len(peaks.count) for peaks in found.values())
+    total = sum(len(peaks.count) for peaks in peaks_of.values())
 
     def described() -> Iterator[tuple[int, dict[str, Any]]]:
         with tqdm(
             total=total, desc="Describing features", leave=False, delay=2, disable=None
         ) as bar:
-            for c, peaks in found.items():
+            for c, peaks in peaks_of.items():
                 for record in feature_records(model, corpus, c, peaks, examples, decode, logits):
                     yield c, record
                     bar.update(1)
 
     _write(target, model.dictionaries, described(), every)
     progress.unlink(missing_ok=True)
-    alive = sum(int((peaks.count > 0).sum()) for peaks in found.values())
+    alive = sum(int((peaks.count > 0).sum()) for peaks in peaks_of.values())
     return Built(target, total, alive, corpus.n_positions(model.zero_positions))
 
 
@@ -320,15 +320,17 @@ def _windows(corpus: Corpus, peaks: Peaks, some: slice) -> Iterator[list[Window]
     """The windows of some features, strongest first."""
     fields = (peaks.value, peaks.chunk, peaks.position, peaks.acts)
     for values, chunks, positions, acts in zip(*(f[some].tolist() for f in fields), strict=True):
-        found = []
+        windows = []
         for value, chunk, position, around in zip(values, chunks, positions, acts, strict=True):
             if not value:
                 break
             first = max(position - BEFORE, 0)
             ids = corpus.chunks[chunk][first : position + AFTER + 1].tolist()
             skipped = first - (position - BEFORE)  # what lies before the chunk
-            found.append(Window(value, ids, around[skipped : skipped + len(ids)], position - first))
-        yield found
+            windows.append(
+                Window(value, ids, around[skipped : skipped + len(ids)], position - first)
+            )
+        yield windows
 
 
 def _examples(

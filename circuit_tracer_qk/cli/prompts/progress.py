@@ -105,9 +105,9 @@ class Marks:
                 if not files:
                     return None
                 for name, size in files.items():
-                    found = self._size(folder / name)
+                    size_now = self._size(folder / name)
                     page = folder == self.pages and name == f"{request.slug}.json"
-                    if found != size and not (page and _ends_with(folder / name, *mark["tail"])):
+                    if size_now != size and not (page and _ends_with(folder / name, *mark["tail"])):
                         return None
             return mark["listed"] or {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -194,16 +194,16 @@ def _files_of(ref: str, outputs: list[Path]) -> list[Any]:
     else:
         return []
     root = root.resolve()
-    found = [*_stamps(root, outputs)]
+    stamps = [*_stamps(root, outputs)]
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         model = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))["model_name"]
         if Path(model).is_dir():  # the model that is taken where none is named
-            found += _stamps(Path(model).resolve(), outputs)
-    return found
+            stamps += _stamps(Path(model).resolve(), outputs)
+    return stamps
 
 
 def _stamps(root: Path, outputs: list[Path]) -> list[tuple[str, int, int]]:
-    found = []
+    stamps = []
     for folder, below, names in os.walk(root):
         here = Path(folder)
         below[:] = sorted(
@@ -219,5 +219,5 @@ def _stamps(root: Path, outputs: list[Path]) -> list[tuple[str, int, int]]:
                 with contextlib.suppress(OSError):
                     stat = (here / name).stat()
                     path = (here / name).relative_to(root).as_posix()
-                    found.append((path, stat.st_size, stat.st_mtime_ns))
-    return found
+                    stamps.append((path, stat.st_size, stat.st_mtime_ns))
+    return stamps
