@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from circuit_tracer_qk.attribution.transcoder.graph import (
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host.patching import (
-    FUNCTIONS,
+    entry_point,
     graph_files_arguments,
     load_local_transcoders,
     replace,
@@ -154,14 +153,10 @@ def load_replacement_model(model: str | None, transcoders: str, dtype: torch.dty
         UserError: either cannot be loaded, or no model is named.
     """
     with explaining(qk=False):
-        loaded, config = import_module(
-            FUNCTIONS["load_transcoder_from_hub"]
-        ).load_transcoder_from_hub(transcoders, dtype=dtype)
+        loaded, config = entry_point("load_transcoder_from_hub")(transcoders, dtype=dtype)
         model = model or config.get("model_name")
         if not model:
             raise UserError("-m/--model is missing: the transcoders' config names no model_name.")
-        from circuit_tracer.replacement_model import ReplacementModel
-
-        return ReplacementModel.from_pretrained_and_transcoders(
+        return entry_point("from_pretrained_and_transcoders")(
             model_name=model, transcoders=loaded, dtype=dtype
         )

@@ -176,3 +176,12 @@ def command(*argv: str, is_error: bool = False) -> str:
 )
 def test_the_start_loads_nothing_heavy(program: str) -> None:
     assert not loaded_by(program)
+
+
+def test_circuit_tracer_is_touched_in_the_host_room_alone() -> None:
+    for path in FOLDER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "circuit_tracer" for name in names):
+                assert path.parent.name == "host", path
