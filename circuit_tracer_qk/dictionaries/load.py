@@ -164,10 +164,10 @@ def _refuse_halves(files: Files) -> None:
                     f"{file} ({other.name})"
                     for other in LAYOUTS.values()
                     for file in other.files
-                    if name in other.files and joined(folder, file) not in files.names
+                    if name in other.files and folder not in files.folders_with([file])
                 ]
                 raise UserError(
-                    f"{joined(files.title, folder)} has {name}, and {' or '.join(lacks)} is missing "
+                    f"{joined(files.title, folder).rstrip('/')} has {name}, and {' or '.join(lacks)} is missing "
                     "beside it: fetch it again."
                 )
 
@@ -184,7 +184,7 @@ def _refuse_gaps(files: Files, layout: Layout, folders: list[str]) -> None:
     for name in layout.files:
         for folder in files.folders_with([name]):
             if _shape(folder) in alike and folder not in folders and folder not in whole:
-                lacks = [f for f in layout.files if joined(folder, f) not in files.names]
+                lacks = [f for f in layout.files if folder not in files.folders_with([f])]
                 raise UserError(
                     f"{joined(joined(files.title, folder), lacks[0])} is missing: fetch it again."
                 )

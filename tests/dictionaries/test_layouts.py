@@ -42,6 +42,8 @@ from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.dictionaries import files as dictionary_files
 from circuit_tracer_qk.dictionaries import tensors as weight_files
 from circuit_tracer_qk.dictionaries.dictionary import Dictionary, Units
+from circuit_tracer_qk.dictionaries.layouts.gemma_scope_2 import CROSSCODER
+from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.dictionaries.native_writer import write_dictionaries
 
 
@@ -884,3 +886,14 @@ def test_text_is_no_truth_value(tmp_path: Path) -> None:
     path = write_sae_lens(tmp_path, 0, apply_b_dec_to_input="false")
     with pytest.raises(ctqk.UserError, match="apply_b_dec_to_input should be true or false"):
         ctqk.load_dictionaries(path)
+
+
+def test_a_missing_file_is_named_where_a_layout_has_patterns(tmp_path: Path) -> None:
+    """What is there by a pattern is not called missing."""
+    config, params = CROSSCODER.files
+    (tmp_path / params.replace("*", "0")).write_bytes(b"")
+    with pytest.raises(ctqk.UserError) as refusal:
+        load_dictionaries(tmp_path)
+    message = str(refusal.value)
+    assert f"{config} (gemma-scope-2-crosscoder) is missing" in message
+    assert f"{tmp_path} has" in message and f"{params} (gemma-scope-2-crosscoder)" not in message
