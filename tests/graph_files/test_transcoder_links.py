@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import circuit_tracer
@@ -240,8 +241,12 @@ def test_refusals(tmp_path: Path):
     changed.adjacency_matrix = graph.adjacency_matrix * 1.01
     with pytest.raises(ctqk.UserError, match="other edges than circuit-tracer"):
         ctqk.explain_graph(changed, model)
+    backend = SimpleNamespace(transcoders=[], blocks=[torch.nn.Linear(2, 2)])  # Hugging Face's
+    for no_model in (object(), backend):
+        with pytest.raises(ctqk.UserError, match="no replacement model"):
+            ctqk.explain_graph(graph, no_model)
     with pytest.raises(ctqk.UserError, match="no replacement model"):
-        ctqk.explain_graph(graph, object())
+        ctqk.attribute(prompt_ids("llama", 9), backend)
     with pytest.raises(ctqk.UserError, match="is no source"):
         graph.split([len(graph.adjacency_matrix) - 1], [0])
     with pytest.raises(ctqk.UserError, match="is no target"):

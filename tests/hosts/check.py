@@ -146,6 +146,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="the folder that holds circuit_tracer/")
     tree = parser.parse_args().folder.resolve()
+    if not (tree / "circuit_tracer").is_dir():
+        parser.error(f"{tree} has no circuit_tracer")
     sys.path[:0] = [str(tree), str(TESTS), str(TESTS.parent)]
     import circuit_tracer
 

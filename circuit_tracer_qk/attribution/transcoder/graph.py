@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from circuit_tracer_qk.attribution.batches import Batch, one_by_one
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
@@ -140,7 +141,8 @@ def check_model(model: Any) -> None:
     Raises:
         UserError: the reason and the way out.
     """
-    if not hasattr(model, "transcoders") or not hasattr(model, "blocks"):
+    # circuit-tracer's other backends have transcoders too, and blocks of Hugging Face's modules
+    if not hasattr(model, "transcoders") or not isinstance(model, HookedTransformer):
         raise UserError(
             f"{type(model).__name__} is no replacement model of circuit-tracer's TransformerLens "
             'backend: load it with backend="transformerlens" to explain its heads.'

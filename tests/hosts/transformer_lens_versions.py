@@ -1,6 +1,6 @@
 """The tests of models, identities, dictionaries and steering under several TransformerLens.
 
-    python tests/hosts/transformer_lens.py [VERSION ...]      # default: 2.16.1 and 3.2.1
+    python tests/hosts/transformer_lens_versions.py [VERSION ...]      # default: 2.16.1 and 3.2.1
 
 Each version is installed into a temporary folder, without its dependencies, in front of this
 environment's; everything else stays. TransformerLens before 3 has one rotary base, so that Gemma-3
