@@ -208,7 +208,11 @@ def _write(
                 with zipfile.ZipFile(archive) as old:
                     for name in old.namelist():
                         stem = Path(name).stem
-                        if stem.isdecimal() and indexed_feature(int(stem))[0] not in checkpoints:
+                        if (
+                            stem.isascii()
+                            and stem.isdigit()
+                            and indexed_feature(int(stem))[0] not in checkpoints
+                        ):
                             out.writestr(_entry(name), old.read(name))
             for c, record in described:
                 number = str(dictionaries.entries.get(c, c - 1))
