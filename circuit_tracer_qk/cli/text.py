@@ -167,17 +167,17 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
     values = (table.query_marginal, table.key_marginal)[side].tolist()
     columns = column_values(components, (table.terms, table.terms.T)[side])
     order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
-    own, other = ("query", "key") if side == 0 else ("key", "query")
-    own_position = (table.query_position, table.key_position)[side]
+    here, there = ("query", "key") if side == 0 else ("key", "query")
+    position = (table.query_position, table.key_position)[side]
 
     def came_from(i: int) -> bool:  # of a transcoder graph, carried by attention
-        return components[i].position != own_position
+        return components[i].position != position
 
     many = [i for i in order if components[i].kind == "feature" or came_from(i)]
     left_out = set(many[top:])
     noun = "feature" if all(components[i].kind == "feature" for i in left_out) else "component"
     lines = [
-        f"{own} side: what each component at the {own} adds (all components at the {other} summed)",
+        f"{here} side: what each component at the {here} adds (all components at the {there} summed)",
         "       value   share  kind       feature   "
         + "".join(f"{name:>{_column_width(name)}}  " for name in columns)
         + "label",
