@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import circuit_tracer_qk.attribution.shown as _shown
 from circuit_tracer_qk.base.package import __version__ as __version__
 
 if TYPE_CHECKING:  # what ``_HOMES`` says, for type checkers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # what ``_HOMES`` says, for type checkers
     )
     from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
     from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
+    from circuit_tracer_qk.attribution.shown import ShownGraph
     from circuit_tracer_qk.attribution.transcoder.cuts import Listing, Pairs, Splits
     from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph, explain_graph
     from circuit_tracer_qk.attribution.transcoder.qk import TranscoderQK
@@ -78,6 +80,7 @@ _HOMES = {
     "attribution.residual.graph": "Edge HeadLoadings ResidualGraph StrongestLoadings load_graph",
     "attribution.residual.model": "ResidualModel load_model",
     "attribution.residual.qk": "QK TopTerms",
+    "attribution.shown": "ShownGraph",
     "attribution.transcoder.cuts": "Listing Pairs Splits",
     "attribution.transcoder.graph": "TranscoderGraph explain_graph",
     "attribution.transcoder.qk": "TranscoderQK",
@@ -143,6 +146,7 @@ __all__ = [
     "Scaled",
     "Scores",
     "Server",
+    "ShownGraph",
     "Splits",
     "Spread",
     "SteerRequest",
@@ -181,6 +185,13 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
+
+
+def _show(*args: Any, **options: Any) -> ShownGraph:
+    return import_module(f"{__name__}.plugin.show").show(*args, **options)
+
+
+_shown.opener = _show
 
 
 def __dir__() -> list[str]:

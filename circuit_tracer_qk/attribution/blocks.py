@@ -48,4 +48,6 @@ def _kinds(components: Sequence[Sequence[Component]], width: int) -> Tensor:
     """(n_tables, width, n_kinds): one at each component's kind, zero beyond the components."""
     codes = [[_CODE[c.kind] for c in side] for side in components]
     padded = [side + [len(KINDS)] * (width - len(side)) for side in codes]
-    return one_hot(torch.tensor(padded), len(KINDS) + 1)[:, :, : len(KINDS)].double()
+    return one_hot(torch.tensor(padded, dtype=torch.long), len(KINDS) + 1)[
+        :, :, : len(KINDS)
+    ].double()

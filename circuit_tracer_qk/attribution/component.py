@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from circuit_tracer_qk.base.feature_names import checkpoint_name, feature_name
+from circuit_tracer_qk.base.one_line import one_line
 
 KINDS = ("feature", "bias", "error", "embedding", "position")
 FEATURE, BIAS, ERROR, EMBEDDING, POSITION = range(5)
+LABEL_WIDTH = 40
 
 
 class Component(NamedTuple):
@@ -42,7 +44,7 @@ class Component(NamedTuple):
     def __repr__(self) -> str:
         parts = [self.name, f"@{self.position}"]
         if self.label not in ("", self.kind):
-            parts.append(f'"{self.label}"')
+            parts.append(f'"{one_line(self.label, LABEL_WIDTH)}"')
         if self.activation is not None:
             parts.append(f"{self.activation:.4g}")
         return f"Component({' '.join(parts)})"

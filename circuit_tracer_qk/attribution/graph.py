@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.attribution import shown
 from circuit_tracer_qk.attribution.batches import Batch
 from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
 from circuit_tracer_qk.attribution.text import summarize_graph
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import FrozenRun
 
@@ -156,6 +159,41 @@ class ExplainedGraph(host.Graph, ABC):
         """
         row = self.qk_row(layer, head, query)
         return self.qk(layer, head, query, key).plot(row, self.token_strings, n)
+
+    def show(
+        self,
+        data_dir: str | Path | None = None,
+        slug: str = "graph",
+        *,
+        model: Any = None,
+        height: int = shown.HEIGHT,
+    ) -> shown.ShownGraph:
+        """The graph's page, served from this process until it ends or the page is stopped.
+
+        A notebook shows the page in a frame; elsewhere its address is printed. The browser must
+        run on this machine, or reach the port by a tunnel. While the page is served it answers
+        for any head and any pair of positions, and the graph stays in memory.
+
+        Args:
+            data_dir: where the graph's files are written; a temporary folder if left out.
+            slug: names the graph's file.
+            model: what made a residual graph; with it the page can steer.
+            height: of the frame, in pixels.
+
+        Returns:
+            The page, with ``url`` and ``stop()``. A second call with the same folder, slug and
+            model gives the page that runs.
+
+        Raises:
+            UserError: the folder or slug cannot be used, or the model did not make the graph.
+
+        >>> page = graph.show()  # doctest: +ELLIPSIS
+        http://127.0.0.1:.../index.html?slug=graph
+        >>> page.stop()
+        """
+        if shown.opener is None:
+            raise UserError("graphs are shown by the whole package: import circuit_tracer_qk.")
+        return shown.opener(self, data_dir, slug, model=model, height=height)
 
     def __repr__(self) -> str:
         return summarize_graph(self).text()

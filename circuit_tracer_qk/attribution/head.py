@@ -11,6 +11,8 @@ from circuit_tracer_qk.base.errors import UserError
 Head = tuple[int, int]
 """(layer, head)."""
 
+_NAME = re.compile(r"\s*L([0-9]{1,9})H([0-9]{1,9})\s*", re.ASCII | re.IGNORECASE)
+
 HeadLike = Head | str
 """A head as ``(4, 0)`` or ``"L4H0"``."""
 
@@ -33,7 +35,7 @@ def parse_head(head: Any) -> Head:
     >>> parse_head("L4H0")
     (4, 0)
     """
-    if isinstance(head, str) and (match := re.fullmatch(r"[Ll](\d+)[Hh](\d+)", head.strip())):
+    if isinstance(head, str) and (match := _NAME.fullmatch(head)):
         return int(match[1]), int(match[2])
     if not isinstance(head, str):
         try:

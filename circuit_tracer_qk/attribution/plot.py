@@ -36,9 +36,11 @@ def plot_table(
         The figure, closed for pyplot: ``figure.savefig(...)`` writes it, a notebook shows it.
 
     Raises:
-        UserError: matplotlib is not installed, or ``n`` is below one.
+        UserError: matplotlib is not installed, ``n`` is below one, the table has no terms, or the
+            row or the tokens are not the table's.
     """
     check_count(n)
+    _check(table, row, tokens)
     try:
         from matplotlib import pyplot
     except ImportError as error:
@@ -62,6 +64,23 @@ def plot_table(
     _draw_marginal(figure.add_subplot(grid[-1, 1]), terms.sum(0), key.texts, "key")
     _draw_terms(figure.add_subplot(grid[-1, 2]), terms, query.names, key.names)
     return figure
+
+
+def _check(table: QKTable, row: QKRow | None, tokens: Sequence[str] | None) -> None:
+    """Refuse a table without terms, and a row or tokens that are not the table's."""
+    if not table.terms.numel():
+        raise UserError("the table has no terms, so there is nothing to draw.")
+    query = table.query_position
+    if row is not None and len(row.pattern) != query + 1:
+        raise UserError(
+            f"the row is that of query {len(row.pattern) - 1}, and the table's query is {query}: "
+            f"give graph.qk_row({table.layer}, {table.head}, {query})."
+        )
+    if tokens is not None and len(tokens) <= query:
+        raise UserError(
+            f"there are {len(tokens)} tokens, and the table's query stands at position {query}: "
+            "give one a position, graph.token_strings."
+        )
 
 
 class _Leading(NamedTuple):

@@ -149,7 +149,8 @@ class QKTable:
             A matplotlib figure, closed for pyplot: a notebook shows it, ``savefig`` writes it.
 
         Raises:
-            UserError: matplotlib is not installed, or ``n`` is below one.
+            UserError: matplotlib is not installed, ``n`` is below one, the table has no terms, or
+                the row or the tokens are not the table's.
 
         >>> graph.qk(1, 2, 14, 6).plot().savefig(f"{tmp}/table.png")
         """

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.component import Component
+from circuit_tracer_qk.attribution.component import LABEL_WIDTH, Component
 from circuit_tracer_qk.base.feature_names import feature_name
+from circuit_tracer_qk.base.one_line import one_line
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution.graph import ExplainedGraph
     from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 
 TOP_TERMS = 8
-LABEL_WIDTH = 40
 PROMPT_WIDTH = 88
 
 
@@ -45,7 +45,7 @@ class Summary(NamedTuple):
 def component_name(component: Component) -> str:
     """``L0/61``, or what a component that is no feature is called."""
     if component.feature is None:
-        return component.label or component.kind
+        return one_line(component.label, LABEL_WIDTH) or component.kind
     return feature_name(component.checkpoint, component.feature)
 
 
@@ -56,13 +56,7 @@ def component_text(component: Component, position: int) -> str:
         name += f" at {component.position}"
     if component.feature is not None and component.label:
         name += f" {component.label}"
-    return shortened(name, LABEL_WIDTH)
-
-
-def shortened(text: str, width: int) -> str:
-    """A text on one line, at most ``width`` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 2] + ".."
+    return one_line(name, LABEL_WIDTH)
 
 
 def summarize_table(table: QKTable, n: int = TOP_TERMS) -> Summary:
@@ -108,7 +102,7 @@ def summarize_graph(graph: ExplainedGraph) -> Summary:
     return Summary(
         f"{type(graph).__name__} ({graph.kind}) of {graph.n_pos} tokens",
         [
-            ("prompt", shortened(repr("".join(graph.token_strings)), PROMPT_WIDTH)),
+            ("prompt", one_line(repr("".join(graph.token_strings)), PROMPT_WIDTH)),
             ("features", f"{features} of {active} active ones"),
             ("edges", f"{edges} between {len(graph.adjacency_matrix)} nodes"),
             ("logits", f"{len(graph.logit_targets)}: {likeliest}"),

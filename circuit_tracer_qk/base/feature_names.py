@@ -3,6 +3,8 @@
     L0/61     feature 61 of node layer 0, as in circuit-tracer's node ids: checkpoint 1
     in/61     feature 61 of checkpoint 0, which has no node layer
 
+The case of the letters does not matter (``l0/61`` and ``IN/61`` are read too), and numbers are
+written with the digits 0 to 9: those of other scripts, full-width or circled ones are refused.
 A node's layer is its checkpoint minus one, whether a set was trained at ``resid_post`` of that
 layer or at ``resid_pre`` of the next; the block whose input a checkpoint is has the checkpoint's
 own number.
@@ -14,7 +16,9 @@ import re
 
 from circuit_tracer_qk.base.errors import UserError
 
-_NAME = re.compile(r"\s*(?:(in)|[Ll](\d{1,9})(attn|mlp)?)/(\d{1,9})\s*")
+_NAME = re.compile(
+    r"\s*(?:(in)|L([0-9]{1,9})(attn|mlp)?)/([0-9]{1,9})\s*", re.ASCII | re.IGNORECASE
+)
 
 
 def checkpoint_name(checkpoint: int) -> str:

@@ -82,13 +82,13 @@ class _Exactly(ContextDecorator):
     def __init__(self) -> None:
         self._lock, self._depth = RLock(), 0
         self._before: _Switches | None = None
-        self._mine = local()
+        self._thread = local()
 
     def __enter__(self) -> None:
-        if not hasattr(self._mine, "entries"):
-            self._mine.entries = []
+        if not hasattr(self._thread, "entries"):
+            self._thread.entries = []
         counts = not _ASKED.get()
-        self._mine.entries.append(counts)
+        self._thread.entries.append(counts)
         if not counts:
             return
         with self._lock:
@@ -100,7 +100,7 @@ class _Exactly(ContextDecorator):
             self._depth += 1
 
     def __exit__(self, *error: object) -> None:
-        if not self._mine.entries.pop():
+        if not self._thread.entries.pop():
             return
         with self._lock:
             self._depth -= 1

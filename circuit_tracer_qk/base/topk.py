@@ -31,11 +31,11 @@ def largest(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
     even = GROUP * n_groups
     grouped = rows[:, :even].unflatten(1, (GROUP, n_groups))  # columns: maxima are contiguous
     groups = grouped.abs().amax(1).topk(n, dim=1, sorted=False).indices
-    some = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1)).flatten(1)
+    candidates = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1)).flatten(1)
     steps = n_groups * torch.arange(GROUP, device=rows.device)
     where = (groups[:, None] + steps[:, None]).flatten(1)
     if even < rows.shape[1]:  # the few that fill no group
         tail = torch.arange(even, rows.shape[1], device=rows.device).expand(len(rows), -1)
-        some, where = torch.cat([some, rows[:, even:]], 1), torch.cat([where, tail], 1)
-    at = some.abs().topk(n, dim=1).indices
-    return some.gather(1, at), where.gather(1, at)
+        candidates, where = torch.cat([candidates, rows[:, even:]], 1), torch.cat([where, tail], 1)
+    at = candidates.abs().topk(n, dim=1).indices
+    return candidates.gather(1, at), where.gather(1, at)

@@ -35,11 +35,17 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     """``--dtype``, which every command that loads a model takes."""
     parser.add_argument(
         "--dtype",
+        type=dtype_name,
         choices=DTYPE_NAMES,
         default="float32",
         metavar="DTYPE",
         help=f"of the weights: {', '.join(DTYPE_NAMES)} (default: float32)",
     )
+
+
+def dtype_name(name: str) -> str:
+    """torch's name of a dtype, whose short names circuit-tracer takes too."""
+    return DTYPES.get(name, name)
 
 
 def add_dictionaries(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if action.dest == "dtype" and action.choices is not None:
             parser.set_defaults(host_dtypes=tuple(action.choices))
             more = [name for name in arguments.DTYPE_NAMES if name not in action.choices]
-            action.choices = [*action.choices, *more]
+            action.type, action.choices = arguments.dtype_name, [*action.choices, *more]
     arguments.add_dictionaries(parser)
     parser.add_argument(
         "--qk",

@@ -47,8 +47,10 @@ def run(args: argparse.Namespace) -> None:
 
         next_free_port(args.port, args.host)
         check_page()
+    from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
+
     dictionaries = SETS.get(args.dictionaries) or args.dictionaries
-    model = load_model(args, dictionaries)
+    model = load_model(args, MINIATURES[dictionaries])  # itself, whatever the current folder holds
     with silence_stdout():
         graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)
 

@@ -11,7 +11,6 @@ import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.cli.arguments import DEMO_PROMPT, check_prompt
 from circuit_tracer_qk.cli.output import silence_stdout
-from circuit_tracer_qk.host.cli import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +23,11 @@ def torch_dtype(name: str) -> torch.dtype:
     """The dtype that ``--dtype`` names."""
     import torch
 
-    return getattr(torch, DTYPES.get(name, name))
+    return getattr(torch, name)
 
 
 def load_model(
-    args: argparse.Namespace, ref: str | None = None, checkpoints: Sequence[int] | None = None
+    args: argparse.Namespace, ref: Path | None = None, checkpoints: Sequence[int] | None = None
 ) -> ResidualModel:
     """The model of ``-m``, ``-d`` and ``--dtype``.
 
@@ -58,7 +57,7 @@ def load_prompt_and_model(
     if prompt is None:
         raise UserError("-p/--prompt is missing: give the prompt to explain.")
     check_prompt(prompt)
-    return prompt, load_model(args, args.dictionaries or "miniature-sae", checkpoints)
+    return prompt, load_model(args, checkpoints=checkpoints)
 
 
 def check_graph(path: Path) -> None:
@@ -76,7 +75,6 @@ def explain_saved_graph(args: argparse.Namespace, path: Path) -> TranscoderGraph
         raise UserError(
             "-t/--transcoder_set is missing: name the transcoders that the graph was made with."
         )
-    check_graph(path)
     try:
         stock = host.load_graph(path)
     except Exception as error:  # a damaged pickle raises nearly anything

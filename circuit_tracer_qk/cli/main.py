@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.one_line import one_line
 from circuit_tracer_qk.cli import (
     attribute,
     augment,
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {one_line(str(error))}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.cli import arguments
-from circuit_tracer_qk.cli.loading import explain_saved_graph, load_prompt_and_model
+from circuit_tracer_qk.cli.loading import check_graph, explain_saved_graph, load_prompt_and_model
 from circuit_tracer_qk.cli.output import show, silence_stdout
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ DESCRIPTION = (
     "Without model and dictionaries: the bundled miniature."
 )
 EPILOG = f"example: {arguments.PROGRAM} qk graph.pt --head L3H5:q14:k6"
-HEAD = re.compile(r"(?:L(\d+)H)?(\d+)(?::q(-?\d+))?(?::k(-?\d+))?", re.IGNORECASE)
+HEAD = re.compile(
+    r"(?:L([0-9]{1,9})H)?([0-9]{1,9})(?::q(-?[0-9]{1,9}))?(?::k(-?[0-9]{1,9}))?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 "a saved graph has its own model and prompt: leave out -m, -d and -p, and --dtype."
             )
+        check_graph(Path(args.graph))
     scores, tokens = _scores_of_prompt(args, layer) if args.graph is None else _saved_scores(args)
 
     from circuit_tracer_qk.cli import text

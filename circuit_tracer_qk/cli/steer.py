@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -227,5 +228,5 @@ def _lines(
 
 def _token(text: str) -> str | int:
     """A token as it was typed: a number in angle brackets is an id."""
-    inner = text[1:-1]
-    return int(inner) if text.startswith("<") and text.endswith(">") and inner.isdigit() else text
+    match = re.fullmatch("<([0-9]{1,9})>", text)
+    return int(match[1]) if match else text

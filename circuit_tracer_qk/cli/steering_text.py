@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from circuit_tracer_qk.attribution.head import head_name
-from circuit_tracer_qk.cli.text import WIDTH, cut, cut_line, token_name, wrap
+from circuit_tracer_qk.base.one_line import one_line
+from circuit_tracer_qk.cli.text import WIDTH, cut_line, token_name, wrap
 from circuit_tracer_qk.steering.edits import QKEdit
 from circuit_tracer_qk.steering.resolve import Changed
 from circuit_tracer_qk.steering.results import Effect, Generation, Spread, SteeredRun, Swept
@@ -27,7 +28,7 @@ def change_lines(run: SteeredRun, label: Label) -> list[str]:
     for (side, c), heads in list(groups.items())[:MOST_CHANGES]:
         shown, amount = c.name, f"x {c.after:g}"
         if not isinstance(c.component, str):
-            shown = f"{c.name} {label(c.checkpoint, c.component)}".strip()
+            shown = one_line(f"{c.name} {label(c.checkpoint, c.component)}", WIDTH)
             amount = f"{c.before:.4g} -> {c.after:.4g}"
             both_forms[f"{c.name} (checkpoint {c.checkpoint}, feature {c.component})"] = None
         at = token_name(run.token_strings, c.position)
@@ -52,7 +53,7 @@ def effect_lines(run: SteeredRun, tokens: Sequence[int]) -> list[str]:
         effect = run.effect(i)
         change = effect.after - effect.before
         lines.append(
-            f"  {cut(repr(run.token_text(i)), 16):16}  {effect.before:.4f}    {effect.after:.4f}   "
+            f"  {one_line(repr(run.token_text(i)), 16):16}  {effect.before:.4f}    {effect.after:.4f}   "
             f"{change:+.4f}   {_spread(effect.features):20}  {_spread(effect.heads)}".rstrip()
         )
     effect = run.effect(tokens[0])
@@ -88,7 +89,7 @@ def attention_lines(run: SteeredRun) -> list[str]:
         before, after = run.clean.patterns[head][last], run.patterns[head][last]
         moved = (after - before).abs().topk(min(3, last + 1)).indices.tolist()
         cells = [
-            f"{cut(token_name(run.token_strings, k), 20)}: {before[k]:.3f} -> {after[k]:.3f}"
+            f"{one_line(token_name(run.token_strings, k), 20)}: {before[k]:.3f} -> {after[k]:.3f}"
             for k in moved
             if float((after - before)[k].abs()) > 5e-4
         ]

@@ -15,6 +15,7 @@ from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.feature_names import checkpoint_name, feature_name
+from circuit_tracer_qk.base.one_line import one_line
 from circuit_tracer_qk.cli.highlights import (
     StrongEdge,
     predictions,
@@ -44,12 +45,6 @@ TRANSCODER_FOOTNOTE = [
 
 
 # Words and columns --------------------------------------------------------------------------------
-
-
-def cut(text: str, width: int) -> str:
-    """``text`` on one line, at most ``width`` columns."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: max(width - 2, 0)] + ".."
 
 
 def wrap(cells: Iterable[str], indent: str = "  ", gap: str = "  ") -> list[str]:
@@ -172,17 +167,17 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
     values = (table.query_marginal, table.key_marginal)[side].tolist()
     columns = column_values(components, (table.terms, table.terms.T)[side])
     order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
-    own, other = ("query", "key") if side == 0 else ("key", "query")
-    own_position = (table.query_position, table.key_position)[side]
+    here, there = ("query", "key") if side == 0 else ("key", "query")
+    position = (table.query_position, table.key_position)[side]
 
     def came_from(i: int) -> bool:  # of a transcoder graph, carried by attention
-        return components[i].position != own_position
+        return components[i].position != position
 
     many = [i for i in order if components[i].kind == "feature" or came_from(i)]
     left_out = set(many[top:])
     noun = "feature" if all(components[i].kind == "feature" for i in left_out) else "component"
     lines = [
-        f"{own} side: what each component at the {own} adds (all components at the {other} summed)",
+        f"{here} side: what each component at the {here} adds (all components at the {there} summed)",
         "       value   share  kind       feature   "
         + "".join(f"{name:>{_column_width(name)}}  " for name in columns)
         + "label",
@@ -198,7 +193,7 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
             number = numbers[i]
             text = "" if number is None else f"{number:.3f}"
             line += f"  {text:>{_column_width(column)}}"
-        label = c.label if c.label != c.kind else ""
+        label = one_line(c.label, WIDTH) if c.label != c.kind else ""
         came = f"from {c.position}  " if came_from(i) else ""
         lines.append(cut_line(f"{line}  {came}{label}"))
     if left_out:
@@ -225,7 +220,8 @@ def pair_lines(table: QKTable, top: int) -> list[str]:
     ]
     for query, key, value in terms:
         left = component_name(query, table.query_position)
-        names = f"{cut(left, 37):37}  {cut(component_name(key, table.key_position), 37)}"
+        right = component_name(key, table.key_position)
+        names = f"{one_line(left, 37):37}  {one_line(right, 37)}"
         lines.append(f"  {value:+10.3f}  {share(value)}  {names}".rstrip())
     rest = float(table.terms.sum()) - sum(value for *_, value in terms)
     if n > len(terms):
@@ -322,7 +318,7 @@ def edge_lines(graph: ResidualGraph, edges: Sequence[StrongEdge], title: str) ->
         block = "-" if edge.layer is None else f"L{edge.layer}"
         names = f"{node_name(graph, source)} -> {node_name(graph, target)}"
         line = f"  {percent(influence):>9}  {edge.weight:+8.3f}  {block:>5}  "
-        lines.append(line + cut(names, WIDTH - len(line)))
+        lines.append(line + one_line(names, WIDTH - len(line)))
         lines.append(" " * 11 + "= " + _carried(edge.residual, edge.mlp, edge.heads.total))
     return lines
 

@@ -135,7 +135,7 @@ def joined(folder: str, name: str) -> str:
 def natural(text: str) -> list[tuple[int, str]]:
     """A key that sorts layer_2 before layer_10."""
     parts = re.split(r"([0-9]+)", text)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in parts]
 
 
 def _matching(title: str, names: Iterable[str], pattern: str | None) -> tuple[str, ...]:

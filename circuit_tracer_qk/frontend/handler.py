@@ -104,8 +104,10 @@ class Handler(BaseHTTPRequestHandler):
                 f"this server does not go by the name {match[1]}: open {self.server.url}, or "
                 "start it with this name as --host.",
             )
-        own = f"http://{match[0]}", f"https://{match[0]}"
-        if any(origin.strip().lower() not in own for origin in self.headers.get_all("Origin", [])):
+        same_site = f"http://{match[0]}", f"https://{match[0]}"
+        if any(
+            origin.strip().lower() not in same_site for origin in self.headers.get_all("Origin", [])
+        ):
             raise Refusal(HTTPStatus.FORBIDDEN, "requests of other web pages are refused.")
         foreign = self.headers.get("Sec-Fetch-Site", "").lower() == "cross-site"
         if foreign and self.headers.get("Sec-Fetch-Mode", "").lower() != "navigate":

@@ -39,9 +39,9 @@ PANEL_SCRIPTS = (
 """The panel's scripts, in the order in which they are loaded."""
 
 LOCAL_SCRIPTS = {
-    r"d3(\.v\d+)?(\.min)?\.js": "lib/d3.min.js",
+    r"d3(\.v[0-9]+)?(\.min)?\.js": "lib/d3.min.js",
     r"(d3-)?jetpack[\w.-]*\.js": "jetpack.js",
-    r"dagre([._-]?v?[\d.]+)?(\.min)?\.js": "lib/dagre.min.js",
+    r"dagre([._-]?v?[0-9.]+)?(\.min)?\.js": "lib/dagre.min.js",
     r"pako[\w.-]*\.js": "lib/pako.min.js",
     r"hotserver-client-ws\.js|npy[\w.-]*\.js": None,  # reloading on edits, a format not in use
 }

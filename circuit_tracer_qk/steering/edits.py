@@ -134,7 +134,7 @@ class QKEdit:
         heads, features = _heads(self.heads), _features(self.features)
         positions = _positions(self.positions)
         checkpoint = None if self.checkpoint is None else _whole("checkpoint", self.checkpoint)
-        components = _components(features, checkpoint)
+        components = _components(features, checkpoint, heads)
         if self.side not in SIDES:
             raise UserError(f"an edit's side is {self.side!r}: it must be 'query' or 'key'.")
         if (self.factor is None) == (self.inject is None):
@@ -304,7 +304,7 @@ def _features(features: Any) -> tuple[int | str, ...]:
 
 
 def _components(
-    features: tuple[int | str, ...], checkpoint: int | None
+    features: tuple[int | str, ...], checkpoint: int | None, heads: tuple[Head, ...]
 ) -> tuple[tuple[int, int | str], ...]:
     """(checkpoint, feature index or kind) of what an edit names, each once."""
     components: list[tuple[int, int | str]] = []
@@ -318,9 +318,15 @@ def _components(
                 )
             components.append((read, number))
         elif checkpoint is None:
+            layer = heads[0][0]
             raise UserError(
-                f"an edit of {feature!r} lacks checkpoint: give it, or name features by checkpoint "
-                "and index at once, such as L0/61."
+                f"an edit of {feature!r} lacks checkpoint: "
+                + (
+                    f"write checkpoint={layer}, the layer of its heads (one edit for each layer)."
+                    if isinstance(feature, str)
+                    else "write it too, such as checkpoint=1, or give the feature by its name, "
+                    f"which is L0/{feature} at checkpoint 1."
+                )
             )
         else:
             components.append((checkpoint, feature))

@@ -14,7 +14,10 @@ from circuit_tracer_qk.steering.edits import Edit, HeadEdit, QKEdit
 
 KEYS = ("side", "heads", "checkpoint", "features", "positions", "factor", "inject")
 EXAMPLE = "side=key heads=L1H2,L1H7 features=L0/61,L0/177 positions=6 factor=0"
-_CHOICE = re.compile(r"(\d+|\d+(?:\.\d+)?%)@(?:q(-?\d+))?:?(?:k(-?\d+))?", re.IGNORECASE)
+_CHOICE = re.compile(
+    r"([0-9]{1,9}|[0-9]{1,9}(?:\.[0-9]+)?%)@(?:q(-?[0-9]{1,9}))?:?(?:k(-?[0-9]{1,9}))?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 class HeadChoice(NamedTuple):
@@ -149,4 +152,4 @@ def _chosen(text: str, choose: ChooseHeads) -> list[Any]:
 
 
 def _whole_or_text(text: str) -> int | str:
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+    return int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text

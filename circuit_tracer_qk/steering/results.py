@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.head import Head, head_name
+from circuit_tracer_qk.attribution.head import Head, HeadLike, head_name, parse_head
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.steering.edits import Edit
 from circuit_tracer_qk.steering.hooks import Pass
@@ -31,8 +32,8 @@ class SteeredRun:
         options: how it was run; ``freeze`` and ``norms`` are its own.
         token_strings: the prompt's tokens.
         logits: (d_vocab,) of the last position.
-        patterns: head -> (n_pos, n_pos) attention; rows are queries. Any head can be asked for;
-            iterating gives the steered ones.
+        patterns: head -> (n_pos, n_pos) attention; rows are queries. Any head can be asked for, as
+            ``(1, 2)`` or ``"L1H2"``; iterating gives the steered ones.
         scores: head -> (n_pos, n_pos) scores before soft-cap and mask, likewise.
         clean: the run without the intervention; itself in the clean run.
         controls: the same intervention on other features of the same positions.
@@ -140,26 +141,40 @@ class SteeredRun:
 
 
 class HeadMaps(Mapping[Head, Tensor]):
-    """One field of a pass by head: those watched, and any other by running it once more."""
+    """One field of a pass by head: those watched, and any other by running it once more.
+
+    Heads are written ``(1, 2)`` or ``"L1H2"``; KeyError where the model has no such head.
+    """
 
     def __init__(self, name: str, ran: Pass, again: Callable[[Head], Pass]) -> None:
         self._name, self._again = name, again
         self._steered = tuple(sorted(ran.patterns))
         self._known: dict[Head, Tensor] = dict(getattr(ran, name))
 
-    def __getitem__(self, head: Head) -> Tensor:
-        if head not in self._known:
-            self._known |= getattr(self._again(head), self._name)
-        return self._known[head]
+    def __getitem__(self, head: HeadLike) -> Tensor:
+        place = _place(head)
+        if place not in self._known:
+            self._known |= getattr(self._again(place), self._name)
+        return self._known[place]
 
     def __contains__(self, head: object) -> bool:
-        return head in self._steered
+        try:
+            return _place(head) in self._steered
+        except KeyError:
+            return False
 
     def __iter__(self) -> Iterator[Head]:
         return iter(self._steered)
 
     def __len__(self) -> int:
         return len(self._steered)
+
+
+def _place(head: Any) -> Head:
+    try:
+        return parse_head(head)
+    except UserError as error:
+        raise KeyError(head) from error
 
 
 class Spread(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_tracer_qk.attribution.head import Head
+from circuit_tracer_qk.attribution.head import Head, head_name
 from circuit_tracer_qk.attribution.residual.attribution import read
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
@@ -328,7 +328,7 @@ class Session:
         (layer, number), run = head, self.parts.run
         n_heads = run.pattern.shape[1]
         if layer not in range(run.n_layers) or number not in range(n_heads):
-            raise KeyError(head)
+            raise KeyError(head_name(head))
         return engine.run(intervention, [(layer, h) for h in range(n_heads)])
 
 

@@ -10,6 +10,7 @@ import torch
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution import plot
+from circuit_tracer_qk.cli import text as cli_text
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 
@@ -87,9 +88,40 @@ def test_what_cannot_be_drawn_is_refused(table, monkeypatch) -> None:
         plot.plot_table(table)
 
 
+def labelled(*labels: str) -> ctqk.QKTable:
+    """A table of one feature a label on either side."""
+    components = [ctqk.Component("feature", 1, 2, 0, 1.0, label) for label in labels]
+    terms = torch.ones(len(labels), len(labels))
+    return ctqk.QKTable(0, 0, 0, 0, 1.0, 1.0, False, components, components, terms)
+
+
 def test_formulas_in_labels_are_text() -> None:
-    component = ctqk.Component("feature", 1, 2, 0, 1.0, "costs $5 and $6")
-    terms = torch.ones(1, 1)
-    table = ctqk.QKTable(0, 0, 0, 0, 1.0, 1.0, False, [component], [component], terms)
-    names = [label.get_text() for label in table.plot().axes[0].get_yticklabels()]
+    figure = labelled("costs $5 and $6").plot()
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == [r"L0/2 costs \$5 and \$6"]
+
+
+@pytest.mark.parametrize("label", ["\ud800", "red\x1b[31m", "two\nlines", "\u202e", "x" * 5000])
+def test_labels_of_any_text_are_shown_short_and_clean(label: str, tmp_path) -> None:
+    table = labelled(label)
+    for text in (*repr(table).splitlines(), table._repr_html_(), repr(table.query[0])):
+        assert len(text) < 500 and text.isprintable()
+    assert len(repr(table).splitlines()) == 3
+    tokens, row = ["a"], ctqk.QKRow(*torch.ones(3, 1))
+    for line in cli_text.qk_lines(table, row, tokens):
+        assert len(line) <= cli_text.WIDTH and line.isprintable()
+    table.plot().savefig(tmp_path / "table.png")
+
+
+def test_an_empty_table_is_shown_and_not_drawn() -> None:
+    table = labelled()
+    assert len(repr(table).splitlines()) == 2 and not any(table.blocks.values())
+    with pytest.raises(ctqk.UserError, match="no terms, so there is nothing to draw"):
+        table.plot()
+
+
+def test_a_row_or_tokens_of_another_table_are_refused(graph, table) -> None:
+    with pytest.raises(ctqk.UserError, match=r"row is that of query 3.*graph.qk_row\(1, 2, 14\)"):
+        table.plot(graph.qk_row(1, 2, 3))
+    with pytest.raises(ctqk.UserError, match="there are 14 tokens, .* stands at position 14"):
+        table.plot(tokens=graph.token_strings[:14])

@@ -90,7 +90,7 @@ def test_edges_wait_only_before_the_loop(name: str, kind: str, tmp_path: Path) -
     weights = torch.full((len(directions),), 0.1)
     found: set[tuple[str, str]] = set()
     with torch.no_grad(), Asks(found), Waits(found):
-        every = sweep.some()
+        every = sweep.subset()
         for checkpoint in range(1, parts.run.n_layers):
             for rows in sweep.feature_rows([checkpoint], every, lambda rows: rows):
                 assert rows.weights.numel()

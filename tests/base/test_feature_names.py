@@ -28,7 +28,22 @@ def test_names_are_those_of_circuit_tracers_node_ids():
     assert parse_feature_name(" l3/17 ") == (4, 17)
 
 
-@pytest.mark.parametrize("text", ["", "61", "L0", "L0/", "c1/61", "L-1/61", "L0/61/2", "L0/x"])
+def test_the_case_of_the_letters_does_not_matter():
+    assert parse_feature_name("l0/61") == (1, 61) and parse_feature_name("IN/61") == (0, 61)
+
+
+NO_NAMES = ["", "61", "L0", "L0/", "c1/61", "L-1/61", "L0/61/2", "L0/x", "\u0131n/61"]
+OTHER_DIGITS = [
+    "L0/\u0666\u0661",
+    "L\u0664/61",
+    "L0/\uff16\uff11",
+    "L\uff10/61",
+    "L0/\u2460",
+    "in/\u00b2",
+]
+
+
+@pytest.mark.parametrize("text", [*NO_NAMES, *OTHER_DIGITS])
 def test_what_is_no_name_is_refused(text: str):
     assert not is_feature_name(text)
     with pytest.raises(UserError, match="is no feature: write its name, such as L0/61"):

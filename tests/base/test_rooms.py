@@ -170,12 +170,34 @@ def command(*argv: str, is_error: bool = False) -> str:
         command("attribute", "--help"),
         command("start-server", "--graph_file_dir", "absent", is_error=True),
         command("attribute", "-p", "x", "-t", "y", is_error=True),
+        command("qk", "absent.pt", "--head", "L1H2", is_error=True),
+        command("qk", "absent.pt", "--head", "L1H2", "-t", "x", is_error=True),
+        command("augment", "absent.pt", "--slug", "a", "--graph_file_dir", ".", is_error=True),
+        command("steer", "--edits", "absent.json", is_error=True),
         command("demo", "--no-such-flag", is_error=True),
     ],
-    ids=["import", "help", "help of a command", "no folder", "no output named", "wrong flag"],
+    ids=[
+        "import",
+        "help",
+        "help of a command",
+        "no folder",
+        "no output named",
+        "no graph for qk",
+        "no graph of transcoders for qk",
+        "no graph for augment",
+        "no edits for steer",
+        "wrong flag",
+    ],
 )
 def test_the_start_loads_nothing_heavy(program: str) -> None:
     assert not loaded_by(program)
+
+
+def test_no_pattern_takes_the_digits_of_other_scripts() -> None:
+    for path in FOLDER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert r"\d" not in node.value, f"{path}:{node.lineno}: write [0-9]"
 
 
 def test_circuit_tracer_is_touched_in_the_host_room_alone() -> None:

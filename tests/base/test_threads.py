@@ -243,7 +243,7 @@ def test_all_threads_together_take_a_batch_or_less(
     case = build("gpt2", tmp_path, "sae", torch.float32)
     parts, heads = read(case.ids, case.model)
     sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, batch_size, False)
-    some = sweep.some()
+    some = sweep.subset()
     pieces = sweep.pieces(some, some.within(*sweep.reading(2)))
     assert sweep.crew.size == size
     assert size * max(piece.stop - piece.start for piece in pieces) <= batch_size
@@ -258,7 +258,7 @@ def test_pieces_are_cut_between_positions(
     parts, heads = read(case.ids, case.model)
     sweep = Sweep(case.model.transformer, parts, heads, torch.zeros(1, 1), False, 2 * most, False)
     assert sweep.crew.size == 2
-    some = sweep.some()
+    some = sweep.subset()
     whole = some.within(*sweep.reading(2))
     pieces = sweep.pieces(some, whole)
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(

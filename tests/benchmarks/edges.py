@@ -121,7 +121,7 @@ def measure(n_pos: int, ceilings: Ceilings, repeats: int, sample: int = 256) -> 
     parts, heads = random_decomposition(model, n_pos, active=50, d_dict=4096)
     directions = torch.empty(0, model.cfg.d_model, device=device)
     sweep = Sweep(model, parts, heads, directions, False, OUR_BATCH, False)
-    every = sweep.some()
+    every = sweep.subset()
     targets = (parts.features.checkpoint == LAYER + 1).nonzero().squeeze(1)
     sampled = targets[torch.linspace(0, len(targets) - 1, sample).long()]
 

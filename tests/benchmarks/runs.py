@@ -67,7 +67,7 @@ def measure(
     @torch.no_grad()
     def only_edges() -> None:
         sweep = Sweep(transformer, parts, heads, directions, False, 512, False)
-        some = sweep.some(selected)
+        some = sweep.subset(selected)
         deque(sweep.feature_rows(range(n_layers, 0, -1), some, lambda rows: None), 0)
 
     def tables() -> object:

@@ -103,7 +103,8 @@ def test_every_flag_of_the_installed_command_is_taken_with_its_default(only_inst
         assert ours[flag].default == action.default, flag
         more = ["float64"] if flag == "--dtype" else []  # with -d alone
         assert [*(ours[flag].choices or ())] == [*(action.choices or ()), *more], flag
-        assert ours[flag].type == action.type, flag
+        kind = arguments.dtype_name if flag == "--dtype" else action.type
+        assert ours[flag].type == kind, flag
         assert ours[flag].nargs == action.nargs, flag
 
 
@@ -189,6 +190,9 @@ OUT = ("-d", "dictionaries", "-p", "x")
         (("qk", "--head", "L3H5", "-p", ""), "the prompt is empty"),
         (("qk", "g.pt", "--head", "L3H5", "-p", "x"), "leave out -m, -d and -p"),
         (("qk", "absent.pt", "--head", "L3H5"), "no graph file absent.pt"),
+        (("qk", "absent.pt", "--head", "L3H5", "--dtype", "fp32"), "no graph file absent.pt"),
+        (("qk", "--head", "L\u0663H5"), "is not understood"),
+        (("qk", "--head", "L" + "9" * 5000 + "H5"), "is not understood"),
         (("qk", "g.pt", "--head", "L3H5", "--dtype", "bf16"), "leave out -m, -d and -p, and --dtype"),
         (("attribute", "-t", "x", "-p", "x", "-o", "g.pt", "--dtype", "float64"), "float64 is for -d"),
         (("demo", "-d", "miniature"), "invalid choice: 'miniature'"),

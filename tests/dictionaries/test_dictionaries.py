@@ -18,8 +18,10 @@ from torch import Tensor
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.cli.arguments import DEMO_PROMPT
 from circuit_tracer_qk.dictionaries import catalogue
 from circuit_tracer_qk.dictionaries.dictionary import Dictionary
+from circuit_tracer_qk.dictionaries.files import natural
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.dictionaries.native_writer import write_dictionaries
 
@@ -622,6 +624,25 @@ def test_the_miniature_is_found_beside_a_demos_folder_of_examples(tmp_path: Path
     (tmp_path / "miniature-sae" / "7.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert ctqk.load_model(device="cpu").scan == "miniature-sae"
+
+
+def test_names_are_in_the_order_of_their_numbers():
+    names = ["layer_10", "layer_2", "x\u00b2", "\u0663"]  # digits of other scripts are letters
+    assert sorted(names, key=natural) == ["layer_2", "layer_10", "x\u00b2", "\u0663"]
+
+
+def test_the_default_is_the_bundled_set_whatever_the_current_folder_holds(
+    tmp_path: Path, monkeypatch, run
+):
+    write_dictionaries(ctqk.load_dictionaries("miniature-wcc"), tmp_path / "miniature-sae")
+    monkeypatch.chdir(tmp_path)
+    assert ctqk.load_model(device="cpu").scan == "miniature-sae"
+    assert ctqk.load_dictionaries("miniature-sae").scan == "miniature-wcc"  # who names it gets it
+    assert run("demo", "--no-serve").status == 0
+    assert (tmp_path / "ctqk-demo" / "miniature-sae").is_dir()  # of examples, by the set's name
+    table = run("qk", "--head", "L1H2:q14:k6")
+    named = run("qk", "--head", "L1H2:q14:k6", "-d", "miniature-sae", "-p", DEMO_PROMPT)
+    assert table.status == named.status == 0 and table.out != named.out
 
 
 def test_a_converted_copy_of_the_miniatures_set_knows_its_model(tmp_path: Path):

@@ -502,8 +502,19 @@ def test_any_heads_pattern_can_be_asked_for(gemma: Case) -> None:
             assert run.scores[layer, head].shape == clean.shape
     (control,) = run.head_controls
     assert control.clean.patterns[control.heads[-1]].shape == clean.shape
-    with pytest.raises(KeyError):
-        run.patterns[9, 0]
+
+
+def test_a_head_is_asked_for_by_its_name_too(gemma: Case) -> None:
+    run = ctqk.steer(gemma.model, gemma.ids, ctqk.HeadEdit("L1H0", factor=0), controls=0)
+    for maps in (run.patterns, run.scores):
+        for written in ("L1H0", (1, 0), torch.tensor([1, 0])):
+            assert written in maps and torch.equal(maps[written], maps[1, 0])
+            assert maps.get(written) is maps[1, 0]
+        assert "L0H0" not in maps and maps["L0H0"].shape == maps[1, 0].shape  # not steered
+        for absent, name in ((9, 0), "L9H0"), ("L9H0", "L9H0"), ("L1", "L1"), (7, "7"):
+            assert absent not in maps and maps.get(absent) is None
+            with pytest.raises(KeyError, match=name):
+                maps[absent]
 
 
 def test_arrays_and_tensors_are_taken_for_lists(gemma: Case) -> None:
@@ -598,8 +609,9 @@ def test_names_and_indices_say_the_same_edit() -> None:
     "features, checkpoint, message",
     [
         ("L0/3", 2, "L0/3 is feature 3 of checkpoint 1, and the edit says checkpoint 2"),
-        (3, None, "an edit of 3 lacks checkpoint"),
-        (["L0/3", "error"], None, "an edit of 'error' lacks checkpoint"),
+        (3, None, "an edit of 3 lacks checkpoint: .* which is L0/3 at checkpoint 1"),
+        (["L0/3", "error"], None, "an edit of 'error' lacks checkpoint: write checkpoint=1,"),
+        ("bias", None, "write checkpoint=1, the layer of its heads"),
         ("L5attn/61", None, "a feature of an attention graph"),
         ("L0-3", None, "names, such as L0/61"),
     ],

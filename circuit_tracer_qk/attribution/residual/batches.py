@@ -54,8 +54,10 @@ class ResidualBatches:
     @torch.no_grad()
     def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
         """Tables of many places, by layer and query."""
-        for layer, some in groupby(sorted(set(places)), key=lambda p: p.layer):
-            yield from self._of_block(layer, sorted(some, key=lambda p: (p.query, p.key, p.head)))
+        for layer, of_layer in groupby(sorted(set(places)), key=lambda p: p.layer):
+            yield from self._of_block(
+                layer, sorted(of_layer, key=lambda p: (p.query, p.key, p.head))
+            )
 
     def _of_block(self, layer: int, places: list[Place]) -> Iterator[Batch]:
         block = self.heads.block(layer)
@@ -75,23 +77,23 @@ class ResidualBatches:
             end = self._end(start, at_query, at_key, queries, keys)
             here = slice(start, end)
             start = end
-            some, q_at, k_at = places[here], at_query[here], at_key[here]
+            in_batch, q_at, k_at = places[here], at_query[here], at_key[here]
             sizes = [queries.count[q] * keys.count[k] for q, k in zip(q_at, k_at, strict=True)]
             # so many terms do not cancel to nothing
             of = dtype if max(sizes) > WIDE_TERMS else queries.images.dtype
             q, k = queries.gather(q_at, of), keys.gather(k_at, of)
-            head, query, key = torch.tensor([p[1:] for p in some], device=device).T
+            head, query, key = torch.tensor([p[1:] for p in in_batch], device=device).T
             group = torch.tensor([g for g, _ in k_at], device=device)
             score = (whole_q[query, head] * whole_k[key, group]).sum(1) / block.attn_scale
             yield Batch(
-                places=some,
+                places=in_batch,
                 score=score.cpu(),
                 score_capped=block.cap(score).cpu(),
                 pattern=pattern[head, query, key].cpu(),
-                query=[named[0][p.query] for p in some],
-                key=[named[1][p.key] for p in some],
+                query=[named[0][p.query] for p in in_batch],
+                key=[named[1][p.key] for p in in_batch],
                 terms=((q / block.attn_scale) @ k.transpose(1, 2)).to(dtype).cpu(),
-                rows={p[:3]: rows.pop(p[:3]) for p in some if p[:3] in rows},
+                rows={p[:3]: rows.pop(p[:3]) for p in in_batch if p[:3] in rows},
             )
 
     def _end(
@@ -131,8 +133,8 @@ class ResidualBatches:
         here = torch.cat([checkpoint.position[part] for part in parts] + [self.heads.everywhere])
         normed = self.heads.normed(layer, vectors.to(self.qk.wide), here)
         n_rows = [part.stop - part.start for part in parts]
-        *own_rows, whole_rows = torch.arange(len(here)).split([*n_rows, len(stream)])
-        rows = dict(zip(positions, own_rows, strict=True))
+        *rows_at, whole_rows = torch.arange(len(here)).split([*n_rows, len(stream)])
+        rows = dict(zip(positions, rows_at, strict=True))
         has_constants = self.heads.has_constants(layer)
         everywhere = self.heads.everywhere
         sides, wholes = [], []
@@ -140,14 +142,14 @@ class ResidualBatches:
             constants = self.heads.constants(layer, everywhere, None, side, self.qk.wide)
             whole = constants.clone()
             pieces, start, count, n = [], {}, {}, 0
-            for head, some in groupby(sorted(set(wanted)), key=lambda at: at[0]):
-                some = [p for _, p in some]
-                read = some if side == 0 else list(range(len(stream)))
-                of_head = torch.cat([*(rows[p] for p in some), whole_rows[read]]).to(here.device)
+            for head, places in groupby(sorted(set(wanted)), key=lambda at: at[0]):
+                read_at = [p for _, p in places]
+                read = read_at if side == 0 else list(range(len(stream)))
+                of_head = torch.cat([*(rows[p] for p in read_at), whole_rows[read]]).to(here.device)
                 image = self.heads.projected(layer, normed[of_head], here[of_head], head, side)
-                *own, last = image.split([*(len(rows[p]) for p in some), len(read)])
+                *per_position, last = image.split([*(len(rows[p]) for p in read_at), len(read)])
                 whole[read, head] += last
-                for p, images in zip(some, own, strict=True):
+                for p, images in zip(read_at, per_position, strict=True):
                     pieces.append(images)
                     if has_constants:
                         pieces.append(constants[p, head][None])

@@ -133,8 +133,8 @@ class Checkpoint:
         """
         positions = range(len(self.starts) - 1) if positions is None else positions
         start, stop = self.starts[positions.start], self.starts[positions.stop]
-        some = next(iter(self._others.values()))
-        out = some.new_empty(stop - start, some.shape[1])
+        others = next(iter(self._others.values()))
+        out = others.new_empty(stop - start, others.shape[1])
         for group in self.groups:
             part = slice(group.starts[positions.start], group.starts[positions.stop])
             out.index_copy_(0, group.at[part] - start, self.of(group, part))
@@ -232,13 +232,13 @@ class Decomposition:
         place[order] = torch.arange(len(order), device=device)
         at = place.split(counts)
         groups = [
-            Group(FEATURE, k, [o - self.offsets[k][0] for o in self.offsets[k]], part.start, mine)
-            for k, part, mine in zip(reads, rows, at[: len(reads)], strict=True)
+            Group(FEATURE, k, [o - self.offsets[k][0] for o in self.offsets[k]], part.start, places)
+            for k, part, places in zip(reads, rows, at[: len(reads)], strict=True)
         ]
         whole = list(range(n_pos + 1))
         groups += [
-            Group(code, -1, whole, 0, mine)
-            for code, mine in zip(others, at[len(reads) :], strict=True)
+            Group(code, -1, whole, 0, places)
+            for code, places in zip(others, at[len(reads) :], strict=True)
         ]
         starts = [sum(ends) for ends in zip(*(g.starts for g in groups), strict=True)]
         return Checkpoint(c, kind[order], node[order], position[order], starts, groups, f, others)

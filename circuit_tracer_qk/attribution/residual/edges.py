@@ -234,9 +234,9 @@ class BlockEdges:
                 if recurs(len(decoder), n, width * out.element_size()):
                     undivided = self.heads.value_path(self.layer, None)
                     shared = undivided(decoder.to(out.dtype)).flatten(1)
-                    mine = slice(group.first, group.first + n)
-                    weight = features.activation[mine] / scale[features.position[mine]]
-                    image = shared[features.row[mine]].mul_(weight[:, None])
+                    of_group = slice(group.first, group.first + n)
+                    weight = features.activation[of_group] / scale[features.position[of_group]]
+                    image = shared[features.row[of_group]].mul_(weight[:, None])
                     out.index_copy_(0, group.at, image)
                     continue
             vectors, at = self.sources.of(group, slice(0, n)), self.sources.position[group.at]
@@ -293,9 +293,9 @@ class BlockEdges:
         seen = attention.T.contiguous().index_select(0, sources.position[begin:end])
         seen = seen.view(end - begin, block.n_kv, -1, 1)
         on_cpu = z.device.type == "cpu"
-        some = (TILE_BYTES if on_cpu else TILE_BYTES_ELSEWHERE) // z[0].nbytes
-        for start in range(begin, end, some):
-            stop = min(start + some, end)
+        step = (TILE_BYTES if on_cpu else TILE_BYTES_ELSEWHERE) // z[0].nbytes
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
             here = seen[start - begin : stop - begin]
             weighted = self._scratch.of(z, *here.shape[:3], self.values.shape[2])
             torch.mul(self.values[start:stop, :, None], here, out=weighted)
@@ -314,9 +314,9 @@ class BlockEdges:
         group = block.n_heads // n_kv
         z = z.view(n, n_kv, group, width).permute(1, 2, 0, 3).reshape(n_kv, group, n * width)
         seen = attention.view(n_kv, group, -1).transpose(1, 2)
-        some = max(1, TILE_BYTES // (n * n_kv * width * z.element_size()))
-        for start in range(block.first_key(p), p + 1, some):
-            keys = range(start, min(start + some, p + 1))
+        step = max(1, TILE_BYTES // (n * n_kv * width * z.element_size()))
+        for start in range(block.first_key(p), p + 1, step):
+            keys = range(start, min(start + step, p + 1))
             summed = torch.bmm(seen[:, start : keys.stop], z).view(n_kv, len(keys), n, width)
             summed = summed.permute(1, 2, 0, 3).reshape(len(keys), n, n_kv * width)
             for at_key, key in zip(summed, keys, strict=True):

@@ -40,8 +40,8 @@ def fvu(x: Tensor, error: Tensor, zero_positions: slice = slice(0, 0)) -> float:
     kept[zero_positions] = False
     x, error = x[kept].double() if x.device.type != "mps" else x[kept], error[kept]
     variance = float((x - x.mean(0)).square().sum()) if len(x) else 0.0
-    some = variance > 1e-9 * float(x.square().sum())  # else it is rounding
-    return float(error.square().sum()) / variance if some else float("nan")
+    varies = variance > 1e-9 * float(x.square().sum())  # else it is rounding
+    return float(error.square().sum()) / variance if varies else float("nan")
 
 
 def explained(parts: Decomposition, zero_positions: slice) -> dict[int, float]:
@@ -65,10 +65,10 @@ def check_fvu(parts: Decomposition, dictionaries: DictionarySet, zero_positions:
         return
     worst = max(bad, key=lambda c: bad[c])
     cause = _cause(parts, dictionaries, worst, zero_positions)
-    some = ", ".join(f"{c} ({value:.2f})" for c, value in bad.items())
+    listed = ", ".join(f"{c} ({value:.2f})" for c, value in bad.items())
     warnings.warn(
         f"{dictionaries.scan} does not reconstruct the residual stream of this prompt: FVU above 1 "
-        f"at checkpoint {some}. {cause}",
+        f"at checkpoint {listed}. {cause}",
         ReconstructionWarning,
         stacklevel=3,
     )

@@ -297,33 +297,35 @@ class ResidualGraph(ExplainedGraph):
         target = torch.as_tensor(targets, dtype=torch.long, device=device)
         writes, query = self._target_places(target)
         at, key = self._source_places(source)
-        own = self._is_logit(target) & (heads.run.n_layers in self.record.parts.biases)
-        read = torch.where(own, writes, writes - 1)  # the checkpoint whose components are sources
+        reads_own = self._is_logit(target) & (heads.run.n_layers in self.record.parts.biases)
+        read = torch.where(
+            reads_own, writes, writes - 1
+        )  # the checkpoint whose components are sources
         for i in (~self._has_component(source, at, read)).nonzero().flatten().tolist():
             raise UserError(
                 f"no edge can join node {int(source[i])} to node {int(target[i])}: the target's "
                 f"sources are the components of checkpoint {int(read[i])}, and this source has "
                 f"none there (it stands at checkpoint {int(at[i])})."
             )
-        layer = torch.where(own, -1, read)
+        layer = torch.where(reads_own, -1, read)
         n, n_heads = len(source), heads.blocks[0].n_heads
         empty = heads.run.residual.new_zeros
         out = Parts(empty(n), empty(n), *(empty(n, n_heads) for _ in range(3)))
         for block in layer.unique().tolist():
-            mine = (layer == block).nonzero().squeeze(1)
-            some_targets, t = target[mine].unique(return_inverse=True)
-            some_sources, s = source[mine].unique(return_inverse=True)
+            of_block = (layer == block).nonzero().squeeze(1)
+            distinct_targets, t = target[of_block].unique(return_inverse=True)
+            distinct_sources, s = source[of_block].unique(return_inverse=True)
             checkpoint = block if block >= 0 else heads.run.n_layers
-            vectors = self._source_vectors(some_sources, checkpoint)
-            _, positions = self._source_places(some_sources)
-            rows = self._targets(some_targets)
+            vectors = self._source_vectors(distinct_sources, checkpoint)
+            _, positions = self._source_places(distinct_sources)
+            rows = self._targets(distinct_targets)
             if block < 0:
                 same = (rows.positions[t] == positions[s]).to(vectors.dtype)
-                out.residual[mine] = same * (rows.y[t] * vectors[s]).sum(1)
+                out.residual[of_block] = same * (rows.y[t] * vectors[s]).sum(1)
                 continue
             parts_here = edge_parts(heads, block, rows, t, vectors, positions, s)
             for whole, part in zip(out, parts_here, strict=True):
-                whole[mine] = part
+                whole[of_block] = part
         return EdgeParts(layer, query, key, out)
 
     @exactly
@@ -356,8 +358,8 @@ class ResidualGraph(ExplainedGraph):
         heads, parts = self.record.heads, self.record.parts
         target = _indices(targets).to(heads.run.residual.device)
         writes, positions = self._target_places(target)
-        own = self._is_logit(target) & (heads.run.n_layers in parts.biases)
-        for node in target[own].tolist():
+        reads_own = self._is_logit(target) & (heads.run.n_layers in parts.biases)
+        for node in target[reads_own].tolist():
             raise UserError(
                 f"node {node} is a logit that reads its own checkpoint: no head is in between; ask "
                 "for the features that it reads."
@@ -374,15 +376,17 @@ class ResidualGraph(ExplainedGraph):
         )
         computed = of = 0
         for at in layer.unique().tolist():
-            mine = (layer == at).nonzero().squeeze(1)
-            mine = mine[positions[mine].argsort(stable=True)]
-            block, rows = BlockEdges(parts, heads, at), self._targets(target[mine])
+            of_block = (layer == at).nonzero().squeeze(1)
+            of_block = of_block[positions[of_block].argsort(stable=True)]
+            block, rows = BlockEdges(parts, heads, at), self._targets(target[of_block])
             best = strongest(block, rows, runs_of(rows.positions.cpu()), n, budget)
             listed, source = best.source >= 0, best.source.clamp_min(0)
-            listing.loading[mine], listing.head[mine] = best.loading, best.head
-            listing.key[mine] = torch.where(listed, block.sources.position[source], -1)
-            listing.source[mine] = torch.where(listed, nodes_of(self, block.sources)[source], -1)
-            listing.exact[mine], listing.share[mine] = best.exact, best.share
+            listing.loading[of_block], listing.head[of_block] = best.loading, best.head
+            listing.key[of_block] = torch.where(listed, block.sources.position[source], -1)
+            listing.source[of_block] = torch.where(
+                listed, nodes_of(self, block.sources)[source], -1
+            )
+            listing.exact[of_block], listing.share[of_block] = best.exact, best.share
             computed, of = computed + best.computed, of + best.of
         return listing._replace(skipped=1 - computed / of if of else 0.0)
 

@@ -136,7 +136,7 @@ class Sweep:
             return None
         return slice(start, start + len(group.at))
 
-    def some(self, nodes: Tensor | None = None) -> Subset:
+    def subset(self, nodes: Tensor | None = None) -> Subset:
         """Graph features by their order; all without ``nodes``."""
         if nodes is None:
             everything = torch.arange(self.n_features, device=self.directions.device)
@@ -149,13 +149,13 @@ class Sweep:
         return offsets[0] - self.skipped, offsets[-1] - self.skipped
 
     def feature_rows(
-        self, checkpoints: Sequence[int], some: Subset, use: Callable[[Rows], R]
+        self, checkpoints: Sequence[int], subset: Subset, use: Callable[[Rows], R]
     ) -> Iterator[R]:
         """What is made of the rows of those of some features that read one of ``checkpoints``.
 
         Args:
             checkpoints: whose features are the targets.
-            some: the features.
+            subset: the features.
             use: called with some rows, which it need not keep; on a processor by several threads
                 at once, together with ``batch_size`` rows or fewer.
 
@@ -165,13 +165,13 @@ class Sweep:
 
         def begin(checkpoint: int) -> tuple[Callable[[slice], R], list[slice]]:
             whole = wholes[checkpoint]
-            rows_of = self._rows_of(checkpoint, some, whole.stop - whole.start)
-            return lambda part: use(rows_of(part)), self.pieces(some, whole)
+            rows_of = self._rows_of(checkpoint, subset, whole.stop - whole.start)
+            return lambda part: use(rows_of(part)), self.pieces(subset, whole)
 
-        wholes = {c: some.within(*self.reading(c)) for c in checkpoints}
+        wholes = {c: subset.within(*self.reading(c)) for c in checkpoints}
         return self.crew.flow(begin, [c for c in checkpoints if wholes[c].start < wholes[c].stop])
 
-    def _rows_of(self, checkpoint: int, some: Subset, n: int) -> Callable[[slice], Rows]:
+    def _rows_of(self, checkpoint: int, subset: Subset, n: int) -> Callable[[slice], Rows]:
         """What makes the rows of any part of some features, ``n`` of which read a checkpoint."""
         layer, features = checkpoint - 1, self.parts.features
         block = BlockEdges(self.parts, self.heads, layer)
@@ -181,8 +181,8 @@ class Sweep:
         shared = local.shared(decoder, n)
 
         def rows(part: slice) -> Rows:
-            at = some.nodes[part] + self.skipped
-            runs = runs_of(self._positions[some.at_hand[part]])
+            at = subset.nodes[part] + self.skipped
+            runs = runs_of(self._positions[subset.at_hand[part]])
             positions, y = features.position[at], features.decoder_rows(at, checkpoint, checkpoint)
             if shared is None:
                 m = local.vjp(y, positions, runs)
@@ -193,10 +193,10 @@ class Sweep:
 
         return rows
 
-    def pieces(self, some: Subset, whole: slice) -> list[slice]:
+    def pieces(self, subset: Subset, whole: slice) -> list[slice]:
         """Parts of as many features as a thread takes, cut between positions where that can be."""
         most, cuts = self.batch_size // self.crew.size, [0]
-        for _, start, stop in runs_of(self._positions[some.at_hand[whole]]):
+        for _, start, stop in runs_of(self._positions[subset.at_hand[whole]]):
             while stop - cuts[-1] > most:
                 cuts.append(start if start > cuts[-1] else cuts[-1] + most)
         cuts.append(whole.stop - whole.start)
@@ -232,12 +232,12 @@ class Sweep:
         self._add(out, rows.sources, self._given(rows, logit_weights))
         self._kept.clear()
         room = KEEP_BYTES
-        every = self.some()
+        every = self.subset()
         for checkpoint in tqdm(self._checkpoints(), "Influence", **self._shown):
             if checkpoint == self.n_layers:  # the logits read the last position, and nothing else
                 start, stop = (at - self.skipped for at in self.parts.offsets[checkpoint][-2:])
-                some = self.some(torch.arange(start, stop, device=out.device))
-                self._spread(checkpoint, some, out, keep=False)
+                subset = self.subset(torch.arange(start, stop, device=out.device))
+                self._spread(checkpoint, subset, out, keep=False)
                 continue
             start, stop = self.reading(checkpoint)
             n_sources = len(self.parts.sources(checkpoint - 1).kind)
@@ -249,7 +249,7 @@ class Sweep:
                 room -= size
         return out
 
-    def _spread(self, checkpoint: int, some: Subset, out: Tensor, keep: bool) -> list[Rows]:
+    def _spread(self, checkpoint: int, subset: Subset, out: Tensor, keep: bool) -> list[Rows]:
         """Pass on the influence, which is complete, of some features that read a checkpoint.
 
         Returns:
@@ -257,10 +257,10 @@ class Sweep:
         """
 
         def use(rows: Rows) -> tuple[Tensor, list[Rows]]:
-            return self._given(rows, out[some.nodes[rows.part]]), [rows] if keep else []
+            return self._given(rows, out[subset.nodes[rows.part]]), [rows] if keep else []
 
         sources, kept = self.parts.sources(checkpoint - 1), []
-        for given, rows in self.feature_rows([checkpoint], some, use):
+        for given, rows in self.feature_rows([checkpoint], subset, use):
             self._add(out, sources, given)  # in order: every run adds up to the same bits
             kept += rows
         return kept
@@ -292,7 +292,7 @@ class Sweep:
 
     def fill(self, selected: Int[Tensor, " n"]) -> Filled:
         """The selected features' and the logits' edges, as a graph's adjacency."""
-        run, some = self.parts.run, self.some(selected)
+        run, subset = self.parts.run, self.subset(selected)
         n, n_logits = len(selected), len(self.directions)
         left_out = self.n_features - n
         total = self.width - left_out + n_logits
@@ -312,8 +312,8 @@ class Sweep:
                     continue
                 to = slice(nodes.start - left_out, nodes.stop - left_out)
                 if group.kind == FEATURE:
-                    to = some.within(nodes.start, nodes.stop)
-                    columns = columns[some.nodes[to] - nodes.start]
+                    to = subset.within(nodes.start, nodes.stop)
+                    columns = columns[subset.nodes[to] - nodes.start]
                 adjacency[at, to] = rows.weights.index_select(1, columns).float()
 
         def put_features(rows: Rows) -> int:
@@ -325,10 +325,10 @@ class Sweep:
         with tqdm(total=n, desc="Edges", **self._shown) as bar:
             while self._kept:
                 for part, sources, weights, m in self._kept.popitem()[1]:
-                    kept = some.within(part.start, part.stop)
-                    mine = some.nodes[kept] - part.start
-                    bar.update(put_features(Rows(kept, sources, weights[mine], m[mine])))
-            for done in self.feature_rows(again, some, put_features):
+                    kept = subset.within(part.start, part.stop)
+                    kept_rows = subset.nodes[kept] - part.start
+                    bar.update(put_features(Rows(kept, sources, weights[kept_rows], m[kept_rows])))
+            for done in self.feature_rows(again, subset, put_features):
                 bar.update(done)
         positions = extra[POSITION] if run.position_embedding is not None else None
         return Filled(adjacency, through_mlp, extra[BIAS], positions)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
+from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.host import graph as host
@@ -112,7 +113,7 @@ def load_model(
                 "No dictionaries were named: give dictionaries=..., a folder or hub id with "
                 "residual SAEs or a weakly causal crosscoder."
             )
-        dictionaries = "miniature-sae"
+        dictionaries = MINIATURES["miniature-sae"]  # itself, whatever the current folder holds
     if not isinstance(dictionaries, DictionarySet):
         dictionaries = load_dictionaries(
             dictionaries, device=device, dtype=contraction_dtype(dtype), checkpoints=checkpoints

@@ -92,16 +92,18 @@ def strongest(
     )
     computed = of = 0
     for p, first, last in runs:
-        mine, rows = z[first:last], slice(first, last)  # (n_mine, n_heads, d_head)
-        size, weight = mine.norm(dim=2), pattern[:, p, : p + 1]
+        z_here, rows = z[first:last], slice(first, last)  # (n_here, n_heads, d_head)
+        size, weight = z_here.norm(dim=2), pattern[:, p, : p + 1]
         reach = weight * largest[:, : p + 1]  # times |z_h|: the bound
         mass = weight * summed[:, : p + 1]  # times |z_h|: the bound of the sum over sources
         budget_left = reach.numel() if budget is None else budget
         waiting = torch.ones_like(reach, dtype=torch.bool)
-        total = mine.new_zeros(len(mine))
+        total = z_here.new_zeros(len(z_here))
         best, code = out.loading[rows], out.source[rows]
         step = FIRST
-        most = max(1, STEP_BYTES // (widest * (mine.shape[2] + 3 * len(mine)) * z.element_size()))
+        most = max(
+            1, STEP_BYTES // (widest * (z_here.shape[2] + 3 * len(z_here)) * z.element_size())
+        )
         while budget_left:
             # above one: the pair may hold more than the least that some target lists
             hope = SLACK * reach * (size / best[:, -1:].abs().clamp_min(TINY)).amax(0)[:, None]
@@ -119,16 +121,16 @@ def strongest(
             real = source < starts[k + 1][:, None]
             source = source.clamp_max(n_sources - 1)
             values = block.values[source, group[h][:, None]]  # (n_pairs, width, d_head)
-            loading = torch.bmm(values, mine[:, h].permute(1, 2, 0)) * weight[h, k][:, None, None]
-            loading = loading.masked_fill(~real[..., None], 0).flatten(0, 1).T  # (n_mine, ...)
-            codes = (h[:, None] * n_sources + source).flatten().expand(len(mine), -1)
+            loading = torch.bmm(values, z_here[:, h].permute(1, 2, 0)) * weight[h, k][:, None, None]
+            loading = loading.masked_fill(~real[..., None], 0).flatten(0, 1).T  # (n_here, ...)
+            codes = (h[:, None] * n_sources + source).flatten().expand(len(z_here), -1)
             total += loading.abs().sum(1)
-            computed += int(real.sum()) * len(mine)
+            computed += int(real.sum()) * len(z_here)
             loading, codes = torch.cat([best, loading], 1), torch.cat([code, codes], 1)
             at = loading.abs().topk(n, dim=1).indices
             best, code = loading.gather(1, at), codes.gather(1, at)
-        of += sources.starts[p + 1] * n_heads * len(mine)
-        left = torch.where(waiting, reach, 0).amax(1) * size  # (n_mine, n_heads)
+        of += sources.starts[p + 1] * n_heads * len(z_here)
+        left = torch.where(waiting, reach, 0).amax(1) * size  # (n_here, n_heads)
         out.exact[rows] = SLACK * left.amax(1) <= best[:, -1].abs().clamp_min(TINY)
         total += size @ torch.where(waiting, mass, 0).sum(1)
         listed = best != 0

@@ -232,22 +232,22 @@ def split_edges(
     causal = position[source] <= reads.position[target]  # all else is zero
     order = target[causal].unique()
     order = order[reads.position[order].argsort(stable=True)]
-    some_targets = max(1, gradient_bytes(source.device) // (width * run.n_pos * run.n_layers))
-    some_sources = max(1, stream_bytes(source.device) // (width * run.n_pos))
+    targets_at_once = max(1, gradient_bytes(source.device) // (width * run.n_pos * run.n_layers))
+    sources_at_once = max(1, stream_bytes(source.device) // (width * run.n_pos))
     with tqdm(total=n, desc="edges by head", delay=2, disable=None if progress else True) as bar:
-        for mine in order.split(some_targets):
+        for target_chunk in order.split(targets_at_once):
             local = torch.full_like(reads.layer, -1)
-            local[mine] = torch.arange(len(mine), device=mine.device)
-            group = Reads(*(part[mine] for part in reads))
+            local[target_chunk] = torch.arange(len(target_chunk), device=target_chunk.device)
+            group = Reads(*(part[target_chunk] for part in reads))
             back, free = _sweep_back(blocks, group)
             edges = (causal & (local[target] >= 0)).nonzero().flatten()
             of_group = source[edges]
             ends = of_group.unique()
             ends = ends[position[ends].argsort(stable=True)]
-            for some in ends.split(some_sources):
-                some = some[first[some].argsort(stable=True)]
+            for source_chunk in ends.split(sources_at_once):
+                source_chunk = source_chunk[first[source_chunk].argsort(stable=True)]
                 row = torch.full_like(position, -1)
-                row[some] = torch.arange(len(some), device=some.device)
+                row[source_chunk] = torch.arange(len(source_chunk), device=source_chunk.device)
                 kept = row[writes.source] >= 0
                 chosen = Writes(row[writes.source[kept]], *(part[kept] for part in writes[1:]))
                 at = edges[row[of_group] >= 0]
@@ -416,8 +416,8 @@ def _dots(
 ) -> Float[Tensor, "n ..."]:
     """Products of rows ``a[i]`` and ``b[j]``, in parts of equal length."""
     pieces = []
-    for some, others in zip(i.split(chunk), j.split(chunk), strict=True):
-        product = a[some] * b[others]
+    for rows, columns in zip(i.split(chunk), j.split(chunk), strict=True):
+        product = a[rows] * b[columns]
         pieces.append(product.unflatten(1, (parts or 1, -1)).sum(2))
     products = torch.cat(pieces) if pieces else a.new_zeros(0, parts or 1)
     return products if parts else products[:, 0]

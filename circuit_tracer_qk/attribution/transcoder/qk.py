@@ -192,9 +192,9 @@ class TranscoderQK(Scores):
         order = first.argsort(stable=True)
         order = order[first[order] < run.n_pos]  # logits write nothing
         width = run.n_pos * d_model * run.residual.element_size()
-        some = max(1, stream_bytes(order.device) // width)
+        rows_at_once = max(1, stream_bytes(order.device) // width)
         streams = []
-        for rows in order.split(some):
+        for rows in order.split(rows_at_once):
             rows = rows[block[rows].argsort(stable=True)]
             start = int(first[rows].min())
             x = run.residual.new_zeros(len(rows), run.n_pos - start, d_model)

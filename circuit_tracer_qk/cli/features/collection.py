@@ -139,9 +139,9 @@ class Corpus:
 
     def padded(self, numbers: range) -> tuple[Tensor, Tensor]:
         """(n_chunks, n_pos) ids, and where they are tokens; what is padded follows them."""
-        some = [self.chunks[i] for i in numbers]
-        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        length = torch.tensor([len(chunk) for chunk in some], device="cpu")
+        chunks = [self.chunks[i] for i in numbers]
+        ids = torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True)
+        length = torch.tensor([len(chunk) for chunk in chunks], device="cpu")
         return ids, torch.arange(ids.shape[1], device="cpu") < length[:, None]
 
 

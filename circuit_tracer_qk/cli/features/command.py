@@ -94,12 +94,9 @@ def run(args: argparse.Namespace) -> None:
 def _numbers(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--checkpoints is {text!r}: give whole numbers with commas, as in 1,2,3."
-        ) from error
+    if not re.fullmatch(r"\s*-?[0-9]{1,9}\s*(,\s*-?[0-9]{1,9}\s*)*", text):
+        raise UserError(f"--checkpoints is {text!r}: give whole numbers with commas, as in 1,2,3.")
+    return [int(part) for part in text.split(",")]
 
 
 def read_texts(path: Path) -> list[str]:

@@ -176,13 +176,13 @@ def _target(dictionaries: DictionarySet, folder: str | Path | None) -> Path:
     """The folder to write to."""
     if folder is not None:
         return Path(folder)
-    own = dictionaries.folder
-    if own is None or own in MINIATURES.values() or hub.is_cached(own):
+    set_folder = dictionaries.folder
+    if set_folder is None or set_folder in MINIATURES.values() or hub.is_cached(set_folder):
         raise UserError(
             f"{dictionaries.scan} has no folder of its own here to describe its features in: "
             "name one (-o FOLDER), or `convert` the set first and describe the copy."
         )
-    return own
+    return set_folder
 
 
 def _write(
@@ -208,7 +208,11 @@ def _write(
                 with zipfile.ZipFile(archive) as old:
                     for name in old.namelist():
                         stem = Path(name).stem
-                        if stem.isdecimal() and indexed_feature(int(stem))[0] not in checkpoints:
+                        if (
+                            stem.isascii()
+                            and stem.isdigit()
+                            and indexed_feature(int(stem))[0] not in checkpoints
+                        ):
                             out.writestr(_entry(name), old.read(name))
             for c, record in described:
                 number = str(dictionaries.entries.get(c, c - 1))
@@ -250,8 +254,8 @@ def _other_labels(
         labels = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no labels by layer ({error}): move it away.") from error
-    mine = {str(dictionaries.entries.get(c, c - 1)) for c in checkpoints}
-    return {number: some for number, some in labels.items() if number not in mine}
+    described = {str(dictionaries.entries.get(c, c - 1)) for c in checkpoints}
+    return {number: texts for number, texts in labels.items() if number not in described}
 
 
 def feature_records(
@@ -267,8 +271,8 @@ def feature_records(
     n, n_positions = len(peaks.count), corpus.n_positions(model.zero_positions)
     tops, bottoms = _promoted(model, checkpoint) if logits else ([[]] * n, [[]] * n)
     for start in range(0, n, _AT_A_TIME):
-        some = slice(start, start + _AT_A_TIME)
-        for i, windows in enumerate(_windows(corpus, peaks, some), start):
+        part = slice(start, start + _AT_A_TIME)
+        for i, windows in enumerate(_windows(corpus, peaks, part), start):
             shown = _examples(windows, examples, decode)
             yield {
                 "transcoder_id": model.dictionaries.scan,
@@ -316,10 +320,12 @@ def _promoted(model: ResidualModel, checkpoint: int) -> tuple[list[list[int]], l
     return tops, bottoms
 
 
-def _windows(corpus: Corpus, peaks: Peaks, some: slice) -> Iterator[list[Window]]:
+def _windows(corpus: Corpus, peaks: Peaks, features: slice) -> Iterator[list[Window]]:
     """The windows of some features, strongest first."""
     fields = (peaks.value, peaks.chunk, peaks.position, peaks.acts)
-    for values, chunks, positions, acts in zip(*(f[some].tolist() for f in fields), strict=True):
+    for values, chunks, positions, acts in zip(
+        *(f[features].tolist() for f in fields), strict=True
+    ):
         windows = []
         for value, chunk, position, around in zip(values, chunks, positions, acts, strict=True):
             if not value:

@@ -276,9 +276,9 @@ class _Report:
         if not self._failed:
             return None
         lines = sorted(self._failed)
-        some = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
+        listed = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
         return UserError(
             f"{len(lines)} of {self._total} prompts of {self._path} failed (line{'s'[: len(lines) > 1]} "
-            f"{some}; why is said above): mend them and give the same command again, which skips "
+            f"{listed}; why is said above): mend them and give the same command again, which skips "
             "what is finished."
         )

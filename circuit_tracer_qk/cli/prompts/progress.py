@@ -215,7 +215,7 @@ def _stamps(root: Path, outputs: list[Path]) -> list[tuple[str, int, int]]:
             continue
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in KINDS and not stem.isdigit():
+            if suffix.lower() in KINDS and not (stem.isascii() and stem.isdigit()):
                 with contextlib.suppress(OSError):
                     stat = (here / name).stat()
                     path = (here / name).relative_to(root).as_posix()

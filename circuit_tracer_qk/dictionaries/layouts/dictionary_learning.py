@@ -63,7 +63,7 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
     if type(layer) is not int:
         raise UserError(f"{source}: its trainer names no layer, found {layer!r}.")
     description = f"{module or ''} {folder}"
-    residual = re.search(rf"resid(?:_post|_out)?_(?:layer_?)?{layer}(?!\d)", description)
+    residual = re.search(rf"resid(?:_post|_out)?_(?:layer_?)?{layer}(?![0-9])", description)
     if residual is None and (module or not hints.named):
         raise UserError(
             f"{source}: it does not say that it is of the residual stream after layer {layer} "

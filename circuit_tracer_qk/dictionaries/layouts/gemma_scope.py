@@ -17,9 +17,9 @@ from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
 
 WEIGHTS = "params.npz"
 _REPOSITORY = re.compile(
-    r"gemma-scope-(?P<model>\d+b)-(?P<tuned>pt|it)-(?P<of>res|mlp|att|transcoders)"
+    r"gemma-scope-(?P<model>[0-9]+b)-(?P<tuned>pt|it)-(?P<of>res|mlp|att|transcoders)"
 )
-_LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
+_LAYER = re.compile(r"(?:^|/)layer_([0-9]+)(?:/|$)")
 
 
 def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:

@@ -27,9 +27,9 @@ from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, validate_t
 
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
 PARAMS = "params_layer_*.safetensors"
-_HF_OUTPUT = re.compile(r"model\.layers\.(\d+|\{\d+(?:,\d+)*\})\.output")
-_PARAMS = re.compile(r"params_layer_(\d+)\.safetensors")
-_FOLDER = re.compile(r"resid_post(?:_all)?/layer_(\d+)_width")
+_HF_OUTPUT = re.compile(r"model\.layers\.([0-9]+|\{[0-9]+(?:,[0-9]+)*\})\.output")
+_PARAMS = re.compile(r"params_layer_([0-9]+)\.safetensors")
+_FOLDER = re.compile(r"resid_post(?:_all)?/layer_([0-9]+)_width")
 _SHAPES = {"b_enc": "dict", "b_dec": "model", "threshold": "dict", "w_enc": "model dict"}
 
 

@@ -17,7 +17,7 @@ from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, SAE
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files
 
-HOOK = re.compile(rf"blocks\.(\d+)\.({RESID_PRE}|{RESID_POST})")
+HOOK = re.compile(rf"blocks\.([0-9]+)\.({RESID_PRE}|{RESID_POST})")
 
 
 @dataclass(frozen=True)

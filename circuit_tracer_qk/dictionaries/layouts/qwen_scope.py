@@ -21,8 +21,8 @@ from circuit_tracer_qk.dictionaries.layouts.layout import (
 from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
 
 FILES = "layer*.sae.pt"
-_FILE = re.compile(r"layer(\d+)\.sae\.pt")
-_NAME = re.compile(r"SAE-Res-(?P<model>.+)-W\d+K-L0_(?P<k>\d+)")
+_FILE = re.compile(r"layer([0-9]+)\.sae\.pt")
+_NAME = re.compile(r"SAE-Res-(?P<model>.+)-W[0-9]+K-L0_(?P<k>[0-9]+)")
 
 
 def _load(files: Files, folder: str, hints: Hints) -> DictionarySet:

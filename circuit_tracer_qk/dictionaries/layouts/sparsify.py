@@ -19,7 +19,7 @@ from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layer, Layout, 
 from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, validate_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-_RESIDUAL = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)")
+_RESIDUAL = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.([0-9]+)")
 
 
 def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
