@@ -99,8 +99,30 @@ window.initQkData = function({data}){
       .sort((a, b) => b.isCross - a.isCross)
   }
 
-  // One of: {table, row}, {row, masked}, {problem: 'absent' | 'gone' | 'refused', message},
-  // {problem: 'missing' | 'damaged', file}
+  // Whether the server has this graph in memory: 'same'; 'other', another graph of this name;
+  // 'unnamed', one of this name, and the file does not say which graph it is of; or 'absent'
+  var isOther = false // said by the server, which may be another one than when the page was opened
+  async function memory(){
+    var live = new Map(Object.entries((await qkPage.config).live))
+    if (!live.has(metadata.slug)) return 'absent'
+    if (!qk?.digest) return 'unnamed'
+    return isOther || live.get(metadata.slug) != qk.digest ? 'other' : 'same'
+  }
+
+  // An answer about this graph; {problem: 'gone' | 'refused' | 'busy' | 'other', message} without one
+  async function askServer(what, query){
+    try {
+      var res = await qkPage.fetch(`./qk/${what}/${encodeURIComponent(metadata.slug)}?digest=${qk.digest}&${query}`)
+      var body = await res.json()
+    } catch (error) {
+      return {problem: 'gone'}
+    }
+    if (res.status == 409) isOther = true
+    return res.ok ? body : {problem: {409: 'other', 503: 'busy'}[res.status] || 'refused', message: body.error}
+  }
+
+  // One of: {table, row}, {row, masked}, {problem: 'missing' | 'damaged', file}, or a problem with
+  // a message as askServer or memory have them
   async function load(place){
     var key = placeKey(place)
     var file = tables.has(key) ? undefined : beside.get(key)?.file
@@ -110,8 +132,8 @@ window.initQkData = function({data}){
     if (row && row.scores[place.key] === null) return {row, masked: true}
     if (!asked.has(key)) asked.set(key, ask(place))
     var answer = await asked.get(key)
-    if (answer.problem == 'gone') asked.delete(key) // it may come back
-    if (file && answer.problem == 'absent') return {problem: problem || 'damaged', file, row}
+    if (['gone', 'busy'].includes(answer.problem)) asked.delete(key) // it may answer later
+    if (file && ['absent', 'other', 'unnamed'].includes(answer.problem)) return {problem: problem || 'damaged', file, row}
     return answer.problem ? {...answer, row} : answer
   }
 
@@ -136,35 +158,24 @@ window.initQkData = function({data}){
   }
 
   async function ask(place){
-    try {
-      var {live} = await qkPage.config
-      if (!live.includes(metadata.slug)) return {problem: 'absent'}
-      var query = ['layer', 'head', 'query', 'key'].map(d => `${d}=${place[d]}`).join('&')
-      var res = await qkPage.fetch(`./qk/table/${encodeURIComponent(metadata.slug)}?${query}`)
-      var body = await res.json()
-    } catch (error) {
-      return {problem: 'gone'}
-    }
-    if (!res.ok) return {problem: 'refused', message: body.error}
-    return {table: body.table, row: body.row, masked: !body.table}
+    var state = await memory()
+    if (state != 'same') return {problem: state}
+    var answer = await askServer('table', ['layer', 'head', 'query', 'key'].map(d => `${d}=${place[d]}`).join('&'))
+    return answer.problem ? answer : {table: answer.table, row: answer.row, masked: !answer.table}
   }
 
-  // Whether the model can be steered on this graph's prompt: 'ready', 'transcoder' or 'absent', as
-  // without a server of ours or with one that is older
+  // Whether the model can be steered on this graph's prompt: 'ready', 'transcoder', or as memory
+  // says; 'absent', too, where only the graph is in memory
   async function steering(){
     if (isTranscoderGraph) return 'transcoder'
+    var state = await memory()
+    if (state != 'same') return state
     return (await qkPage.config).steerable?.includes(metadata.slug) ? 'ready' : 'absent'
   }
 
-  // The document of a steered run, or {problem: 'gone' | 'refused', message}
-  async function steer(query){
-    try {
-      var res = await qkPage.fetch(`./qk/steer/${encodeURIComponent(metadata.slug)}?${query}`)
-      var body = await res.json()
-    } catch (error) {
-      return {problem: 'gone'}
-    }
-    return res.ok ? body : {problem: 'refused', message: body.error}
+  // The document of a steered run, or a problem
+  function steer(query){
+    return askServer('steer', query)
   }
 
   function isKnown(place){
@@ -187,11 +198,11 @@ window.initQkData = function({data}){
     parts,
     edges,
     load,
+    memory,
     steering,
     steer,
     isKnown,
     nodeOf,
-    isLive: () => qkPage.config.then(d => d.live.includes(metadata.slug)),
     places: () => Array.from(tables.values()).concat(Array.from(beside.values(), d => d.place)),
   }
 }

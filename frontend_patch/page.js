@@ -3,7 +3,7 @@
 window.qkPage = (function(){
   var nativeFetch = window.fetch.bind(window)
   var config = nativeFetch('./qk/config.json', {cache: 'no-cache'}).then(d => d.json())
-    .catch(() => ({live: [], online: false})) // files alone, without a server of ours
+    .catch(() => ({live: {}, online: false})) // files alone, without a server of ours
   var savedKeys = ['qk', 'qkEdge', 'qkCut', 'qkTokens', 'qkView']
 
   // Requests to other machines end here unless the server was started with --online.
@@ -13,13 +13,22 @@ window.qkPage = (function(){
       if ((await config).online) return nativeFetch(input, init)
       return new Response(null, {status: 404, statusText: 'offline'})
     }
-    if (url.pathname.startsWith('/save_graph/')) init = withSelection(init)
+    if (url.pathname.startsWith('/save_graph/')) return save(input, init, url.pathname.slice('/save_graph/'.length))
     return nativeFetch(input, init)
   }
 
-  // The page saves a fixed list of parameters; the panel's selection joins them.
-  function withSelection(init){
+  // The page shows no more than that something went wrong; the panel says what.
+  async function save(input, init, slug){
+    var res = await nativeFetch(input, withSelection(init, slug))
+    if (!res.ok) res.clone().json().then(d => qkPage.say?.(d.error, 15), () => null)
+    return res
+  }
+
+  // The page saves a fixed list of parameters; the panel's selection joins them, and which graph is
+  // shown: its file may hold another one by now.
+  function withSelection(init, slug){
     var body = JSON.parse(init.body)
+    body.digest = digests.get(`./graph_data/${slug}.json`) ?? null
     savedKeys.forEach(key => {
       var value = util.params.get(key)
       if (value) body.qParams[key] = value
@@ -31,6 +40,7 @@ window.qkPage = (function(){
   // copy; a feature of which nothing is stored is a state, not an error.
   var nativeGetFile = util.getFile
   var files = new Map()
+  var digests = new Map() // of the graphs that were read last from each path
   util.getFile = function(path, useCache=true, fileType=null, range=null){
     var isFeature = /^\.\/(graph_data|features)\/.*\/\d+\.json$/.test(path)
     if (!isFeature && !path.startsWith('./graph_data/')) return nativeGetFile(path, useCache, fileType, range)
@@ -44,7 +54,9 @@ window.qkPage = (function(){
   async function getGraph(path){
     var res = await nativeFetch(path, {cache: 'no-cache'})
     if (!res.ok) throw new Error(`${path}: ${res.status}`)
-    return res.json()
+    var graph = await res.json()
+    digests.set(path, graph?.qk?.digest)
+    return graph
   }
 
   async function getFeature(path){

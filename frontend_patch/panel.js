@@ -19,6 +19,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     hoverTerm: d => run('hover', d),
     widthOf,
     say,
+    checkMemory,
   }
   var {state} = qk
   var run = (name, d) => fns[name].forEach(fn => fn(d))
@@ -34,6 +35,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
 
   sel.html('').at({role: 'region', 'aria-label': 'heads and QK attributions', tabindex: -1})
   addHatches()
+  var otherSel = sel.append('div.qk-state.qk-other').at({role: 'status', 'data-qk': 'other-graph'}).st({display: 'none'})
   var topSel = sel.append('div.qk-top')
   topSel.append('div.qk-edges')
   topSel.append('div.qk-heads')
@@ -135,6 +137,7 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
       if (state.place != place) return // another was chosen meanwhile
     }
     state.answer = answer
+    checkMemory()
     showWhy()
   }
 
@@ -186,10 +189,14 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     }
     if (answer.masked) return [`Masked: key ${state.place.key} lies outside this head’s attention window, so its score never enters the softmax.`]
     if (answer.problem == 'gone') return ['The server does not answer. Start it again, then choose the head once more:', 'circuit-tracer-qk start-server --graph_file_dir DIR']
-    if (answer.problem == 'refused') return [answer.message]
+    if (answer.problem == 'refused' || answer.problem == 'busy') return [answer.message]
     if (answer.problem == 'missing' || answer.problem == 'damaged') return [
       `This table was written beside the graph file, to ${answer.file}, and that file ${answer.problem == 'missing' ? 'is not there' : 'cannot be read'}. ` +
       `Keep the folder ${answer.file.split('/')[0]} beside the graph file; reload the page if the graph was written anew.`,
+    ]
+    if (answer.problem == 'other' || answer.problem == 'unnamed') return [
+      'This table was not written to the graph file, and the server cannot compute it: see the note at the top. With this graph in memory it answers for any head and position:',
+      command + ' --server',
     ]
     if (answer.problem == 'absent') return [
       qk.data.hasQk ? 'This table was not written to the graph file, and this server has no model in memory. With one it answers for any head and position:' :
@@ -199,6 +206,20 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     return []
   }
 
+  function checkMemory(){
+    qk.data.memory().then(showMemory)
+  }
+
+  // All that is shown stays the file's, so this is said as long as it holds.
+  function showMemory(memory){
+    var text = {
+      other: 'The graph shown here is another one than the graph of this name in the server’s memory. Every number here is of the graph shown, as it was written to its file; the server computes nothing more for it.',
+      unnamed: 'This file does not say which graph it is of: an earlier version, or circuit-tracer itself, wrote it. So the server’s memory is not asked, and only what was written is shown. Write the file anew to ask for more.',
+    }[memory]
+    otherSel.text(text || '').st({display: text ? '' : 'none'})
+    sel.classed('has-other', !!text)
+  }
+
   function showState(lines){
     lines = [lines].flat()
     stateSel.html('').st({display: lines.length ? '' : 'none'})
@@ -206,10 +227,10 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     stateSel.appendMany('code', lines.slice(1)).text(d => d)
   }
 
-  function say(text){
+  function say(text, seconds=4){
     saySel.text(text)
     clearTimeout(say.timer)
-    say.timer = setTimeout(() => saySel.text(''), 4000)
+    say.timer = setTimeout(() => saySel.text(''), 1000*seconds)
   }
 
   function goToPlace(){
@@ -364,6 +385,8 @@ window.initQkPanel = function({visState, renderAll, data, cgSel}){
     })
   }
 
+  qkPage.say = say
+  checkMemory()
   qk.examples = window.initQkExamples({visState, renderAll, data, qk})
   ;['initQkEdges', 'initQkHeads', 'initQkAttention', 'initQkTerms', 'initQkHeatmap', 'initQkSteer', 'initQkSave']
     .forEach(name => window[name]({visState, renderAll, data, cgSel, qk}))

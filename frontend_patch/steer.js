@@ -6,7 +6,7 @@ window.initQkSteer = function({data, cgSel, qk}){
   var nControls = 20
   var colors = {before: '#a0a0a0', after: '#222'}
   var settings = {isOpen: false, of: null, where: 'here', scope: 'head', factor: 0, norms: 'frozen', freeze: 'none'}
-  var ability = null // 'ready', 'transcoder' or 'absent', once it is known
+  var ability = null // 'ready', or why not, as steering() says it, once it is known
   var choices = [] // what can be tested here
   var wanted = null // {query, tested}: the request whose answer is to be shown, and what it is of
   var asking = null // the query under way
@@ -210,6 +210,12 @@ window.initQkSteer = function({data, cgSel, qk}){
       var document = await qk.data.steer(asking)
       if (asking != wanted?.query) continue // another is wanted by now, or none
       shown = document.problem ? null : {...wanted, document}
+      if (document.problem == 'other') {
+        ability = 'other'
+        forget()
+        qk.checkMemory()
+        break
+      }
       settle(document)
     }
     asking = null
@@ -232,6 +238,7 @@ window.initQkSteer = function({data, cgSel, qk}){
     var {prompt, slug} = data.metadata
     if (!ability) return ['asking the server …']
     if (ability == 'transcoder') return ['Steering is for residual graphs, and this is a graph of transcoders. The command that makes one of residual dictionaries, and keeps its model in memory:', command('-d DICTIONARIES')]
+    if (ability == 'other' || ability == 'unnamed') return ['The server cannot run the model on this graph: see the note at the top. The command that makes the graph, and keeps it and its model in memory:', command('-d DICTIONARIES')]
     return ['No model is in memory, so nothing can be run: start with one of these.', command('-d DICTIONARIES'), 'circuit-tracer-qk demo']
 
     function command(dictionaries){

@@ -77,8 +77,8 @@ def serve(
     try:
         if is_public(args.host):
             print(
-                f"warning: everyone who reaches port {port} of this machine can read and save the "
-                "graphs",
+                f"warning: everyone who reaches port {server.url.rpartition(':')[2]} of this machine "
+                "can read and save the graphs",
                 file=sys.stderr,
             )
         show([f"open {server.url}{page}   (Ctrl+C ends)"])

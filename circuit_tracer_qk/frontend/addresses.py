@@ -19,15 +19,21 @@ REUSE_ADDRESS = os.name == "posix"
 """Take a port whose last connections have only just ended; elsewhere it would share one in use."""
 
 
+serving: dict[int, str] = {}
+"""Servers of this process: port -> address of the page."""
+
+
 def check_port(port: int, host: str = DEFAULT_HOST) -> None:
-    """Refuse an address that a server could not have.
+    """Refuse an address that a server could not have; port 0 stands for any that is free.
 
     Raises:
         UserError: the port is out of range, taken or not allowed, or the host is not this
             machine's.
     """
-    if not 1 <= port <= LAST_PORT:
-        raise UserError(f"port {port} is out of range: give one from 1 to {LAST_PORT}.")
+    if not 0 <= port <= LAST_PORT:
+        raise UserError(
+            f"port {port} is out of range: give one from 1 to {LAST_PORT}, or 0 for any free one."
+        )
     try:
         _bind(port, host)
     except OSError as error:
@@ -35,7 +41,7 @@ def check_port(port: int, host: str = DEFAULT_HOST) -> None:
 
 
 def next_free_port(start: int, host: str = DEFAULT_HOST) -> int:
-    """The first free port from ``start`` on.
+    """The first free port from ``start`` on; 0, which stands for any free one, stays 0.
 
     Raises:
         UserError: ``start`` is out of range, no port from it on is free, or the host is not this
@@ -94,6 +100,12 @@ def refused(host: str, port: int, error: OSError) -> UserError:
         return UserError(
             f"the host {host!r} is no address of this machine: give --host (or host=) one, or "
             f"leave it out for {DEFAULT_HOST}."
+        )
+    if error.errno == errno.EADDRINUSE and port in serving:
+        return UserError(
+            f"port {port} is in use: this process serves at {serving[port]} already; go on with "
+            "the object that serve() returned then, or call its .stop(), or give another port (0 "
+            "for any free one)."
         )
     if error.errno == errno.EADDRINUSE:
         return UserError(f"port {port} is in use: give another one with --port (or port=).")

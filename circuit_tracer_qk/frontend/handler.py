@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
             self._allow("POST")
             return self._save(parts[1:])
         self._allow("GET", "HEAD")
-        content = self.server.site.find(parts, query)
+        content = self.server.site.find(parts, query, self._is_gone)
         part = part_of(content, self.headers.get("Range", ""))
         if part is not None:
             return part
@@ -112,6 +112,19 @@ class Handler(BaseHTTPRequestHandler):
         foreign = self.headers.get("Sec-Fetch-Site", "").lower() == "cross-site"
         if foreign and self.headers.get("Sec-Fetch-Mode", "").lower() != "navigate":
             raise Refusal(HTTPStatus.FORBIDDEN, "requests of other web pages are refused.")
+
+    def _is_gone(self) -> bool:
+        """Whether the client has closed its connection; what else it sends is left unread."""
+        try:
+            self.connection.settimeout(0)
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:  # it waits for its answer
+            return False
+        except OSError:
+            return True
+        finally:
+            with contextlib.suppress(OSError):
+                self.connection.settimeout(self.timeout)
 
     # The body
 

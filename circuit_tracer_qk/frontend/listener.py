@@ -47,13 +47,14 @@ class Listener(ThreadingMixIn, TCPServer):
         self.site = site
         self.saver = Saver(site.data)
         self.zipped = Zipped()
-        self.url = addresses.url(host, port)
         machine = socket.gethostname().lower()
         self._names = {"localhost", host.lower(), machine, machine.partition(".")[0]}
         self._open: set[Any] = set()
         self._ending = threading.Lock()
         self._ended = False
         super().__init__(address, handler)
+        self._port = self.server_address[1]  # the system's choice where 0 was asked for
+        self.url = addresses.url(host, self._port)
         self._thread = threading.Thread(
             target=self.serve_forever,
             args=(POLL_SECONDS,),
@@ -63,6 +64,7 @@ class Listener(ThreadingMixIn, TCPServer):
 
     def start(self) -> None:
         """Answer until stopped or until this process ends."""
+        addresses.serving[self._port] = self.url
         self._thread.start()
         atexit.register(self.stop)
 
@@ -73,6 +75,7 @@ class Listener(ThreadingMixIn, TCPServer):
                 return
             self._ended = True
             atexit.unregister(self.stop)
+            addresses.serving.pop(self._port, None)
             if self._thread.is_alive():  # not in the child of a fork
                 self.shutdown()
             self.server_close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import parse_qsl, unquote_to_bytes
@@ -16,12 +17,16 @@ from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.frontend.answers import Refusal, not_found
 from circuit_tracer_qk.frontend.page import INDEX, Page
 from circuit_tracer_qk.frontend.static import ASSET_KINDS, Content, Folder, made
+from circuit_tracer_qk.frontend.turns import IsGone, Turns
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.frontend.steer_requests import SteerRequest
 
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")  # the last two mean more on Windows
 _QUERY_NUMBER = re.compile(r"[0-9]{1,9}")
+WAITING, WAITING_TABLES = 8, 32
+"""How many requests for steered runs and for tables may wait; one of each is worked on."""
+
 _EXAMPLES = re.compile(r"([0-9]{1,18})\.json")
 
 
@@ -29,8 +34,8 @@ class Live(Protocol):
     """Graphs in memory that can be asked for what their files do not hold; asked from threads."""
 
     @property
-    def slugs(self) -> tuple[str, ...]:
-        """The graphs that can be asked."""
+    def digests(self) -> Mapping[str, str]:
+        """The graphs that can be asked: slug -> which graph it is, ``qk.digest`` of its file."""
         ...
 
     @property
@@ -46,8 +51,14 @@ class Live(Protocol):
         """
         ...
 
-    def steer(self, slug: str, request: SteerRequest) -> bytes:
+    def steer(
+        self, slug: str, request: SteerRequest, before_run: Callable[[], object] | None = None
+    ) -> bytes:
         """A steered run with its clean run and controls, in JSON.
+
+        Args:
+            slug, request: which graph, and what is asked.
+            before_run: called before every run; what it raises ends the work.
 
         Raises:
             UserError: no model is in memory, or it cannot be steered so.
@@ -90,6 +101,7 @@ class Site:
         page: the index with our panel in it.
         online: whether the page may ask circuit-tracer's own hosts.
         live: graphs in memory.
+        steering, tables: the requests to them that wait.
     """
 
     data: Folder
@@ -99,25 +111,32 @@ class Site:
     page: Page
     online: bool
     live: Live | None
+    steering: Turns = field(default_factory=lambda: Turns(WAITING, "steered runs"))
+    tables: Turns = field(default_factory=lambda: Turns(WAITING_TABLES, "tables"))
 
-    def find(self, parts: list[str], query: str) -> Content:
+    def find(self, parts: list[str], query: str, is_gone: IsGone) -> Content:
         """What is under a path.
 
+        Args:
+            parts, query: of the path.
+            is_gone: whether the client has gone, so that long work need not be done.
+
         Raises:
-            Refusal: nothing is, or the query is malformed.
+            Refusal: nothing is, the query is malformed, or too many requests are waiting.
+            ConnectionAbortedError: the client went away before its answer was there.
         """
         match parts:
             case [""] | ["index.html"]:
                 return self._index()
             case ["qk", "config.json"]:
-                slugs = () if self.live is None else tuple(self.live.slugs)
+                digests = {} if self.live is None else dict(self.live.digests)
                 steerable = () if self.live is None else tuple(self.live.steerable)
-                known = {"live": slugs, "steerable": steerable}
+                known = {"live": digests, "steerable": steerable}
                 return made(encode({**known, "online": self.online, "version": __version__}))
             case ["qk", "table", slug]:
-                return made(self._table(slug, query))
+                return made(self._table(slug, query, is_gone))
             case ["qk", "steer", slug]:
-                return made(self._steer(slug, query))
+                return made(self._steer(slug, query, is_gone))
             case ["qk", *rest] if rest:
                 return self.panel.find(rest)
             case ["graph_data", scan, name]:
@@ -137,9 +156,9 @@ class Site:
         kind = ASSET_KINDS[os.path.splitext(INDEX)[1]]
         return Content(kind, len(index), lambda: index, tag)
 
-    def _table(self, slug: str, query: str) -> bytes:
+    def _table(self, slug: str, query: str, is_gone: IsGone) -> bytes:
         """A QK table of a graph in memory."""
-        live = self._in_memory(slug)
+        live, query = self._in_memory(slug, query)
         names = ("layer", "head", "query", "key")
         given = parse_qsl(query, keep_blank_values=True)
         values = dict(given)
@@ -151,26 +170,45 @@ class Site:
             if not _QUERY_NUMBER.fullmatch(values[name]):
                 raise Refusal(HTTPStatus.BAD_REQUEST, f"{name} must be a whole number from 0 on.")
         try:
-            return live.table(slug, *(int(values[name]) for name in names))
+            with self.tables.turn(is_gone) as check:
+                check()
+                return live.table(slug, *(int(values[name]) for name in names))
         except UserError as error:
             raise Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
 
-    def _steer(self, slug: str, query: str) -> bytes:
+    def _steer(self, slug: str, query: str, is_gone: IsGone) -> bytes:
         """A steered run on the prompt of a graph in memory."""
         from circuit_tracer_qk.frontend.steer_requests import read_request  # loads pydantic
 
-        live = self._in_memory(slug)
+        live, query = self._in_memory(slug, query)
         try:
-            return live.steer(slug, read_request(query))
+            request = read_request(query)
+            with self.steering.turn(is_gone) as check:
+                check()
+                return live.steer(slug, request, check)
         except UserError as error:
             raise Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
 
-    def _in_memory(self, slug: str) -> Live:
-        if self.live is None or slug not in self.live.slugs:
+    def _in_memory(self, slug: str, query: str) -> tuple[Live, str]:
+        """The graphs in memory, and a query without the digest of the graph that it is about.
+
+        Raises:
+            Refusal: no graph of this name is in memory, or another one is than the query says.
+        """
+        if self.live is None or slug not in self.live.digests:
             raise Refusal(
                 HTTPStatus.NOT_FOUND, f"the graph {slug} is not in memory, only its file is here."
             )
-        return self.live
+        fields = query.split("&")
+        asked = [field.removeprefix("digest=") for field in fields if field.startswith("digest=")]
+        if asked != [self.live.digests[slug]]:
+            raise Refusal(
+                HTTPStatus.CONFLICT,
+                f"the graph {slug} in this server's memory is another one than the request is "
+                "about, or the request does not say which one it is about (digest=): reload the "
+                "page to see what was written to the graph's file.",
+            )
+        return self.live, "&".join(field for field in fields if not field.startswith("digest="))
 
     def _examples(self, scan: str, name: str) -> Content:
         """Examples of a feature without a file."""

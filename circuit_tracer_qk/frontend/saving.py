@@ -8,7 +8,7 @@ import math
 import re
 import threading
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names, write_atomically
@@ -46,13 +46,13 @@ class Saver:
         """Replace the parameters of a graph that was checked, and nothing else of its file.
 
         Raises:
-            Refusal: the body does not hold parameters, or the file is damaged or cannot be
-                written; the file is unchanged.
+            Refusal: the body does not hold parameters, the file is of another graph than the page
+                shows, or it is damaged or cannot be written; the file is unchanged.
         """
-        parameters = _parameters(body)
+        saved = _parsed_body(body)
         with self._lock:
             path = self._folder.path.joinpath(f"{slug}.json").resolve()
-            data = _with_parameters(self._folder.find([f"{slug}.json"]).read(), parameters)
+            data = _with_parameters(self._folder.find([f"{slug}.json"]).read(), saved)
             try:
                 write_atomically(path, data)
             except UserError as error:
@@ -63,7 +63,19 @@ class Saver:
                 ) from error
 
 
-def _parameters(body: bytes) -> dict[str, Any]:
+class _Saved(NamedTuple):
+    """What a request saves.
+
+    Attributes:
+        parameters: what the page shows.
+        digest: of the graph that it shows; None where its file has none.
+    """
+
+    parameters: dict[str, Any]
+    digest: Any
+
+
+def _parsed_body(body: bytes) -> _Saved:
     """What a request saves.
 
     Raises:
@@ -81,18 +93,26 @@ def _parameters(body: bytes) -> dict[str, Any]:
             HTTPStatus.BAD_REQUEST,
             f"qParams is nested more than {BODY_DEPTH} deep or holds an infinite number.",
         )
-    return parameters
+    return _Saved(parameters, document.get("digest"))
 
 
-def _with_parameters(data: bytes, parameters: dict[str, Any]) -> bytes:
+def _with_parameters(data: bytes, saved: _Saved) -> bytes:
     """A graph's file with other parameters.
 
     Raises:
-        Refusal: it is no graph's file.
+        Refusal: it is no graph's file, or another graph's.
     """
+    parameters = saved.parameters
     try:
         document = _parsed(data)
         if isinstance(document, dict):
+            qk = document.get("qk")
+            if (qk.get("digest") if isinstance(qk, dict) else None) != saved.digest:
+                raise Refusal(
+                    HTTPStatus.CONFLICT,
+                    "not saved: the graph's file was replaced by another graph since the page "
+                    "read it; reload the page.",
+                )
             place = _place(data.decode(), "qParams")
             if place is None:
                 return encode(document | {"qParams": parameters})

@@ -62,10 +62,11 @@ def serve(
 
     Args:
         data_dir: where :func:`circuit_tracer_qk.create_graph_files` wrote.
-        port: a free port.
+        port: a free port; 0 takes any, which ``url`` of the server says.
         host: the address to listen on. Everyone who reaches it can read and save the graphs.
         online: let the page ask circuit-tracer's own hosts for feature examples.
-        live: graphs that answer for any head and any pair of positions.
+        live: graphs that answer for any head and any pair of positions, where the file that the
+            page shows is of the same graph.
         features_dir: where examples of local transcoders lie, as circuit-tracer's newer server
             takes them.
 

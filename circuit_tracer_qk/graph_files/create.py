@@ -20,7 +20,12 @@ from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.graph_files.feature_files import folder_name, write_features
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 from circuit_tracer_qk.graph_files.nodes import mention_nodes, prune
-from circuit_tracer_qk.graph_files.select_tables import Attributions, Limits, select_tables
+from circuit_tracer_qk.graph_files.select_tables import (
+    Attributions,
+    Limits,
+    qk_facts,
+    select_tables,
+)
 from circuit_tracer_qk.graph_files.sidecars import (
     FILE_BYTES,
     divide,
@@ -207,7 +212,9 @@ def _document(
         "edge_threshold": edge_threshold,
     }
     document["links"] = links.data
-    if limits is None:
+    if limits is None:  # the page still has to know which graph it shows
+        document["qk"] = {**qk_facts(graph), "attributions": [], "rows": []}
+        document["qk_only_nodes"] = {}
         return document, names, None
     nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
     return document, names, select_tables(graph, links, nodes, names, limits)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.dictionaries.features import indexed_feature
+from circuit_tracer_qk.graph_files.digest import graph_digest
 from circuit_tracer_qk.graph_files.feature_files import (
     folder_name,
     stored_examples,
@@ -37,7 +39,8 @@ class LiveGraphs:
     """Graphs that answer for any head and any pair of positions; safe to ask from many threads.
 
     Args:
-        graphs: by the slug that their file has.
+        graphs: by the slug that their file has. The page is answered only where its file is of
+            the same graph.
         models: by slug, the model that a residual graph was made with; with it the page can steer.
 
     Raises:
@@ -71,6 +74,11 @@ class LiveGraphs:
         """The graphs that can be asked."""
         return tuple(self._graphs)
 
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """slug -> which graph it is, as its file says in ``qk.digest``."""
+        return {slug: graph_digest(graph) for slug, graph in self._graphs.items()}
+
     @property
     def steerable(self) -> tuple[str, ...]:
         """The graphs whose model is in memory."""
@@ -96,8 +104,15 @@ class LiveGraphs:
         [written_row] = written_rows({(layer, head, query): row}).values()
         return encode({"table": document, "row": Encoded(written_row)})
 
-    def steer(self, slug: str, request: SteerRequest) -> bytes:
+    def steer(
+        self, slug: str, request: SteerRequest, before_run: Callable[[], object] | None = None
+    ) -> bytes:
         """The graph's prompt with an edit, its clean run and matched controls.
+
+        Args:
+            slug, request: which graph, and what is asked.
+            before_run: called before the clean run, the edit's and each control's; what it raises
+                ends the work.
 
         Returns:
             JSON, :func:`~circuit_tracer_qk.steering.to_json.run_document` of the leading tokens,
@@ -127,7 +142,9 @@ class LiveGraphs:
             if (slug, request) in self._steered:
                 self._steered.move_to_end((slug, request))
                 return self._steered[slug, request]
-            run = self._session(slug).steer(request.edit, **asdict(request.options))
+            run = self._session(slug).steer(
+                request.edit, before_run=before_run, **asdict(request.options)
+            )
             answer = encode(_document(run, query), "the steered run")
             self._steered[slug, request] = answer
             while len(self._steered) > KEPT_ANSWERS:

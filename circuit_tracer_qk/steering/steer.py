@@ -7,7 +7,7 @@ paper, "Induction", "Antonyms", "Multiple Choice", "Correctness circuits").
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -188,9 +188,18 @@ class Session:
 
     @exactly
     def steer(
-        self, edits: Edit | Iterable[Edit], *, verbose: bool = False, **options: Any
+        self,
+        edits: Edit | Iterable[Edit],
+        *,
+        verbose: bool = False,
+        before_run: Callable[[], object] | None = None,
+        **options: Any,
     ) -> SteeredRun:
-        """As :func:`steer`, on this prompt."""
+        """As :func:`steer`, on this prompt.
+
+        ``before_run`` is called before the clean run, the edit's and each control's. To cancel the
+        work, it raises.
+        """
         checked, listed = SteeringOptions(**options), listed_edits(edits)
         engine, intervention = self.engine(checked), self.resolve(listed)
         steered = {head for edit in listed for head in edit.resolved.heads}
@@ -206,6 +215,8 @@ class Session:
             head_controls: tuple[SteeredRun, ...] = (),
             notes: tuple[str, ...] = (),
         ) -> SteeredRun:
+            if before_run is not None:
+                before_run()
             forward = engine.run(intervention, sorted(steered.union(intervention.heads)), start)
 
             def again(head: Head) -> Pass:

@@ -469,11 +469,14 @@ def test_attribute_in_float64(run, place, tmp_path):
 def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_path, monkeypatch):
     port = next_free_port(18141)
     other = ctqk.serve(tmp_path, port=port)
-    served = []
+    served, digests = [], []
 
     def look(seconds: float) -> None:
-        table = "qk/table/demo-wcc?layer=1&head=0&query=9&key=5"
-        steered = "qk/steer/demo-wcc?heads=L1H0&factor=0&controls=1"
+        graph = json.loads((tmp_path / "demo" / "demo-wcc.json").read_bytes())
+        digests.append(graph["qk"]["digest"])
+        of = f"demo-wcc?digest={digests[0]}"
+        table = f"qk/table/{of}&layer=1&head=0&query=9&key=5"
+        steered = f"qk/steer/{of}&heads=L1H0&factor=0&controls=1"
         for path in ("data/graph-metadata.json", "qk/config.json", table, steered):
             url = f"http://127.0.0.1:{next_port}/{path}"
             with urllib.request.urlopen(url, timeout=10) as answer:
@@ -489,7 +492,9 @@ def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_pat
         other.stop()
     assert result.status == cli.DONE
     listing, config, table, steered = served
-    assert listing["graphs"] and config["live"] == config["steerable"] == ["demo-wcc"]
+    [digest] = digests
+    assert listing["graphs"] and config["live"] == {"demo-wcc": digest}
+    assert config["steerable"] == ["demo-wcc"]
     assert table["row"] and steered["outputs"]
     assert f"open http://127.0.0.1:{next_port}/index.html?slug=demo-wcc" in result.out
 

@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from helpers.serving import Reply, ask, port_of
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
+from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.frontend import listener, server
 from circuit_tracer_qk.frontend import static as contents
 from circuit_tracer_qk.frontend.handler import Handler
@@ -32,6 +34,7 @@ from circuit_tracer_qk.frontend.steer_requests import SteerRequest
 from circuit_tracer_qk.host import cli as host_cli
 
 SECRET = "the secret beside the folder"
+DIGEST, OTHER_DIGEST = "0" * 32, "1" * 32
 GRAPH = {"metadata": {"slug": "sally", "prompt": "Aunt “Sally” 🙂"}, "qParams": {"pinnedIds": []}}
 LARGE = {"qParams": {}, "links": [{"source": f"{i}", "weight": i / 7} for i in range(40_000)]}
 LARGE_TEXT = json.dumps(LARGE)
@@ -41,10 +44,10 @@ NEW = {"pinnedIds": "1_2_3,E_4_5", "supernodes": [["a", "1_2_3"]], "pruningThres
 class FakeLive:
     """A live graph that answers with what it was asked."""
 
-    slugs = ("sally",)
+    digests = {"sally": DIGEST}
     steerable = ()
 
-    def steer(self, slug: str, request: SteerRequest) -> bytes:
+    def steer(self, slug: str, request: SteerRequest, before_run: Any = None) -> bytes:
         raise UserError(f"no model is in memory for {slug}")
 
     def table(self, slug: str, layer: int, head: int, query: int, key: int) -> bytes:
@@ -119,8 +122,10 @@ def taken() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def save(site: server.Server, parameters: Any, slug: str = "sally", **headers: str) -> Reply:
-    body = json.dumps({"qParams": parameters})
+def save(
+    site: server.Server, parameters: Any, slug: str = "sally", more: Any = None, **headers: str
+) -> Reply:
+    body = json.dumps({"qParams": parameters} | (more or {}))
     return ask(
         site, f"/save_graph/{slug}", "POST", body, Content_Type="application/json", **headers
     )
@@ -221,26 +226,26 @@ def test_installed_files_may_be_links(start, monkeypatch, tmp_path):
 
 def test_config(site, start):
     expected = {
-        "live": ["sally"],
+        "live": {"sally": DIGEST},
         "steerable": [],
         "online": False,
         "version": ctqk.__version__,
     }
     assert ask(site, "/qk/config.json").json == expected
     config = ask(start(online=True), "/qk/config.json").json
-    assert config == expected | {"live": [], "online": True}
+    assert config == expected | {"live": {}, "online": True}
 
 
 def test_live_tables(site, start, caplog):
     query = "layer=1&head=2&query=9&key=4"
-    assert ask(site, f"/qk/table/sally?{query}").json == ["sally", 1, 2, 9, 4]
+    assert ask(site, f"/qk/table/sally?digest={DIGEST}&{query}").json == ["sally", 1, 2, 9, 4]
     absent = ask(site, f"/qk/table/large?{query}")
     assert absent.status == 404 and "only its file" in absent.json["error"]
-    assert ask(start(), f"/qk/table/sally?{query}").status == 404
-    refused = ask(site, "/qk/table/sally?layer=4&head=2&query=9&key=4")
+    assert ask(start(), f"/qk/table/sally?digest={DIGEST}&{query}").status == 404
+    refused = ask(site, f"/qk/table/sally?digest={DIGEST}&layer=4&head=2&query=9&key=4")
     assert (refused.status, refused.json) == (422, {"error": "layer 4 is out of range: 0 to 3."})
     with caplog.at_level(logging.CRITICAL):
-        failed = ask(site, "/qk/table/sally?layer=3&head=2&query=9&key=4")
+        failed = ask(site, f"/qk/table/sally?digest={DIGEST}&layer=3&head=2&query=9&key=4")
     assert failed.status == 500 and SECRET.encode() not in failed.body
 
 
@@ -252,8 +257,20 @@ def test_live_tables(site, start, caplog):
      "layer=1&head=2&query=9&key=99999999999"],
 )  # fmt: skip
 def test_malformed_numbers_are_refused(site, query):
-    answer = ask(site, f"/qk/table/sally?{query}")
+    answer = ask(site, f"/qk/table/sally?digest={DIGEST}&{query}")
     assert answer.status == 400 and answer.json["error"]
+
+
+@pytest.mark.parametrize(
+    "given", ["", f"digest={OTHER_DIGEST}", "digest=", f"digest={DIGEST}&digest={DIGEST}"]
+)
+def test_a_request_about_another_graph_of_this_name_is_refused(site, given):
+    for what in (
+        f"table/sally?{given}&layer=1&head=2&query=9&key=4",
+        f"steer/sally?{given}&heads=L1H2&factor=0",
+    ):
+        answer = ask(site, f"/qk/{what}")
+        assert answer.status == 409 and "memory is another one" in answer.json["error"]
 
 
 def test_live_examples_stand_in_for_files(site, start):
@@ -598,6 +615,21 @@ def test_save_takes_what_the_page_sends(site, data_dir):
     assert json.loads((data_dir / "sally.json").read_bytes())["qParams"] == parameters
 
 
+@pytest.mark.parametrize("digest", [DIGEST, None])
+def test_a_file_of_another_graph_is_not_saved_into(site, data_dir, digest):
+    """The page shows one graph, and its file holds another one by now."""
+    path = data_dir / "sally.json"
+    path.write_text(json.dumps(GRAPH | ({} if digest is None else {"qk": {"digest": digest}})))
+    before = path.read_bytes()
+    others = [{"digest": OTHER_DIGEST}, {"digest": [1]}, {} if digest else {"digest": DIGEST}]
+    for other in others:
+        answer = save(site, NEW, more=other)
+        assert answer.status == 409 and "replaced by another graph" in answer.json["error"]
+    assert path.read_bytes() == before
+    assert save(site, NEW, more={"digest": digest}).status == 200
+    assert json.loads(path.read_bytes())["qParams"] == NEW
+
+
 def test_graph_behind_a_link_within_the_folder_is_saved_there(site, data_dir):
     assert save(site, NEW, "inner").status == 200
     assert (data_dir / "inner.json").is_symlink()
@@ -897,7 +929,43 @@ def test_missing_folder_is_refused(tmp_path):
         ctqk.serve(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_port_0_is_any_free_one(data_dir):
+    sites = [ctqk.serve(data_dir, port=0) for _ in range(2)]
+    try:
+        assert len({port_of(site) for site in sites}) == 2
+        assert all(ask(site, "/data/sally.json").json == GRAPH for site in sites)
+        assert server.next_free_port(0) == 0
+    finally:
+        for site in sites:
+            site.stop()
+
+
+def test_start_server_takes_port_0(data_dir, monkeypatch, capsys):
+    seen: list[str] = []
+
+    def look(seconds: float) -> None:
+        match = re.search(r"open (\S+?)/? ", capsys.readouterr().out)
+        assert match is not None
+        with urllib.request.urlopen(f"{match[1]}/data/sally.json", timeout=10) as answer:
+            seen.append(json.load(answer))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", look)
+    assert cli.main(["start-server", "--graph_file_dir", str(data_dir), "--port", "0"]) == cli.DONE
+    assert seen == [GRAPH]
+
+
+def test_a_cell_run_twice_is_told_what_serves_there(data_dir):
+    site = ctqk.serve(data_dir, port=0)
+    with pytest.raises(
+        UserError, match=rf"is in use: this process serves at {site.url} already.*\.stop\(\)"
+    ):
+        ctqk.serve(data_dir, port=port_of(site))
+    site.stop()
+    ctqk.serve(data_dir, port=port_of(site)).stop()
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
 def test_port_out_of_range_is_refused(data_dir, port):
     with pytest.raises(UserError, match=f"port {port} is out of range"):
         ctqk.serve(data_dir, port=port)

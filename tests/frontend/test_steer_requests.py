@@ -56,7 +56,8 @@ def site(model: Any, graph: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def steer(site: server.Server, query: str, slug: str = "sally") -> Reply:
-    return ask(site, f"/qk/steer/{slug}?{query}")
+    digest = ask(site, "/qk/config.json").json["live"].get(slug)
+    return ask(site, f"/qk/steer/{slug}?digest={digest}&{query}")
 
 
 # What is answered ---------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def test_tables_do_not_wait_for_a_run(graph, model, monkeypatch):
 
 def test_the_page_is_told_what_can_be_steered(site):
     config = ask(site, "/qk/config.json").json
-    assert (config["live"], config["steerable"]) == (["sally", "alone"], ["sally"])
+    assert (list(config["live"]), config["steerable"]) == (["sally", "alone"], ["sally"])
 
 
 def test_attribute_keeps_its_model_in_memory(monkeypatch, tmp_path, capsys):
