@@ -17,8 +17,8 @@ from circuit_tracer_qk.base.errors import UserError
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-# TransformerLens keeps an (n_ctx, n_ctx) mask per layer while it builds a model: 64 MB each at
-# 8192, 16 GB each at the 131072 positions that some models claim.
+# A model keeps an (n_ctx, n_ctx) mask for each kind of attention: 64 MB at 8192, 16 GB at the
+# 131072 positions that some models claim.
 MAX_CONTEXT = 8192
 CONVERTERS = {
     "GPT2LMHeadModel": "convert_gpt2_weights",
@@ -240,6 +240,8 @@ def convert_weights(
         return state
     if CONVERTERS[architecture] == "convert_gemma_weights":
         state |= _gemma_gains(hf_model, cfg)
+        if hf_model.lm_head.weight is hf_model.model.embed_tokens.weight:
+            del state["embed.W_E"]  # `fill` makes it when Hugging Face's is freed: one copy less
     for i, layer in enumerate(hf_model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         biases = {
@@ -298,25 +300,57 @@ def set_scaled_rotary(model: HookedTransformer, config: Any) -> None:
         attention.rotary_sin.copy_(angles.sin() * factor)
 
 
+def empty_model(cfg: HookedTransformerConfig, tokenizer: Any) -> HookedTransformer:
+    """A model whose parameters take no memory, for :func:`fill`.
+
+    TransformerLens would make a mask and rotary tables for every layer. Layers of one kind of
+    attention ("global", "local") share them here.
+    """
+    from transformer_lens import HookedTransformer
+
+    with torch.device("meta"):
+        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    of_kind: dict[str, nn.Module] = {}
+    for i, block in enumerate(model.blocks):
+        attention: Any = block.attn
+        kind = attention.attn_type
+        if kind not in of_kind:
+            of_kind[kind] = type(attention)(cfg, kind, i)
+        for name, buffer in of_kind[kind].named_buffers(recurse=False):
+            setattr(attention, name, buffer)
+    return model
+
+
 def fill(model: HookedTransformer, state: dict[str, Tensor]) -> None:
     """Moves ``state`` into the model's parameters, emptying it so that its memory is freed."""
+    cfg = model.cfg
     for i, block in enumerate(model.blocks):
         if f"blocks.{i}.mlp.b_gate" in state:
-            block.mlp = _biased_gated_mlp()(model.cfg)
+            with torch.device("meta"):
+                block.mlp = _biased_gated_mlp()(cfg)
     model.setup()
-    for key, parameter in model.named_parameters():
+    # the last first: an embedding may be made of the unembedding
+    for key, parameter in reversed(list(model.named_parameters())):
         value = state.pop(key, None)
-        if value is None:
-            parameter.zero_()  # GPT-2's unembedding bias; anything else fails the comparison
+        if value is None and key == "embed.W_E":
+            value = torch.empty(parameter.shape, dtype=parameter.dtype)
+            torch.mul(
+                model.unembed.W_U.T, torch.tensor(cfg.d_model**0.5, dtype=cfg.dtype), out=value
+            )
+        elif value is None:
+            # GPT-2's unembedding bias; anything else fails the comparison
+            value = torch.zeros(parameter.shape, dtype=parameter.dtype)
         elif value.shape != parameter.shape:
             raise UserError(
-                f"TransformerLens' conversion of {model.cfg.model_name} gave {key} the shape "
+                f"TransformerLens' conversion of {cfg.model_name} gave {key} the shape "
                 f"{list(value.shape)}, expected {list(parameter.shape)}; the model's config.json "
                 "means something that this package does not know."
             )
         else:
             value = value.to(parameter.dtype)
-            parameter.data = value.clone(memory_format=torch.contiguous_format)
+            value = value.clone(memory_format=torch.contiguous_format)
+        module, _, name = key.rpartition(".")
+        setattr(model.get_submodule(module), name, nn.Parameter(value, requires_grad=False))
 
 
 @functools.cache

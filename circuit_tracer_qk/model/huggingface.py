@@ -153,6 +153,8 @@ def read_config(source: Source) -> Any:
     """The Hugging Face configuration of ``source``."""
     from transformers import AutoConfig
 
+    if source.local:
+        _refuse_adapter(Path(source.path))
     if source.local and not (Path(source.path) / "config.json").is_file():
         raise UserError(
             f"The folder {source.path} has no config.json; give a folder written by Hugging "
@@ -162,6 +164,22 @@ def read_config(source: Source) -> Any:
         return source.load(AutoConfig.from_pretrained)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise source.failure("config.json", error) from error
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter (LoRA) and no weights of the model that it changes."""
+    path = folder / "adapter_config.json"
+    weights = (file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    if not path.is_file() or any(not file.name.startswith("adapter_") for file in weights):
+        return
+    try:
+        base = json.loads(path.read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    raise UserError(
+        f"{folder} is an adapter{f' of {base}' if base else ''} without the weights of its base "
+        "model: merge the two (merge_and_unload in peft), save the result and give that folder."
+    )
 
 
 def architecture_of(source: Source, config: Any) -> str:

@@ -26,6 +26,7 @@ from circuit_tracer_qk.model.conversion import (
     CONVERTERS,
     build_config,
     convert_weights,
+    empty_model,
     fill,
     set_scaled_rotary,
 )
@@ -58,9 +59,11 @@ def load_transformer(
 ) -> HookedTransformer:
     """Loads a model whose logits are Hugging Face's.
 
-    Peak memory: the weights once, in float32 (float64 if asked for), plus the embeddings and the
-    attention masks; Hugging Face's copy of a tensor is freed as soon as it has been copied. (Twice
-    the weights for the architectures that only TransformerLens converts.)
+    Peak memory, in float32 (float64 if asked for): the weights, the unembedding counted by itself,
+    its copy in a forward pass of TransformerLens 3, a mask of n_ctx^2 bytes for each kind of
+    attention, and the pages of the weights' file where it is of this dtype. Hugging Face's copy of
+    a tensor is freed as soon as it has been copied. (Twice the weights and a mask a layer for the
+    architectures that only TransformerLens converts.)
 
     Args:
         name: a local Hugging Face folder, a hub id ``org/name[@revision]`` (a cached copy is used
@@ -97,8 +100,6 @@ def load_transformer(
 
 def _converted(source: Source, dtype: torch.dtype) -> HookedTransformer:
     """The model of a Hugging Face source, on the CPU and compared with Hugging Face's."""
-    from transformer_lens import HookedTransformer
-
     config = read_config(source)
     architecture = architecture_of(source, config)
     if architecture in CONVERTERS:
@@ -106,12 +107,12 @@ def _converted(source: Source, dtype: torch.dtype) -> HookedTransformer:
         cfg.model_name, cfg.dtype = source.title, dtype
         tokenizer = read_tokenizer(source)
         cfg.tokenizer_name = None if tokenizer is None else source.path
+        model = empty_model(cfg, tokenizer)
         hf_model = read_weights(source, config, dtype)
         reference = Reference.run(hf_model, cfg)
         state = convert_weights(hf_model, cfg, architecture)
         del hf_model
         gc.collect()
-        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
         fill(model, state)
         set_scaled_rotary(model, config)
     elif source.local:
@@ -154,14 +155,17 @@ def _finish(
         scale = cfg.d_model**0.5
         model.embed.W_E.data.mul_(float(torch.tensor(scale, dtype=dtype)) / scale)
     cfg.dtype, cfg.device = dtype, str(device)
-    nn.Module.to(model, device=device, dtype=dtype)
     shared: dict[tuple[str, str], Tensor] = {}
     for block in model.blocks:
         attention: Any = block.attn
-        for buffer in ("mask", "rotary_sin", "rotary_cos"):
-            if buffer in attention._buffers:
-                first = shared.setdefault((attention.attn_type, buffer), getattr(attention, buffer))
-                setattr(attention, buffer, first)
+        for name, buffer in list(attention.named_buffers(recurse=False)):
+            if name not in ("mask", "rotary_sin", "rotary_cos"):
+                continue
+            key = attention.attn_type, name
+            if key not in shared:
+                shared[key] = buffer.to(device, dtype if buffer.is_floating_point() else None)
+            setattr(attention, name, shared[key])
+    nn.Module.to(model, device=device, dtype=dtype)  # leaves alone what is as asked
     return model.requires_grad_(False).eval()
 
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/run.py [PART ...] [--threads N] [--repeats R] [--device cuda] [--json F]
 
-Parts: edges, tables, runs, long, files, startup (all if none is named), and `whole`, a graph of 2,048
+Parts: edges, tables, runs, long, files, startup, loading (all if none is named), and `whole`, a graph of 2,048
 tokens, which takes minutes. Every number is the median of warm repeats, with the least and the
 most; every ratio is of two sides measured in turns within this run. A floor is what a stage's
 matrix products take at this machine's measured rate, or its bytes at its measured bandwidth.
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import edges
 import files
+import loading
 import long
 import measuring
 import runs
@@ -32,7 +33,7 @@ import tables
 import torch
 from measuring import Ceilings, Row
 
-PARTS = ("edges", "tables", "runs", "long", "files", "startup", "whole")
+PARTS = ("edges", "tables", "runs", "long", "files", "startup", "loading", "whole")
 EDGE_TOKENS = (32, 128)
 
 
@@ -51,6 +52,7 @@ def measured(parts: list[str], ceilings: Ceilings, repeats: int) -> Iterator[lis
         "long": lambda: long.measure(ceilings, repeats),
         "files": lambda: files.measure(repeats=repeats),
         "startup": lambda: startup.measure(repeats),
+        "loading": loading.measure,
         "whole": whole,
     }
     for name, measure in alone.items():

@@ -344,6 +344,20 @@ def test_broken_tokenizer(copy):
     assert "tokenizer" in refusal(folder)
 
 
+@pytest.mark.parametrize("base", ["org/base", None])
+@pytest.mark.parametrize("config", [True, False])
+def test_an_adapter_without_its_base(tmp_path, base, config):
+    settings = {"peft_type": "LORA"} | ({"base_model_name_or_path": base} if base else {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"lora_A": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    if config:
+        save_tiny("llama", tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+    said = refusal(tmp_path)
+    assert str(tmp_path) in said and "is an adapter" in said and "merge_and_unload" in said
+    assert (" of org/base " in said) == (base is not None)
+
+
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c", "", "two words"])
 def test_missing_folder(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
