@@ -101,6 +101,12 @@ class Files:
             for name in tqdm(list(names), "Fetching files", leave=False, delay=2, disable=None):
                 self.get(name)
 
+    def numbered(self, folder: str, pattern: re.Pattern[str]) -> dict[int, str]:
+        """The files of a folder whose names fit a pattern, by the number that it catches."""
+        start = joined(folder, "")
+        names = ((name, name.removeprefix(start)) for name in self.names if name.startswith(start))
+        return {int(m[1]): name for name, last in names if (m := pattern.fullmatch(last))}
+
     def folders_with(self, files: Iterable[str]) -> list[str]:
         """The folders ("" for the root) that hold all of some files, in natural order.
 
