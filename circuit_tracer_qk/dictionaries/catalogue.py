@@ -18,10 +18,7 @@ import yaml
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
 
-MINIATURES = {
-    "miniature-sae": ROOT / "miniature" / "sae",
-    "miniature-wcc": ROOT / "miniature" / "wcc",
-}
+MINIATURES = {f"miniature-{kind}": ROOT / "miniature" / kind for kind in ("sae", "wcc")}
 _NAME = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<variant>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 
 

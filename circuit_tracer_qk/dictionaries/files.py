@@ -148,16 +148,13 @@ def _matching(title: str, names: Iterable[str], pattern: str | None) -> tuple[st
     """The names below the folders that a pattern such as ``layer_*/width_16k`` matches."""
     if pattern is None:
         return tuple(names)
-    depth = len(PurePosixPath(pattern).parts)
-    kept: list[str] = []
-    names = list(names)
-    for name in names:
-        parts = PurePosixPath(name).parts
-        if len(parts) >= depth and all(
-            fnmatchcase(part, wanted)
-            for part, wanted in zip(parts, PurePosixPath(pattern).parts, strict=False)
-        ):
-            kept.append(name)
+    names, wanted = list(names), PurePosixPath(pattern).parts
+
+    def matches(name: str) -> bool:
+        parts = PurePosixPath(name).parts[: len(wanted)]
+        return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+    kept = [name for name in names if matches(name)]
     if not kept:
         here = sorted({PurePosixPath(name).parts[0] for name in names}, key=natural)
         held = f"{', '.join(here[:6])}{', ...' if len(here) > 6 else ''}" if here else "nothing"

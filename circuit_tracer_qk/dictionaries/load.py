@@ -172,12 +172,8 @@ def _refuse_halves(files: Files) -> None:
 
 def _refuse_gaps(files: Files, layout: Layout, folders: list[str]) -> None:
     """Refuse a set one of whose folders lacks a file that the others have."""
-    whole = {
-        folder
-        for other in LAYOUTS.values()
-        if other != layout
-        for folder in files.folders_with(other.files)
-    }
+    others = [other for other in LAYOUTS.values() if other != layout]
+    whole = {folder for other in others for folder in files.folders_with(other.files)}
     alike = {_shape(folder) for folder in folders if folder}
     for name in layout.files:
         for folder in files.folders_with([name]):

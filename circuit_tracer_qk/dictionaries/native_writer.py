@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ def _write(folder: Path, kind: str, layer: int, d: Dictionary) -> None:
         return
     [decoder] = d.decoders.values()
     tensors = {"W_enc": d.W_enc, "W_dec": decoder, "b_enc": d.b_enc, "b_dec": d.b_dec}
-    tensors["activation_function.threshold"] = d.threshold
-    _save(tensors, folder / f"layer_{layer}.safetensors")
+    threshold = {"activation_function.threshold": d.threshold}
+    _save(tensors | threshold, folder / f"layer_{layer}.safetensors")
 
 
 def _copy_features(dictionaries: DictionarySet, folder: Path, shift: int) -> None:
@@ -118,6 +119,6 @@ def _copy_features(dictionaries: DictionarySet, folder: Path, shift: int) -> Non
         shutil.copytree(source / "features", folder / "features")
 
 
-def _save(tensors: dict[str, Tensor | None], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor | None], path: Path) -> None:
     """Those of some tensors that there are."""
     save_file({name: t.cpu().contiguous() for name, t in tensors.items() if t is not None}, path)

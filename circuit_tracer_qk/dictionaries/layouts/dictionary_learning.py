@@ -73,8 +73,8 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
     k = trainer.get("k")
     if _CLASSES[name][0] == "topk" and type(k) is not int:
         raise UserError(f"{source}: {name} needs k, a whole number, and has {k!r}.")
-    read, model = partial(_read, source=source, name=name, k=k), trainer.get("lm_name")
-    return Layer.in_folder(files, folder, WEIGHTS, layer, RESID_POST, read, model)
+    read, weights = partial(_read, source=source, name=name, k=k), joined(folder, WEIGHTS)
+    return Layer(layer, RESID_POST, folder, weights, read, trainer.get("lm_name"))
 
 
 LAYOUT = Layout("dictionary-learning", (CONFIG, WEIGHTS), _layer)

@@ -57,7 +57,7 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
     if repository is not None:
         tuned = "-it" if repository["tuned"] == "it" else ""
         name = f"google/gemma-2-{repository['model']}{tuned}"
-    return Layer.in_folder(files, folder, WEIGHTS, int(number[1]), RESID_POST, _read, name)
+    return Layer(int(number[1]), RESID_POST, folder, joined(folder, WEIGHTS), _read, name)
 
 
 LAYOUT = Layout("gemma-scope", (WEIGHTS,), _layer)

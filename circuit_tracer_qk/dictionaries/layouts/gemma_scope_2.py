@@ -40,8 +40,8 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer:
     layers = _layers(source, config)
     if len(layers) != 1:
         raise UserError(f"{source}: one SAE is of one layer, and it names layers {layers}.")
-    model = _model(config)
-    return Layer.in_folder(files, folder, WEIGHTS, layers[0], RESID_POST, _read, model)
+    weights = joined(folder, WEIGHTS)
+    return Layer(layers[0], RESID_POST, folder, weights, _read, _model(config))
 
 
 def _config(files: Files, folder: str) -> tuple[dict[str, Any], str]:

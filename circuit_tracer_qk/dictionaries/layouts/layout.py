@@ -14,15 +14,9 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.catalogue import names_of
-from circuit_tracer_qk.dictionaries.dictionary import (
-    RESID_POST,
-    RESID_PRE,
-    SAE,
-    Dictionary,
-    Units,
-)
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, SAE, Dictionary, Units
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
-from circuit_tracer_qk.dictionaries.files import Files, joined
+from circuit_tracer_qk.dictionaries.files import Files
 from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
 
 HOOK = re.compile(rf"blocks\.(\d+)\.({RESID_PRE}|{RESID_POST})")
@@ -72,33 +66,22 @@ class Layer(NamedTuple):
     Attributes:
         number: the layer.
         hook: hook_resid_pre or hook_resid_post.
-        title: its name for messages.
+        folder: where it lies, "" for the root; or its file, where that is all of it.
         weights: the file of its tensors.
-        read: makes the dictionary from that file, the checkpoint and the title.
-        model_name: the model that its configuration names.
+        read: makes the dictionary from that file, the checkpoint and a name for messages.
+        model_name: the model that its configuration names; anything but text is left out.
     """
 
     number: int
     hook: str
-    title: str
+    folder: str
     weights: str
     read: Callable[[Path, int, str], Dictionary]
-    model_name: str | None = None
+    model_name: Any = None
 
-    @classmethod
-    def in_folder(
-        cls,
-        files: Files,
-        folder: str,
-        weights: str,
-        number: int,
-        hook: str,
-        read: Callable[[Path, int, str], Dictionary],
-        model_name: Any = None,
-    ) -> Layer:
-        """The SAE of a folder; a ``model_name`` that is no text is left out."""
-        name = model_name if isinstance(model_name, str) else None
-        return cls(number, hook, folder or files.title, joined(folder, weights), read, name)
+    def title(self, files: Files) -> str:
+        """Its name for messages."""
+        return self.folder or files.title
 
     @property
     def checkpoint(self) -> int:
@@ -142,20 +125,22 @@ def assemble(files: Files, layers: Iterable[Layer], hints: Hints) -> DictionaryS
         if other is not layer:
             raise UserError(
                 f"{files.title} holds several SAEs of layer {layer.number} at {layer.hook} "
-                f"({other.title} and {layer.title}): name those of one set, as a subfolder or with "
-                f"a pattern such as {files.title}/{_pattern(other)}.{names_of(files.repo)}"
+                f"({other.title(files)} and {layer.title(files)}): name those of one set, as a "
+                f"subfolder or with a pattern such as {files.title}/{_pattern(other, files)}."
+                + names_of(files.repo)
             )
     chosen = {c: by_checkpoint[c] for c in wanted(by_checkpoint, hints)}
     files.fetch(layer.weights for layer in chosen.values())
     read = tqdm(chosen.items(), "Loading dictionaries", leave=False, delay=2, disable=None)
-    dictionaries = {c: layer.read(files.get(layer.weights), c, layer.title) for c, layer in read}
+    dictionaries = {c: at.read(files.get(at.weights), c, at.title(files)) for c, at in read}
     widths = {len(d.b_dec) for d in dictionaries.values()}
     if len(widths) > 1:
         raise UserError(
             f"the SAEs of {files.title} are of different widths d_model ({sorted(widths)}): they do "
             "not belong to one model."
         )
-    names = {layer.model_name for layer in chosen.values() if layer.model_name}
+    models = [layer.model_name for layer in chosen.values()]
+    names = {name for name in models if isinstance(name, str) and name}
     hooks = {layer.hook for layer in chosen.values()}
     hook = RESID_PRE if RESID_PRE in hooks and 0 in chosen else RESID_POST
     shift = checkpoint_of(0, hook)  # numbers of their own for layer 11's input and its output
@@ -238,14 +223,14 @@ def from_tensors(
         units: what the dictionary was trained to see.
         title: its name for messages.
     """
-    b_dec, scales = biases["b_dec"], dict[str, Tensor]()
-    gated = architecture == "gated"
+    b_dec, gated = biases["b_dec"], architecture == "gated"
+    encoder_scale = decoder_scale = None
     if rescaled:
-        norms = row_norms(decoders[at])
-        scales = {"encoder_scale": norms, "decoder_scale": 1 / norms.clamp(min=1e-8)}
+        encoder_scale = row_norms(decoders[at])
+        decoder_scale = 1 / encoder_scale.clamp(min=1e-8)
     if units.factor != 1:
         back = torch.full((len(W_enc),), 1 / units.factor, dtype=torch.float64)
-        scales["decoder_scale"] = back * scales.get("decoder_scale", 1)
+        decoder_scale = back if decoder_scale is None else back * decoder_scale
     return Dictionary(
         at,
         W_enc,
@@ -258,11 +243,12 @@ def from_tensors(
         gain=biases["r_mag"].exp() if gated else None,
         b_mag=biases["b_mag"] if gated else None,
         subtract=b_dec if minus else None,
+        encoder_scale=encoder_scale,
+        decoder_scale=decoder_scale,
         units=units,
         title=title,
-        **scales,
     )
 
 
-def _pattern(layer: Layer) -> str:
-    return re.sub(rf"(?<![0-9]){layer.number}(?![0-9])", "*", layer.title, count=1)
+def _pattern(layer: Layer, files: Files) -> str:
+    return re.sub(rf"(?<![0-9]){layer.number}(?![0-9])", "*", layer.title(files), count=1)

@@ -45,7 +45,7 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer:
         raise UserError(f"{source}: use_glu_encoder, a gated linear encoder, is not read here.")
     read = partial(_read, source=source, config=config, how=_how(source, config))
     model = MODEL if "Llama3_1-8B" in source.as_posix() else None
-    return Layer.in_folder(files, folder, WEIGHTS, int(hook[1]), hook[2], read, model)
+    return Layer(int(hook[1]), hook[2], folder, joined(folder, WEIGHTS), read, model)
 
 
 LAYOUT = Layout("llama-scope", (CONFIG, WEIGHTS), _layer)

@@ -64,8 +64,8 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer:
             rescaled=flag(source, cfg, "rescale_acts_by_decoder_norm") and architecture == "topk",
             units=units,
         )
-    name = about.get("model_name")
-    return Layer.in_folder(files, folder, WEIGHTS, layer, hook[2], read, name)
+    weights = joined(folder, WEIGHTS)
+    return Layer(layer, hook[2], folder, weights, read, about.get("model_name"))
 
 
 LAYOUT = Layout("sae-lens", (CONFIG, WEIGHTS), _layer)

@@ -54,7 +54,7 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
     if type(k) is not int or k < 1:
         raise UserError(f"{source}: k should be a whole number, found {k!r}.")
     read = partial(_read, source=source, k=k)
-    return Layer.in_folder(files, folder, WEIGHTS, int(match[1]), RESID_POST, read)
+    return Layer(int(match[1]), RESID_POST, folder, joined(folder, WEIGHTS), read)
 
 
 LAYOUT = Layout("sparsify", (CONFIG, WEIGHTS), _layer)
