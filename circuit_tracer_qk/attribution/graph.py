@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,12 @@ class ExplainedGraph(host.Graph, ABC):
         kind: its name in graph files, "residual" or "transcoder".
         writes_examples: examples of its features are written beside its file; circuit-tracer's page
             finds those of other kinds by the graph's scan.
+        token_strings: the prompt's tokens as text.
+        first_error_layer: the layer, as nodes have it, that the first error slot stands for.
+        dictionary_folder: of dictionaries whose examples are written; None if there is none.
+        neuronpedia: checkpoint -> Neuronpedia's id of its dictionary, such as "gpt2-small/3-res-jb".
+        feature_hook: "resid_pre" where each dictionary was trained at the input of the block after
+            its layer.
 
     >>> graph.kind, graph.n_pos, graph.n_features, graph.token_strings[6]
     ('residual', 15, 680, ' Sally')
@@ -40,36 +47,16 @@ class ExplainedGraph(host.Graph, ABC):
 
     kind: str
     writes_examples: bool
+    token_strings: list[str]
+    first_error_layer: int = 0
+    dictionary_folder: str | None = None
+    neuronpedia: Mapping[int, str] = MappingProxyType({})
+    feature_hook: str | None = None
 
     @property
     @abstractmethod
     def scores(self) -> Scores:
         """Scores of the graph's run."""
-
-    @property
-    @abstractmethod
-    def token_strings(self) -> list[str]:
-        """The prompt's tokens as text."""
-
-    @property
-    @abstractmethod
-    def first_error_layer(self) -> int:
-        """The layer, as nodes have it, that the first error slot stands for."""
-
-    @property
-    @abstractmethod
-    def dictionary_folder(self) -> str | None:
-        """The folder of dictionaries whose examples are written; None if there is none."""
-
-    @property
-    def neuronpedia(self) -> dict[int, str]:
-        """checkpoint -> Neuronpedia's id of its dictionary, such as "gpt2-small/3-res-jb"."""
-        return {}
-
-    @property
-    def feature_hook(self) -> str | None:
-        """ "resid_pre" where each dictionary was trained at the input of the block after its layer."""
-        return None
 
     @abstractmethod
     def label(self, checkpoint: int, feature: int) -> str:
@@ -100,6 +87,43 @@ class ExplainedGraph(host.Graph, ABC):
     def n_features(self) -> int:
         """How many feature nodes the graph has."""
         return len(self.selected_features)
+
+    def first_indices(self) -> tuple[int, int, int, int]:
+        """The first node that is an error, a token, a logit, and no node at all."""
+        tokens = self.n_features + self.n_pos * self.run.n_layers
+        logits = tokens + self.n_pos
+        return self.n_features, tokens, logits, logits + len(self.logit_targets)
+
+    def source_nodes(self, nodes: Sequence[int] | Tensor) -> Tensor:
+        """(n,) node indices on the run's device.
+
+        Raises:
+            UserError: one of them is no source.
+        """
+        node = torch.as_tensor(nodes, dtype=torch.long, device=self.run.residual.device)
+        features, _, logits, _ = self.first_indices()
+        for bad in node[(node < 0) | (node >= logits)].tolist():
+            raise UserError(
+                f"node {bad} is no source: sources are features (0 to {features - 1}), errors and "
+                f"tokens (up to {logits - 1})."
+            )
+        return node
+
+    def target_nodes(self, nodes: Sequence[int] | Tensor) -> Tensor:
+        """(n,) node indices on the run's device.
+
+        Raises:
+            UserError: one of them is no target.
+        """
+        node = torch.as_tensor(nodes, dtype=torch.long, device=self.run.residual.device)
+        features, _, logits, end = self.first_indices()
+        allowed = ((node >= 0) & (node < features)) | ((node >= logits) & (node < end))
+        for bad in node[~allowed].tolist():
+            raise UserError(
+                f"node {bad} is no target: targets are features (0 to {features - 1}) and logits "
+                f"({logits} to {end - 1})."
+            )
+        return node
 
     @property
     def positions(self) -> Tensor:

@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def plot_table(
-    table: QKTable,
-    row: QKRow | None = None,
-    tokens: Sequence[str] | None = None,
-    n: int = 8,
+    table: QKTable, row: QKRow | None = None, tokens: Sequence[str] | None = None, n: int = 8
 ) -> Figure:
     """A table's marginals and a heatmap of its terms; above them the attention row, if given.
 

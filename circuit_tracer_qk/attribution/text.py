@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,11 +71,8 @@ def summarize_table(table: QKTable, n: int = TOP_TERMS) -> Summary:
         title += " (masked)"
     rows, listed = [("term", "query", "key")], 0.0
     for query, key, value in table.top(n):
-        names = (
-            component_text(query, table.query_position),
-            component_text(key, table.key_position),
-        )
-        rows.append((f"{value:+.2f}", *names))
+        of_query = component_text(query, table.query_position)
+        rows.append((f"{value:+.2f}", of_query, component_text(key, table.key_position)))
         listed += value
     left_out = table.terms.numel() - (len(rows) - 1)
     if left_out:
@@ -86,10 +83,8 @@ def summarize_table(table: QKTable, n: int = TOP_TERMS) -> Summary:
 def row_text(row: QKRow) -> str:
     """Where a row's attention went."""
     values, keys = row.pattern.topk(min(3, len(row.pattern)))
-    places = ", ".join(
-        f"{value:.3f} at key {key}"
-        for value, key in zip(values.tolist(), keys.tolist(), strict=True)
-    )
+    pairs = zip(values.tolist(), keys.tolist(), strict=True)
+    places = ", ".join(f"{value:.3f} at key {key}" for value, key in pairs)
     return f"QKRow(query {len(row.pattern) - 1}: attention {places})"
 
 
@@ -121,9 +116,8 @@ def heads_text(total: Tensor, n: int = 3) -> str:
 
 def shapes(self: Any) -> str:
     """A method, the ``repr`` of a named tuple of tensors: shapes, and other values as they are."""
-    return f"{type(self).__name__}({', '.join(_shapes(self._asdict().items()))})"
-
-
-def _shapes(items: Iterable[tuple[str, Any]]) -> Iterable[str]:
-    for name, value in items:
-        yield f"{name}={list(value.shape) if isinstance(value, Tensor) else value}"
+    fields = (
+        f"{name}={list(value.shape) if isinstance(value, Tensor) else value}"
+        for name, value in self._asdict().items()
+    )
+    return f"{type(self).__name__}({', '.join(fields)})"

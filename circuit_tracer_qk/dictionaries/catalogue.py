@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,7 @@ import yaml
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
 
-MINIATURES = {
-    "miniature-sae": ROOT / "miniature" / "sae",
-    "miniature-wcc": ROOT / "miniature" / "wcc",
-}
+MINIATURES = {f"miniature-{kind}": ROOT / "miniature" / kind for kind in ("sae", "wcc")}
 _NAME = re.compile(r"(?P<name>[\w.-]+)(?:/(?P<variant>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -95,11 +92,8 @@ def all_sets() -> Iterator[ListedSet]:
 def names_of(repository: str) -> str:
     """A hint for messages: the sets of the list that a repository holds; "" for none."""
     names = [f"{c.name}/{c.variant}" for c in all_sets() if c.repository == repository]
-    if not names:
-        return ""
-    return f" The list has, of this repository, {', '.join(names[:6])}" + (
-        ", ..." if len(names) > 6 else "."
-    )
+    end = ", ..." if len(names) > 6 else "."
+    return f" The list has, of this repository, {', '.join(names[:6])}{end}" if names else ""
 
 
 def table(words: Iterable[str] = ()) -> list[str]:
@@ -110,7 +104,8 @@ def table(words: Iterable[str] = ()) -> list[str]:
         for name in MINIATURES
     ]
     for c in all_sets():
-        depth = f"{len(c.layers)}" if c.layers == tuple(range(len(c.layers))) else _listing(c)
+        gapless = c.layers == tuple(range(len(c.layers)))
+        depth = str(len(c.layers)) if gapless else "at " + ",".join(map(str, c.layers))
         where = (c.layout, c.repository)
         rows.append((c.title, c.model or "", c.hook, depth, str(c.width), c.licence, *where))
     wanted = [word.lower() for word in words]
@@ -124,12 +119,9 @@ def table(words: Iterable[str] = ()) -> list[str]:
     ]
 
 
-def _listing(chosen: ListedSet) -> str:
-    return "at " + ",".join(map(str, chosen.layers))
-
-
 def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None) -> ListedSet:
     values = entry | entry["variants"][variant]
+    plain = {f.name: values[f.name] for f in fields(ListedSet) if f.name in values}
     count = values["layers"]
     layers = tuple(range(count)) if isinstance(count, int) else tuple(count)
     numbers = values.get("l0") or [None] * len(layers)
@@ -141,24 +133,9 @@ def _chosen(name: str, entry: dict[str, Any], variant: str, revision: str | None
     title = name if variant == first else f"{name}/{variant}"
     pattern = values.get("files")
     files = () if pattern is None else tuple(pattern.format(layer=layer) for layer in layers)
-    return ListedSet(
-        name=name,
-        variant=variant,
-        title=title if revision is None else f"{title}@{revision}",
-        revision=revision,
-        repository=values["repository"],
-        layout=values["layout"],
-        model=values["model"],
-        hook=values["hook"],
-        licence=values["licence"],
-        layers=layers,
-        width=values["width"],
-        folders=tuple(dict.fromkeys(folders)),
-        files=files,
-        neuronpedia=values.get("neuronpedia"),
-        centred=values.get("centred"),
-        norm_scaling_factor=values.get("norm_scaling_factor"),
-    )
+    plain |= {"layers": layers, "folders": tuple(dict.fromkeys(folders)), "files": files}
+    title = title if revision is None else f"{title}@{revision}"
+    return ListedSet(name=name, variant=variant, title=title, revision=revision, **plain)
 
 
 @cache

@@ -101,6 +101,12 @@ class Files:
             for name in tqdm(list(names), "Fetching files", leave=False, delay=2, disable=None):
                 self.get(name)
 
+    def numbered(self, folder: str, pattern: re.Pattern[str]) -> dict[int, str]:
+        """The files of a folder whose names fit a pattern, by the number that it catches."""
+        start = joined(folder, "")
+        names = ((name, name.removeprefix(start)) for name in self.names if name.startswith(start))
+        return {int(m[1]): name for name, last in names if (m := pattern.fullmatch(last))}
+
     def folders_with(self, files: Iterable[str]) -> list[str]:
         """The folders ("" for the root) that hold all of some files, in natural order.
 
@@ -142,16 +148,13 @@ def _matching(title: str, names: Iterable[str], pattern: str | None) -> tuple[st
     """The names below the folders that a pattern such as ``layer_*/width_16k`` matches."""
     if pattern is None:
         return tuple(names)
-    depth = len(PurePosixPath(pattern).parts)
-    kept: list[str] = []
-    names = list(names)
-    for name in names:
-        parts = PurePosixPath(name).parts
-        if len(parts) >= depth and all(
-            fnmatchcase(part, wanted)
-            for part, wanted in zip(parts, PurePosixPath(pattern).parts, strict=False)
-        ):
-            kept.append(name)
+    names, wanted = list(names), PurePosixPath(pattern).parts
+
+    def matches(name: str) -> bool:
+        parts = PurePosixPath(name).parts[: len(wanted)]
+        return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+    kept = [name for name in names if matches(name)]
     if not kept:
         here = sorted({PurePosixPath(name).parts[0] for name in names}, key=natural)
         held = f"{', '.join(here[:6])}{', ...' if len(here) > 6 else ''}" if here else "nothing"

@@ -19,6 +19,7 @@ from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.validation import validate
 from circuit_tracer_qk.dictionaries import catalogue
+from circuit_tracer_qk.dictionaries.dictionary import SAE
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import WILD, Files, joined
 from circuit_tracer_qk.dictionaries.layouts import LAYOUTS, Hints, Layout, assemble, native
@@ -114,22 +115,17 @@ def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | Non
     """What a folder or repository holds."""
     hints = Hints(named=layout is not None, checkpoints=checkpoints)
     if layout is None and native.CONFIG in files.names:
-        config = files.get(native.CONFIG)
-        content = read_yaml(config, "model_kind: residual_sae_set")
+        config, content = _config_in(files, "")
         if "format" not in content:
             return _in_layout(files, native.LAYOUT, [""], hints)
         layout, hints = _with_format(config, content, hints)
-    by_layout = {
-        other.name: folders
-        for other in ([layout] if layout is not None else LAYOUTS.values())
-        if (folders := files.folders_with(other.files))
-    }
-    ours = by_layout.get(native.LAYOUT.name, [])
-    kept = [p for p in ours if not _names_format(files, p)]  # beside another layout's files
-    if ours and len(by_layout) > 1:
-        by_layout = {n: p for n, p in by_layout.items() if n != native.LAYOUT.name} | (
-            {native.LAYOUT.name: kept} if kept else {}
-        )
+    layouts = LAYOUTS.values() if layout is None else [layout]
+    by_layout = {o.name: folders for o in layouts if (folders := files.folders_with(o.files))}
+    if native.LAYOUT.name in by_layout and len(by_layout) > 1:
+        folders = by_layout.pop(native.LAYOUT.name)
+        # a config.yaml with `format` describes another layout's files, beside which it lies
+        if kept := [p for p in folders if "format" not in _config_in(files, p)[1]]:
+            by_layout[native.LAYOUT.name] = kept
     if not by_layout:
         if layout is not None:
             wanted = " and ".join(layout.files)
@@ -149,10 +145,12 @@ def _read(files: Files, layout: Layout | None, checkpoints: frozenset[int] | Non
     return _in_layout(files, LAYOUTS[name], folders, hints)
 
 
-def _names_format(files: Files, folder: str) -> bool:
-    """Whether a ``config.yaml`` describes a folder of another layout."""
+def _config_in(
+    files: Files, folder: str, example: str = f"model_kind: {SAE}"
+) -> tuple[Path, dict[str, Any]]:
+    """A folder's ``config.yaml`` and what it says."""
     path = files.get(joined(folder, native.CONFIG))
-    return "format" in read_yaml(path, "model_kind: residual_sae_set")
+    return path, read_yaml(path, example)
 
 
 def _refuse_halves(files: Files) -> None:
@@ -174,12 +172,8 @@ def _refuse_halves(files: Files) -> None:
 
 def _refuse_gaps(files: Files, layout: Layout, folders: list[str]) -> None:
     """Refuse a set one of whose folders lacks a file that the others have."""
-    whole = {
-        folder
-        for other in LAYOUTS.values()
-        if other != layout
-        for folder in files.folders_with(other.files)
-    }
+    others = [other for other in LAYOUTS.values() if other != layout]
+    whole = {folder for other in others for folder in files.folders_with(other.files)}
     alike = {_shape(folder) for folder in folders if folder}
     for name in layout.files:
         for folder in files.folders_with([name]):
@@ -197,11 +191,9 @@ def _shape(folder: str) -> str:
 
 def _options_at(files: Files, layout: Layout, folder: str, hints: Hints) -> Hints:
     """The hints of one SAE's folder, which may have a ``config.yaml`` of its own."""
-    name = joined(folder, native.CONFIG)
-    if not folder or name not in files.names:
+    if not folder or joined(folder, native.CONFIG) not in files.names:
         return hints
-    path = files.get(name)
-    content = read_yaml(path, f"format: {layout.name}")
+    path, content = _config_in(files, folder, f"format: {layout.name}")
     return _with_format(path, content, hints)[1] if content.get("format") == layout.name else hints
 
 
@@ -266,13 +258,9 @@ def _names(entry: catalogue.ListedSet, layout: Layout) -> tuple[str, ...]:
         return entry.files
     within = [file.replace("*", str(i)) for file in layout.files for i in range(len(entry.layers))]
     names = [joined(folder, file) for folder in entry.folders for file in dict.fromkeys(within)]
-    names += [
-        name
-        for folder in entry.folders
-        for file in layout.optional
-        if hub.present(entry.repository, name := joined(folder, file), entry.revision)
-    ]
-    return tuple(names)
+    optional = [joined(folder, file) for folder in entry.folders for file in layout.optional]
+    present = [o for o in optional if hub.present(entry.repository, o, entry.revision)]
+    return (*names, *present)
 
 
 def _check_neuronpedia(pattern: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
@@ -35,18 +37,13 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
     target = Path(folder).expanduser()
     if target.exists():
         raise UserError(f"{target} exists already: name a new folder.")
-    config = _config(dictionaries)
+    shift = 1 if dictionaries.hook == RESID_POST else 0
+    config = _config(dictionaries, shift)
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         part.mkdir(parents=True)
-        shift = 1 if dictionaries.hook == RESID_POST else 0
-        bar = tqdm(
-            sorted(dictionaries.by_checkpoint.items()),
-            "Writing dictionaries",
-            leave=False,
-            delay=2,
-            disable=None,
-        )
+        layers = sorted(dictionaries.by_checkpoint.items())
+        bar = tqdm(layers, "Writing dictionaries", leave=False, delay=2, disable=None)
         for checkpoint, dictionary in bar:
             _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
         _copy_features(dictionaries, part, shift)
@@ -62,7 +59,7 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
     return target
 
 
-def _config(dictionaries: DictionarySet) -> dict[str, Any]:
+def _config(dictionaries: DictionarySet, shift: int) -> dict[str, Any]:
     every = dictionaries.by_checkpoint.values()
     for d in every:
         reason = d.why_not_plain
@@ -79,35 +76,32 @@ def _config(dictionaries: DictionarySet) -> dict[str, Any]:
             "the folder as it is."
         )
     [k] = ks
-    shift = 1 if dictionaries.hook == RESID_POST else 0
-    config: dict[str, Any] = {
-        "model_name": dictionaries.model_name,
+    name = dictionaries.model_name
+    config: dict[str, Any] = {} if name is None else {"model_name": name}
+    config |= {
         "model_kind": dictionaries.kind,
         "feature_input_hook": dictionaries.hook,
         "feature_output_hook": dictionaries.hook,
         "layers": [checkpoint - shift for checkpoint in sorted(dictionaries.by_checkpoint)],
         "scan": dictionaries.scan,
     }
-    if config["model_name"] is None:
-        del config["model_name"]
     return config if k is None else config | {"activation": "topk", "k": k}
 
 
 def _write(folder: Path, kind: str, layer: int, d: Dictionary) -> None:
     """One layer's files."""
     if kind == WCC:
-        encoder = {f"W_enc_{layer}": d.W_enc, f"b_enc_{layer}": d.b_enc, f"b_dec_{layer}": d.b_dec}
-        if d.threshold is not None:
-            encoder[f"threshold_{layer}"] = d.threshold
-        save_file(_whole(encoder), folder / f"W_enc_{layer}.safetensors")
         sites = torch.stack([d.decoders[c] for c in sorted(d.decoders)], 1)
-        save_file(_whole({f"W_dec_{layer}": sites}), folder / f"W_dec_{layer}.safetensors")
+        encoder = {"W_enc": d.W_enc, "b_enc": d.b_enc, "b_dec": d.b_dec, "threshold": d.threshold}
+        files = {"W_enc": encoder, "W_dec": {"W_dec": sites}}
+        for file, tensors in files.items():
+            numbered = {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
+            _save(numbered, folder / f"{file}_{layer}.safetensors")
         return
     [decoder] = d.decoders.values()
     tensors = {"W_enc": d.W_enc, "W_dec": decoder, "b_enc": d.b_enc, "b_dec": d.b_dec}
-    if d.threshold is not None:
-        tensors["activation_function.threshold"] = d.threshold
-    save_file(_whole(tensors), folder / f"layer_{layer}.safetensors")
+    threshold = {"activation_function.threshold": d.threshold}
+    _save(tensors | threshold, folder / f"layer_{layer}.safetensors")
 
 
 def _copy_features(dictionaries: DictionarySet, folder: Path, shift: int) -> None:
@@ -125,5 +119,6 @@ def _copy_features(dictionaries: DictionarySet, folder: Path, shift: int) -> Non
         shutil.copytree(source / "features", folder / "features")
 
 
-def _whole(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+def _save(tensors: Mapping[str, Tensor | None], path: Path) -> None:
+    """Those of some tensors that there are."""
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items() if t is not None}, path)

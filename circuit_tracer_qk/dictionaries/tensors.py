@@ -11,12 +11,14 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -111,25 +113,20 @@ def _mapped_npz(path: Path) -> dict[str, Tensor]:
             name = member.filename.removesuffix(".npy")
             if member.compress_type != zipfile.ZIP_STORED:
                 with archive.open(member) as stream:
-                    tensors |= _tensor(name, np.lib.format.read_array(stream, allow_pickle=False))
+                    tensors |= _tensor(name, npy.read_array(stream, allow_pickle=False))
                 continue
             # the local header's own lengths: they may differ from the directory's
             file.seek(member.header_offset + 26)
             n_name, n_extra = struct.unpack("<HH", file.read(4))
             file.seek(n_name + n_extra, 1)
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
+            old = npy.read_magic(file) == (1, 0)
+            read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
             shape, fortran, dtype = read(file)
             if dtype.hasobject:
                 raise ValueError(f"{name} holds Python objects")
             order = "F" if fortran else "C"
             if 0 in shape or not shape:
-                count = 0 if 0 in shape else 1
-                array = np.fromfile(file, dtype, count).reshape(shape)
+                array = np.fromfile(file, dtype, prod(shape)).reshape(shape)
             else:  # copy-on-write, because torch wants what it may write to
                 array = np.memmap(path, dtype, "c", file.tell(), shape, order)
             tensors |= _tensor(name, array)
@@ -182,16 +179,15 @@ def validate_tensors(
     Raises:
         UserError: naming the file and the tensor that is missing or wrong.
     """
-    titles = (
-        path
-        if isinstance(path, Mapping)
-        else {name: f"the tensor {name} of {path}" for name in (*spec, *(optional or {}))}
-    )
+    shapes = {**spec, **(optional or {})}
+    titles = path
+    if not isinstance(titles, Mapping):
+        titles = {name: f"the tensor {name} of {path}" for name in shapes}
     for name in spec:
         if name not in stored:
             has = ", ".join(sorted(stored)) or "no tensors"
             raise UserError(f"{path} lacks the tensor {name}; it has {has}")
-    words = {name: shape.split() for name, shape in {**spec, **(optional or {})}.items()}
+    words = {name: shape.split() for name, shape in shapes.items()}
     tensors = {name: stored[name] for name in words if name in stored}
     expected = _agreed(tensors, words, sizes or {})
     for name, tensor in tensors.items():

@@ -185,10 +185,7 @@ def write_graph_files(
 
 
 def _document(
-    graph: ExplainedGraph,
-    metadata: host.Metadata,
-    edge_threshold: float,
-    limits: Limits | None,
+    graph: ExplainedGraph, metadata: host.Metadata, edge_threshold: float, limits: Limits | None
 ) -> tuple[dict[str, Any], Names, Attributions | None]:
     """The graph's file, the features mentioned, and with limits the QK attributions."""
     node_threshold = metadata.node_threshold
@@ -204,13 +201,9 @@ def _document(
         links=[],
     )
     document = model.model_dump()
-    document["metadata"]["info"] = {
-        "generator": {"name": "circuit-tracer-qk", "version": __version__}
-    }
-    document["metadata"]["pruning_settings"] = {
-        "node_threshold": node_threshold,
-        "edge_threshold": edge_threshold,
-    }
+    generator = {"name": "circuit-tracer-qk", "version": __version__}
+    thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+    document["metadata"] |= {"info": {"generator": generator}, "pruning_settings": thresholds}
     document["links"] = links.data
     if limits is None:  # the page still has to know which graph it shows
         document["qk"] = {**qk_facts(graph), "attributions": [], "rows": []}

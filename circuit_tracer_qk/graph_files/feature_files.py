@@ -51,11 +51,10 @@ def write_features(
     for checkpoint, feature in tqdm(
         sorted(features), "Feature examples", leave=False, delay=2, disable=None
     ):
+        path = folder / f"{feature_index(checkpoint, feature)}.json"
         data = None if examples is None else examples.read(checkpoint, feature)
-        name = f"{feature_index(checkpoint, feature)}.json"
-        path = folder / name
         data = data or encode(without_examples(feature, scan))
-        if name not in existing or not path.is_file() or path.read_bytes() != data:
+        if path.name not in existing or not path.is_file() or path.read_bytes() != data:
             changed[path] = data
             size += len(data)
         written.append(path)

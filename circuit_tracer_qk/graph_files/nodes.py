@@ -34,8 +34,7 @@ def _nodes(
 ) -> dict[int, host.Node]:
     """circuit-tracer's nodes. Errors have upstream's newer ids, which no feature's can equal."""
     n_pos, n_layers = graph.n_pos, graph.run.n_layers
-    tokens = graph.n_features + n_layers * n_pos
-    logits = tokens + n_pos
+    _, tokens, logits, _ = graph.first_indices()
     selected = graph.active_features[graph.selected_features].tolist()
     activations = graph.activation_values[graph.selected_features].tolist()
     input_tokens = graph.input_tokens.tolist()

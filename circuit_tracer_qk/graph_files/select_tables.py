@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -75,13 +74,17 @@ def select_tables(
     others = [place for place in links.others if place not in required]
     others = others[: max(limits.tables - len(required), 0)]
     wanted = [*required, *others]
-    encoded = _Encoded()
+    encoded: dict[Place, Table] = {}
+    rows: dict[RowPlace, bytes] = {}
     traced = _Traced(names)
-    by_query = groupby(
-        _each(graph, wanted, names, limits.terms, encoded), key=lambda t: (t[0].layer, t[0].query)
-    )
-    projected = _projected(links.required)
-    for at, tables_here in by_query:  # those that share both are at hand together, and then let go
+    each = _each(graph, wanted, names, limits.terms, encoded, rows)
+    # targets by the block and query of their first place, whose tables they show summed
+    projected: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for target, (first, *_) in links.required.items():
+        projected[first.layer, first.query].append(target)
+    for at, tables_here in groupby(
+        each, key=lambda t: (t[0].layer, t[0].query)
+    ):  # those that share both are at hand together, and then let go
         tables = dict(tables_here)
         for target in projected.pop(at, ()):
             traced.add(target, {p: tables[p] for p in links.required[target] if p in tables})
@@ -93,12 +96,12 @@ def select_tables(
     mentioned: set[tuple[int, int]] = set()
     size = 0
     for place in wanted:
-        data, features = encoded.tables[place]
+        data, features = encoded[place]
         if place not in required and size + len(data) > limits.size:
             break
         if place[:3] not in used:
-            used[place[:3]] = encoded.rows[place[:3]]
-            size += len(encoded.rows[place[:3]])
+            used[place[:3]] = rows[place[:3]]
+            size += len(rows[place[:3]])
         written[place] = data
         size += len(data)
         mentioned.update(features)
@@ -122,31 +125,20 @@ def qk_facts(graph: ExplainedGraph) -> dict[str, Any]:
     return facts
 
 
-def _projected(required: dict[int, list[Place]]) -> dict[tuple[int, int], list[int]]:
-    """Targets by the block and query of their first place, whose tables they show summed."""
-    targets: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for target, places in required.items():
-        targets[places[0].layer, places[0].query].append(target)
-    return targets
-
-
-@dataclass
-class _Encoded:
-    """Tables and rows in JSON, by their places."""
-
-    tables: dict[Place, Table] = field(default_factory=dict)
-    rows: dict[RowPlace, bytes] = field(default_factory=dict)
-
-
 def _each(
-    graph: ExplainedGraph, places: Sequence[Place], names: Names, top_terms: int, encoded: _Encoded
+    graph: ExplainedGraph,
+    places: Sequence[Place],
+    names: Names,
+    top_terms: int,
+    encoded: dict[Place, Table],
+    rows: dict[RowPlace, bytes],
 ) -> Iterator[tuple[Place, Terms]]:
-    """Tables one by one, by block and query; ``encoded`` gets them as they are written."""
+    """Tables one by one, by block and query; ``encoded`` and ``rows`` get their JSON."""
     with tqdm(total=len(places), desc="QK attributions", delay=2, disable=None) as progress:
         for batch in graph.batches(places):
             tables = written_tables(batch, names, top_terms)
-            encoded.tables.update(zip(batch.places, tables, strict=True))
-            encoded.rows.update(written_rows(batch.rows))
+            encoded.update(zip(batch.places, tables, strict=True))
+            rows.update(written_rows(batch.rows))
             yield from batch.each()
             progress.update(len(batch.places))
 
@@ -194,15 +186,11 @@ class _Traced:
             _top(terms.sum(2 - side, dtype=torch.float64), [len(s[side]) for s in sums])
             for side in (0, 1)
         ]
-        for i, (n, (summed, targets)) in enumerate(
-            zip(n_largest.tolist(), self._waiting.values(), strict=True)
-        ):
-            pairs = zip(rows[i][:n], columns[i][:n], values[i][:n], strict=True)
+        for i, (summed, targets) in enumerate(self._waiting.values()):
+            pairs = list(zip(rows[i], columns[i], values[i], strict=True))[: int(n_largest[i])]
             of_query, of_key = self._ids(summed.query), self._ids(summed.key)
             result = {
-                "pair_wise_contributors": [
-                    [of_query(q), of_key(k), value] for q, k, value in pairs
-                ],
+                "pair_wise_contributors": [[of_query(q), of_key(k), v] for q, k, v in pairs],
                 "top_q_marginal_contributors": [[of_query(q), value] for q, value in tops[0][i]],
                 "top_k_marginal_contributors": [[of_key(k), value] for k, value in tops[1][i]],
             }

@@ -33,6 +33,7 @@ from circuit_tracer_qk.dictionaries.features import feature_index
 
 MARGINALS_LISTED = 20  # a table's largest marginals on either side, all of whose terms are written
 TOP_TERMS = 50
+_PLACE = ("kind", "checkpoint", "feature", "position")
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,8 @@ class Names:
     def written(self, c: Component) -> tuple[str, str, str]:
         """A component in JSON, ``component`` of the schema, around its columns and its marginal."""
         if c not in self._written:
-            place = {
-                "kind": c.kind,
-                "checkpoint": c.checkpoint,
-                "feature": c.feature,
-                "position": c.position,
-            }
-            after = ""
-            if self.is_node(c):
-                after += f',"node_id":{to_text(self.node_id(c))}'
+            place = {name: getattr(c, name) for name in _PLACE}
+            after = f',"node_id":{to_text(self.node_id(c))}' if self.is_node(c) else ""
             index = None if c.feature is None else feature_index(c.checkpoint, c.feature)
             if index is not None:
                 after += f',"id":{index}'
@@ -135,7 +129,7 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
         used.scatter_(1, torch.where(counts, index[side], index[side][:, :1]), True)
         sides.append(_listed(components, marginals, used & (n_terms > 0)[:, None], position[side]))
     ends = [side.rank.gather(1, at) for side, at in zip(sides, index, strict=True)]
-    triples = torch.stack([*ends, values], 2)
+    triples = torch.stack([*ends, values], 2).flatten(1).tolist()
     first = [side.order[:, :MARGINALS_LISTED] for side in sides]
     grid = terms.gather(1, first[0][:, :, None].expand(-1, -1, width))
     grid = grid.gather(2, first[1][:, None].expand(-1, grid.shape[1], -1))
@@ -144,49 +138,27 @@ def written_tables(batch: Batch, names: Names, top_terms: int = TOP_TERMS) -> li
     for numbers_written in (heads, blocks):
         if not bool(numbers_written.isfinite().all()):
             raise not_finite()
-    columns = zip(
-        batch.places,
-        batch.query,
-        batch.key,
-        wide,
-        rounded_all(heads),
-        *(zip(*side.columns(), strict=True) for side in sides),
-        n_terms.tolist(),
-        rounded_all(values),
-        triples.flatten(1).tolist(),
-        grid,
-        rounded_all(blocks),
-        strict=True,
-    )
+    values, blocks = rounded_all(values), rounded_all(blocks)
+    listed = [side.by_table() for side in sides]
     tables = []
-    for (
-        place,
-        query,
-        key,
-        wide,
-        head,
-        of_query,
-        of_key,
-        n,
-        values,
-        triples,
-        cells,
-        totals,
-    ) in columns:
+    for i, (place, head, n) in enumerate(
+        zip(batch.places, rounded_all(heads), n_terms.tolist(), strict=True)
+    ):
         score, capped, pattern = head
+        query, key, of_query, of_key = batch.query[i], batch.key[i], listed[0][i], listed[1][i]
         features: list[tuple[int, int]] = []
-        wide = wide[: len(query), : len(key)]
-        query_text = _side("query", query, of_query, wide, names, score, features)
-        key_text = _side("key", key, of_key, wide.T, names, score, features)
+        of_table = wide[i, : len(query), : len(key)]
+        query_text = _side("query", query, of_query, of_table, names, score, features)
+        key_text = _side("key", key, of_key, of_table.T, names, score, features)
         n_query, n_key = (min(len(order), MARGINALS_LISTED) for order, _ in (of_query, of_key))
-        cells = cells[:n_query, :n_key].flatten().tolist()
-        by_kind = blocks_by_kind(query, key, totals)
+        cells = grid[i, :n_query, :n_key].flatten().tolist()
+        by_kind = blocks_by_kind(query, key, blocks[i])
         text = (
             f'{{"layer":{place.layer},"head":{place.head},"query":{place.query},'
             f'"key":{place.key},"score":{score!r},"score_capped":{capped!r},'
             f'"pattern":{pattern!r},{query_text},{key_text},'
-            f'"terms":[{_terms(n) % tuple(triples[: 3 * n])}],'
-            f'"rest":{rest(score, values[:n])!r},'
+            f'"terms":[{_terms(n) % tuple(triples[i][: 3 * n])}],'
+            f'"rest":{rest(score, values[i][:n])!r},'
             f'"grid":[{_grid(n_query, n_key) % tuple(cells)}],'
             f'"blocks":{to_text({f"{a}|{b}": total for (a, b), total in by_kind.items()})}}}'
         )
@@ -264,14 +236,11 @@ class _Listed(NamedTuple):
     n_listed: Tensor
     rank: Tensor
 
-    def columns(self) -> tuple[list[list[int]], list[list[float]]]:
+    def by_table(self) -> list[tuple[list[int], list[float]]]:
         """Of each table: the components listed, and their marginals as written."""
-        n = self.n_listed.tolist()
         marginals = rounded_all(self.marginals.gather(1, self.order))
-        return (
-            [order[:k] for order, k in zip(self.order.tolist(), n, strict=True)],
-            [values[:k] for values, k in zip(marginals, n, strict=True)],
-        )
+        columns = zip(self.order.tolist(), marginals, self.n_listed.tolist(), strict=True)
+        return [(order[:n], values[:n]) for order, values, n in columns]
 
 
 def _listed(

@@ -8,6 +8,7 @@ back is made of these (attribution/README.md, sections 3 and 4).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -30,34 +31,32 @@ class LinearMap(ABC):
 
     def __matmul__(self, first: LinearMap) -> LinearMap:
         """The map ``x -> self(first(x))``."""
-        return _Composed(self, first)
+        return MapOf(lambda x: self(first(x)), lambda g: first.vjp(self.vjp(g)))
 
     @property
     def T(self) -> LinearMap:
         """The transpose as a map of its own."""
-        return _Transposed(self)
+        return MapOf(self.vjp, self)
 
 
-class _Transposed(LinearMap):
-    def __init__(self, of: LinearMap) -> None:
-        self.of = of
+class MapOf(LinearMap):
+    """A linear map that two functions make.
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.of.vjp(x)
+    Args:
+        image: the map.
+        transpose: its transpose.
+    """
 
-    def vjp(self, g: Tensor) -> Tensor:
-        return self.of(g)
-
-
-class _Composed(LinearMap):
-    def __init__(self, second: LinearMap, first: LinearMap) -> None:
-        self.second, self.first = second, first
+    def __init__(
+        self, image: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.image, self.transpose = image, transpose
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+        return self.image(x)
 
     def vjp(self, g: Tensor) -> Tensor:
-        return self.first.vjp(self.second.vjp(g))
+        return self.transpose(g)
 
 
 class Matrix(LinearMap):

@@ -130,12 +130,11 @@ def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
         )
     dtype = contraction_dtype(cfg.dtype)
     norms = ("ln1", "ln2", "ln1_post", "ln2_post")
-    kept = {f"blocks.{layer}.{norm}.hook_scale" for layer in range(cfg.n_layers) for norm in norms}
-    for layer in range(cfg.n_layers):
-        kept |= {f"blocks.{layer}.{h}" for h in ("hook_resid_pre", "hook_resid_mid")}
-        kept.add(f"blocks.{layer}.attn.hook_pattern")
-    kept |= {"hook_embed", "hook_pos_embed", "ln_final.hook_scale"}
-    kept.add(f"blocks.{cfg.n_layers - 1}.hook_resid_post")
+    hooks = {"hook_resid_pre", "hook_resid_mid", "attn.hook_pattern"}
+    hooks |= {f"{norm}.hook_scale" for norm in norms}
+    kept = {f"blocks.{layer}.{hook}" for layer in range(cfg.n_layers) for hook in hooks}
+    last = f"blocks.{cfg.n_layers - 1}.hook_resid_post"
+    kept |= {"hook_embed", "hook_pos_embed", "ln_final.hook_scale", last}
     with alone(model):
         output, cache = model.run_with_cache(tokens[None], names_filter=lambda name: name in kept)
 
@@ -147,9 +146,7 @@ def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
     def stacked(hook: str) -> Tensor:
         return torch.stack([read(f"blocks.{layer}.{hook}") for layer in range(cfg.n_layers)])
 
-    residual = torch.cat(
-        [stacked("hook_resid_pre"), read(f"blocks.{cfg.n_layers - 1}.hook_resid_post")[None]]
-    )
+    residual = torch.cat([stacked("hook_resid_pre"), read(last)[None]])
     if not bool(residual.isfinite().all()):
         bad = int((~residual.isfinite()).flatten(1).any(1).nonzero()[0])
         raise UserError(
@@ -160,7 +157,8 @@ def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
     if position is not None and cfg.dtype not in (torch.float32, torch.float64):
         # half precision rounds the sum: what position added is the rest of the stream
         position = residual[0] - read("hook_embed")
-    sequential = "blocks.0.hook_resid_mid" in cache
+    sequential, has_final = "blocks.0.hook_resid_mid" in cache, "ln_final.hook_scale" in cache
+    final_scale = read("ln_final.hook_scale").squeeze(-1) if has_final else None
     return FrozenRun(
         tokens=tokens,
         residual=residual,
@@ -173,8 +171,6 @@ def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
             for norm in norms
             if f"blocks.0.{norm}.hook_scale" in cache
         },
-        final_scale=read("ln_final.hook_scale").squeeze(-1)
-        if "ln_final.hook_scale" in cache
-        else residual.new_ones(len(tokens)),
+        final_scale=residual.new_ones(len(tokens)) if final_scale is None else final_scale,
         logits=logits[0, -1].to(dtype),
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import dataclasses
 import io
 import json
 import re
@@ -793,9 +792,8 @@ def test_another_graph_has_another_selection(watch: Watch, graph, tmp_path):
 def test_features_link_to_neuronpedia_where_it_has_them(watch: Watch, graph, tmp_path):
     """The ids are in the JSON; a link leaves the page, and nothing is asked before it is clicked."""
     known = {1: "gpt2-small/0-res-jb"}
-    record = dataclasses.replace(graph.record, neuronpedia=known)
     named = copy.copy(graph)
-    named.record = record
+    named.neuronpedia = known
     ctqk.create_graph_files(named, "sally", tmp_path)
     running, served = serve(tmp_path, "sally")
     try:

@@ -135,8 +135,8 @@ def attribute_residual(
     selected = sweep.select(targets.logit_probabilities.to(run.logits), max_feature_nodes or None)
     filled = sweep.fill(selected)
 
-    nodes = parts.features.checkpoint > 0
-    active = parts.features
+    active, folder = parts.features, model.dictionaries.folder
+    nodes = active.checkpoint > 0
     decode = host.decoder(model.tokenizer, transformer.cfg.d_vocab).decode
     return ResidualGraph(
         Record(
@@ -149,9 +149,7 @@ def attribute_residual(
             resid_pre=resid_pre,
             token_strings=[decode(t) for t in run.tokens],
             names=model.dictionaries.label,
-            dictionary_folder=None
-            if model.dictionaries.folder is None
-            else str(model.dictionaries.folder),
+            dictionary_folder=None if folder is None else str(folder),
             neuronpedia=dict(model.dictionaries.neuronpedia),
         ),
         **host.graph_arguments(

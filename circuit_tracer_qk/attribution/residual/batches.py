@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -72,15 +73,14 @@ class ResidualBatches:
         ]
         pattern = self.heads.run.pattern[layer]
         dtype, device = pattern.dtype, pattern.device
-        start = 0
+        counts = ((queries.count[q], keys.count[k]) for q, k in zip(at_query, at_key, strict=True))
+        start, sizes = 0, list(counts)
         while start < len(places):
-            end = self._end(start, at_query, at_key, queries, keys)
-            here = slice(start, end)
-            start = end
-            in_batch, q_at, k_at = places[here], at_query[here], at_key[here]
-            sizes = [queries.count[q] * keys.count[k] for q, k in zip(q_at, k_at, strict=True)]
+            here = slice(start, _end(start, sizes))
             # so many terms do not cancel to nothing
-            of = dtype if max(sizes) > WIDE_TERMS else queries.images.dtype
+            of = dtype if prod(sizes[start]) > WIDE_TERMS else queries.images.dtype
+            start = here.stop
+            in_batch, q_at, k_at = places[here], at_query[here], at_key[here]
             q, k = queries.gather(q_at, of), keys.gather(k_at, of)
             head, query, key = torch.tensor([p[1:] for p in in_batch], device=device).T
             group = torch.tensor([g for g, _ in k_at], device=device)
@@ -95,27 +95,6 @@ class ResidualBatches:
                 terms=((q / block.attn_scale) @ k.transpose(1, 2)).to(dtype).cpu(),
                 rows={p[:3]: rows.pop(p[:3]) for p in in_batch if p[:3] in rows},
             )
-
-    def _end(
-        self,
-        start: int,
-        at_query: list[tuple[int, int]],
-        at_key: list[tuple[int, int]],
-        queries: _Images,
-        keys: _Images,
-    ) -> int:
-        """Where a batch ends: before it is large, or holds both wide and narrow tables."""
-        n_query = n_key = 0
-        is_large = None
-        for i in range(start, len(at_query)):
-            here = queries.count[at_query[i]], keys.count[at_key[i]]
-            n_query, n_key = max(n_query, here[0]), max(n_key, here[1])
-            large = here[0] * here[1] > WIDE_TERMS
-            is_large = large if is_large is None else is_large
-            full = (i + 1 - start) * n_query * n_key > BATCH_TERMS
-            if i > start and (full or large != is_large):
-                return i
-        return len(at_query)
 
     def _images(
         self, layer: int, at_query: list[tuple[int, int]], at_key: list[tuple[int, int]]
@@ -159,3 +138,15 @@ class ResidualBatches:
             sides.append(_Images(torch.cat([*pieces, nothing]), start, count))
             wholes.append(whole)
         return sides[0], sides[1], wholes[0], wholes[1]
+
+
+def _end(start: int, sizes: list[tuple[int, int]]) -> int:
+    """Where a batch ends: before it is large, or holds both wide and narrow tables."""
+    wide = prod(sizes[start]) > WIDE_TERMS
+    n_query, n_key = sizes[start]
+    for i in range(start + 1, len(sizes)):
+        n_query, n_key = max(n_query, sizes[i][0]), max(n_key, sizes[i][1])
+        full = (i + 1 - start) * n_query * n_key > BATCH_TERMS
+        if full or (prod(sizes[i]) > WIDE_TERMS) != wide:
+            return i
+    return len(sizes)

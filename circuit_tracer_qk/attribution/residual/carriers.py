@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.head import Head
@@ -86,18 +87,15 @@ def carriers(
     if key is not None:
         wanted = wanted & (position[None] == key)
     if node is not None:
-        kept = wanted[node].clone()
-        wanted = wanted & False
-        wanted[node] = kept
+        wanted = wanted & (torch.arange(len(wanted), device=wanted.device) == node)[:, None]
     target, source = wanted.nonzero(as_tuple=True)
     edges = graph.edges(source, target)
     weight = graph.adjacency_matrix[target, source].to(edges.parts.total)[:, None]
     through = influence[target, source].to(weight)[:, None] * edges.parts.total / weight
     out = []
-    for layer in edges.layer.unique().tolist():
+    # a logit that reads its own checkpoint crosses no block: layer -1
+    for layer in edges.layer[edges.layer >= 0].unique().tolist():
         crossing = edges.layer == layer
-        if layer < 0:  # a logit that reads its own checkpoint crosses no block
-            continue
         sizes, along = through[crossing].abs().sum(0), through[crossing].clamp(min=0).sum(0)
         # each pair of positions once
         pairs = (edges.query[crossing] * graph.n_pos + edges.key[crossing]).unique()

@@ -16,13 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.component import (
-    BIAS,
-    EMBEDDING,
-    ERROR,
-    FEATURE,
-    POSITION,
-)
+from circuit_tracer_qk.attribution.component import BIAS, EMBEDDING, ERROR, FEATURE, POSITION
 from circuit_tracer_qk.dictionaries.dictionary import like
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.model.run import FrozenRun
@@ -221,12 +215,8 @@ class Decomposition:
         node = torch.cat([*nodes, everywhere.new_full((len(others) * n_pos,), -1)])
         position = torch.cat([*(f.position[part] for part in rows), everywhere.repeat(len(others))])
         counts = [*(len(n) for n in nodes), *(n_pos for _ in others)]
-        kind = torch.cat(
-            [
-                everywhere.new_full((n,), code)
-                for n, code in zip(counts, [*(FEATURE for _ in reads), *others], strict=True)
-            ]
-        )
+        codes = [*(FEATURE for _ in reads), *others]
+        kind = torch.cat([everywhere.new_full((n,), i) for n, i in zip(counts, codes, strict=True)])
         order = position.argsort(stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=device)
@@ -257,27 +247,20 @@ def decompose(run: FrozenRun, dictionaries: DictionarySet, zero_positions: slice
     Identity: at every checkpoint and position the components sum to ``run.residual`` (the error is
     defined by it; attribution/README.md, section 1).
     """
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     decoders: dict[tuple[int, int], Tensor] = {}
-    biases: dict[int, Tensor] = {}
-    explained: dict[int, Tensor] = {}
-    for c, dictionary in dictionaries.by_checkpoint.items():
-        biases[c] = dictionary.bias(run.residual[c])
-        explained[c] = biases[c].clone()
+    biases = {c: d.bias(run.residual[c]) for c, d in dictionaries.by_checkpoint.items()}
+    explained = {c: bias.clone() for c, bias in biases.items()}
     for c, dictionary in dictionaries.by_checkpoint.items():
         acts = dictionary.encode(run.residual[c])
         acts[zero_positions] = 0
         position, feature = acts.nonzero(as_tuple=True)
         distinct, row = feature.unique(return_inverse=True)
-        parts.append(
-            (torch.full_like(position, c), position, feature, acts[position, feature], row)
-        )
+        read = torch.full_like(position, c)
+        parts.append((read, position, feature, acts[position, feature], row))
         for k in dictionary.decoders:
             decoders[c, k] = like(dictionary.vectors(k, distinct), run.residual)
             explained[k] += acts[:, distinct] @ decoders[c, k]
-    checkpoint, position, feature, activation, row = (
-        torch.cat(column) for column in zip(*parts, strict=True)
-    )
-    features = ActiveFeatures(checkpoint, position, feature, activation, row, decoders)
+    features = ActiveFeatures(*map(torch.cat, zip(*parts, strict=True)), decoders=decoders)
     errors = {c: run.residual[c] - explained[c] for c in explained}
     return Decomposition(run, features, biases, errors)

@@ -157,9 +157,8 @@ class BlockMLP:
         None where there is no MLP, or where so few of the ``n`` targets share one that it is not
         worth it.
         """
-        if self.mlp is None:
-            return None
-        if not recurs(len(decoder), n, self.mlp.W_out.shape[0] * self.scale.element_size()):
+        item = self.scale.element_size()
+        if self.mlp is None or not recurs(len(decoder), n, self.mlp.W_out.shape[0] * item):
             return None
         decoder = decoder.to(self.scale.dtype)
         return self.mlp.output_vjp(decoder, decoder.new_ones(len(decoder)))

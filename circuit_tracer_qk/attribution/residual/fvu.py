@@ -79,8 +79,9 @@ def _cause(
 ) -> str:
     """What would make the dictionary fit, by trying it."""
     dictionary = dictionaries.by_checkpoint[checkpoint]
+    unknown = "Likely: another layer, hook, model or normalisation than it was trained on."
     if set(dictionary.decoders) != {checkpoint} or dictionary.encoder is not None:
-        return "Likely: another layer, hook, model or normalisation than it was trained on."
+        return unknown
     best = (FITS, "")
     for other, x in enumerate(parts.run.residual):
         if other != checkpoint:
@@ -91,9 +92,7 @@ def _cause(
     for units, name in _readings(dictionary, x):
         value = fvu(x, _error(replace(dictionary, units=units), x), zero_positions)
         best = min(best, (value, f"it fits with {name} (FVU {value:.2f}): missing normalisation"))
-    if not best[1]:
-        return "Likely: another layer, hook, model or normalisation than it was trained on."
-    return f"Likely, because {best[1]}."
+    return f"Likely, because {best[1]}." if best[1] else unknown
 
 
 def _readings(dictionary: Dictionary, x: Tensor) -> Iterator[tuple[Units, str]]:

@@ -18,21 +18,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.batches import Batch
-from circuit_tracer_qk.attribution.component import EMBEDDING, ERROR, FEATURE
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place, check_count
 from circuit_tracer_qk.attribution.residual.batches import ResidualBatches
-from circuit_tracer_qk.attribution.residual.decompose import Checkpoint
 from circuit_tracer_qk.attribution.residual.edges import (
     BlockEdges,
     EdgeParts,
     Parts,
-    Targets,
     edge_parts,
     runs_of,
 )
 from circuit_tracer_qk.attribution.residual.links import residual_links
+from circuit_tracer_qk.attribution.residual.nodes import Nodes
 from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
 from circuit_tracer_qk.attribution.residual.store import Record, beside, load_record, record_bytes
 from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
@@ -144,6 +142,11 @@ class ResidualGraph(ExplainedGraph):
         record: what explains edges and scores.
         **arguments: of ``circuit_tracer.Graph``.
 
+    Attributes:
+        bias_edges: (n_targets, n_pos) by feature or logit, and position: edges from ``b_dec``, which
+            has no node of its own.
+        position_edges: the same from learned positions; None without them.
+
     >>> graph
     ResidualGraph (residual) of 15 tokens
       prompt    '<bos>I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt'
@@ -158,31 +161,22 @@ class ResidualGraph(ExplainedGraph):
     def __init__(self, record: Record, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.record = record
+        self.token_strings = record.token_strings
+        self.dictionary_folder = record.dictionary_folder
+        self.neuronpedia = record.neuronpedia
+        # error slot 0 stands for checkpoint 1, or 0 in resid_pre sets; a node's layer is one less
+        self.first_error_layer = -1 if record.resid_pre else 0
+        self.feature_hook = "resid_pre" if record.resid_pre else None
+        self.bias_edges, self.position_edges = record.bias_edges, record.position_edges
 
     @cached_property
     def scores(self) -> QK:
         return QK(self.record.parts, self.record.heads, self.record.names)
 
-    @property
-    def token_strings(self) -> list[str]:
-        return self.record.token_strings
-
-    @property
-    def first_error_layer(self) -> int:
-        # error slot 0 stands for checkpoint 1, or 0 in resid_pre sets; a node's layer is one less
-        return -1 if self.record.resid_pre else 0
-
-    @property
-    def dictionary_folder(self) -> str | None:
-        return self.record.dictionary_folder
-
-    @property
-    def neuronpedia(self) -> dict[int, str]:
-        return self.record.neuronpedia
-
-    @property
-    def feature_hook(self) -> str | None:
-        return "resid_pre" if self.record.resid_pre else None
+    @cached_property
+    def nodes(self) -> Nodes:
+        """What the nodes stand for."""
+        return Nodes(self)
 
     def label(self, checkpoint: int, feature: int) -> str:
         return self.record.names(checkpoint, feature)
@@ -210,16 +204,6 @@ class ResidualGraph(ExplainedGraph):
 
     def links(self, kept: Kept) -> Links:
         return residual_links(self.edges(kept.sources, kept.targets), kept)
-
-    @property
-    def bias_edges(self) -> Float[Tensor, "n_targets n_pos"]:
-        """By feature or logit, and position: edges from ``b_dec``, which has no node of its own."""
-        return self.record.bias_edges
-
-    @property
-    def position_edges(self) -> Float[Tensor, "n_targets n_pos"] | None:
-        """By feature or logit, and position: edges from learned positions; None without them."""
-        return self.record.position_edges
 
     def qk_top(self, layer: int, head: int, query: int, n: int = 50) -> TopTerms:
         """The ``n`` largest terms for every visible key of a query, in one product.
@@ -267,15 +251,9 @@ class ResidualGraph(ExplainedGraph):
         layer, query, key, parts = self.edges([source], [target])
         residual, mlp = float(parts.residual), float(parts.mlp)
         heads = HeadLoadings(parts.total[0], parts.direct[0], parts.pattern[0])
-        return Edge(
-            weight=residual + mlp + float(heads.total.sum()),
-            residual=residual,
-            mlp=mlp,
-            layer=None if int(layer) < 0 else int(layer),
-            query=int(query),
-            key=int(key),
-            heads=heads,
-        )
+        weight = residual + mlp + float(heads.total.sum())
+        block = None if int(layer) < 0 else int(layer)
+        return Edge(weight, residual, mlp, block, int(query), int(key), heads)
 
     @exactly
     def edges(self, sources: Sequence[int] | Tensor, targets: Sequence[int] | Tensor) -> EdgeParts:
@@ -291,23 +269,17 @@ class ResidualGraph(ExplainedGraph):
         >>> edges.layer.tolist(), tuple(edges.parts.total.shape)
         ([1, 1], (2, 8))
         """
-        heads = self.record.heads
-        device = heads.run.residual.device
-        source = torch.as_tensor(sources, dtype=torch.long, device=device)
-        target = torch.as_tensor(targets, dtype=torch.long, device=device)
-        writes, query = self._target_places(target)
-        at, key = self._source_places(source)
-        reads_own = self._is_logit(target) & (heads.run.n_layers in self.record.parts.biases)
-        read = torch.where(
-            reads_own, writes, writes - 1
-        )  # the checkpoint whose components are sources
-        for i in (~self._has_component(source, at, read)).nonzero().flatten().tolist():
+        heads, nodes = self.record.heads, self.nodes
+        target, source = self.target_nodes(targets), self.source_nodes(sources)
+        own, writes = nodes.read_own(target), nodes.checkpoint[target]
+        read = torch.where(own, writes, writes - 1)  # the checkpoint whose components are sources
+        for i in (~nodes.are_components(source, read)).nonzero().flatten().tolist():
             raise UserError(
                 f"no edge can join node {int(source[i])} to node {int(target[i])}: the target's "
                 f"sources are the components of checkpoint {int(read[i])}, and this source has "
-                f"none there (it stands at checkpoint {int(at[i])})."
+                f"none there (it stands at checkpoint {int(nodes.checkpoint[source[i]])})."
             )
-        layer = torch.where(reads_own, -1, read)
+        layer = torch.where(own, -1, read)
         n, n_heads = len(source), heads.blocks[0].n_heads
         empty = heads.run.residual.new_zeros
         out = Parts(empty(n), empty(n), *(empty(n, n_heads) for _ in range(3)))
@@ -316,9 +288,8 @@ class ResidualGraph(ExplainedGraph):
             distinct_targets, t = target[of_block].unique(return_inverse=True)
             distinct_sources, s = source[of_block].unique(return_inverse=True)
             checkpoint = block if block >= 0 else heads.run.n_layers
-            vectors = self._source_vectors(distinct_sources, checkpoint)
-            _, positions = self._source_places(distinct_sources)
-            rows = self._targets(distinct_targets)
+            vectors = nodes.vectors(distinct_sources, checkpoint)
+            positions, rows = nodes.position[distinct_sources], nodes.targets(distinct_targets)
             if block < 0:
                 same = (rows.positions[t] == positions[s]).to(vectors.dtype)
                 out.residual[of_block] = same * (rows.y[t] * vectors[s]).sum(1)
@@ -326,7 +297,7 @@ class ResidualGraph(ExplainedGraph):
             parts_here = edge_parts(heads, block, rows, t, vectors, positions, s)
             for whole, part in zip(out, parts_here, strict=True):
                 whole[of_block] = part
-        return EdgeParts(layer, query, key, out)
+        return EdgeParts(layer, nodes.position[target], nodes.position[source], out)
 
     @exactly
     def strongest(
@@ -356,15 +327,13 @@ class ResidualGraph(ExplainedGraph):
         check_count(n)
         check_count(1 if budget is None else budget, "budget")
         heads, parts = self.record.heads, self.record.parts
-        target = _indices(targets).to(heads.run.residual.device)
-        writes, positions = self._target_places(target)
-        reads_own = self._is_logit(target) & (heads.run.n_layers in parts.biases)
-        for node in target[reads_own].tolist():
+        nodes, target = self.nodes, self.target_nodes(_indices(targets))
+        for node in target[nodes.read_own(target)].tolist():
             raise UserError(
                 f"node {node} is a logit that reads its own checkpoint: no head is in between; ask "
                 "for the features that it reads."
             )
-        layer = writes - 1
+        layer = nodes.checkpoint[target] - 1
         empty = layer.new_full((len(target), n), -1)
         listing = StrongestLoadings(
             layer,
@@ -377,127 +346,16 @@ class ResidualGraph(ExplainedGraph):
         computed = of = 0
         for at in layer.unique().tolist():
             of_block = (layer == at).nonzero().squeeze(1)
-            of_block = of_block[positions[of_block].argsort(stable=True)]
-            block, rows = BlockEdges(parts, heads, at), self._targets(target[of_block])
+            of_block = of_block[nodes.position[target[of_block]].argsort(stable=True)]
+            block, rows = BlockEdges(parts, heads, at), nodes.targets(target[of_block])
             best = strongest(block, rows, runs_of(rows.positions.cpu()), n, budget)
             listed, source = best.source >= 0, best.source.clamp_min(0)
             listing.loading[of_block], listing.head[of_block] = best.loading, best.head
             listing.key[of_block] = torch.where(listed, block.sources.position[source], -1)
-            listing.source[of_block] = torch.where(
-                listed, nodes_of(self, block.sources)[source], -1
-            )
+            listing.source[of_block] = torch.where(listed, nodes.of(block.sources)[source], -1)
             listing.exact[of_block], listing.share[of_block] = best.exact, best.share
             computed, of = computed + best.computed, of + best.of
         return listing._replace(skipped=1 - computed / of if of else 0.0)
-
-    # Node indices to what they stand for. Order: features, errors, tokens, logits.
-
-    def first_indices(self) -> tuple[int, int, int, int]:
-        """The first node that is an error, a token, a logit, and no node at all."""
-        n_errors = self.n_pos * self.record.heads.run.n_layers
-        tokens = self.n_features + n_errors
-        logits = tokens + self.n_pos
-        return self.n_features, tokens, logits, logits + len(self.logit_targets)
-
-    def _is_logit(self, node: Tensor) -> Tensor:
-        return node >= self.first_indices()[2]
-
-    def _has_component(self, node: Tensor, at: Tensor, read: Tensor) -> Tensor:
-        """Whether source nodes standing at checkpoints ``at`` are components of ``read``.
-
-        A crosscoder's feature is one at every checkpoint where it has a decoder.
-        """
-        known = self.record.parts.features.decoders
-        pairs = zip(node.tolist(), at.tolist(), read.tolist(), strict=True)
-        has = [(a, r) in known if n < self.n_features else a == r for n, a, r in pairs]
-        return torch.tensor(has, dtype=torch.bool, device=node.device)
-
-    def active_rows(self, node: Tensor) -> Tensor:
-        """Feature nodes to rows of the run's active features (checkpoint 0 has no nodes)."""
-        active = self.record.parts.features.checkpoint
-        skipped = int((active == 0).sum())
-        return self.selected_features.to(node.device)[node] + skipped
-
-    def _target_places(self, node: Tensor) -> tuple[Tensor, Tensor]:
-        """(checkpoint written at, position) of target nodes."""
-        features, _, logits, end = self.first_indices()
-        allowed = ((node >= 0) & (node < features)) | ((node >= logits) & (node < end))
-        for bad in node[~allowed].tolist():
-            raise UserError(
-                f"node {bad} is no target: targets are features (0 to {features - 1}) and logits "
-                f"({logits} to {end - 1})."
-            )
-        run = self.record.heads.run
-        checkpoint = torch.full_like(node, run.n_layers)
-        position = torch.full_like(node, run.n_pos - 1)
-        feature = node < features
-        rows = self.active_rows(node[feature])
-        checkpoint[feature] = self.record.parts.features.checkpoint[rows]
-        position[feature] = self.record.parts.features.position[rows]
-        return checkpoint, position
-
-    def _source_places(self, node: Tensor) -> tuple[Tensor, Tensor]:
-        """(checkpoint stood at, position) of source nodes; for features the one they read."""
-        features, tokens, logits, _ = self.first_indices()
-        for bad in node[(node < 0) | (node >= logits)].tolist():
-            raise UserError(
-                f"node {bad} is no source: sources are features (0 to {features - 1}), errors and "
-                f"tokens (up to {logits - 1})."
-            )
-        run, active = self.record.heads.run, self.record.parts.features
-        checkpoint, position = torch.zeros_like(node), torch.zeros_like(node)
-        feature = node < features
-        rows = self.active_rows(node[feature])
-        checkpoint[feature], position[feature] = active.checkpoint[rows], active.position[rows]
-        error = (node >= features) & (node < tokens)
-        slot = (node[error] - features).div(run.n_pos, rounding_mode="floor")
-        checkpoint[error] = slot + (0 if self.record.resid_pre else 1)
-        position[error] = (node[error] - features) % run.n_pos
-        token = node >= tokens
-        position[token] = node[token] - tokens
-        return checkpoint, position
-
-    def _source_vectors(self, node: Tensor, checkpoint: int) -> Tensor:
-        """(n, d_model) vectors of source nodes at a checkpoint."""
-        features, tokens, _, _ = self.first_indices()
-        parts = self.record.parts
-        _, position = self._source_places(node)
-        out = parts.run.residual.new_zeros(len(node), parts.run.residual.shape[-1])
-        feature, token = node < features, node >= tokens
-        if bool(feature.any()):
-            out[feature] = parts.features.vectors(self.active_rows(node[feature]), checkpoint)
-        out[token] = parts.run.embedding[position[token]]
-        error = ~feature & ~token
-        if checkpoint in parts.errors and checkpoint > 0:
-            out[error] = parts.errors[checkpoint][position[error]]
-        return out
-
-    def _targets(self, node: Tensor) -> Targets:
-        """Rows of target nodes."""
-        parts, (features, _, logits, _) = self.record.parts, self.first_indices()
-        checkpoint, position = self._target_places(node)
-        y = parts.run.residual.new_zeros(len(node), parts.run.residual.shape[-1])
-        feature = node < features
-        for c in checkpoint[feature].unique().tolist():
-            at = feature & (checkpoint == c)
-            y[at] = parts.features.vectors(self.active_rows(node[at]), c)
-        y[~feature] = self.record.logit_rows[node[~feature] - logits]
-        row = torch.where(feature, node, node - logits + features)
-        return Targets(position, y, self.record.target_pulls[row])
-
-
-def nodes_of(graph: ResidualGraph, sources: Checkpoint) -> Tensor:
-    """(n_sources,) the node of every component of a checkpoint; -1 where it is none."""
-    features, tokens, _, _ = graph.first_indices()
-    active = graph.record.parts.features
-    of_feature = sources.node.new_full((len(active),), -1)
-    kept = graph.active_rows(torch.arange(features, device=of_feature.device))
-    of_feature[kept] = torch.arange(features, device=of_feature.device)
-    slot = sources.checkpoint - (0 if graph.record.resid_pre else 1)
-    nodes = torch.where(sources.kind == FEATURE, of_feature[sources.node], -1)
-    first_error = features + slot * graph.n_pos
-    nodes = torch.where(sources.kind == ERROR, first_error + sources.position, nodes)
-    return torch.where(sources.kind == EMBEDDING, tokens + sources.position, nodes)
 
 
 def load_graph(path: str | Path, device: str | torch.device = "cpu") -> ResidualGraph:
@@ -542,9 +400,8 @@ def _indices(nodes: Sequence[int] | Tensor) -> Tensor:
         indices = torch.as_tensor(nodes)
     except (TypeError, ValueError, RuntimeError):
         indices = torch.empty(())
-    if indices.ndim == 1 and not len(indices):
-        return indices.long()
-    if indices.ndim != 1 or indices.dtype == torch.bool or indices.is_floating_point():
+    whole = indices.dtype != torch.bool and not indices.is_floating_point()
+    if indices.ndim != 1 or (len(indices) and not whole):
         raise UserError(f"{nodes} are no targets: give a list of node indices, whole numbers.")
     return indices.long()
 

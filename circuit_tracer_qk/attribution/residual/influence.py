@@ -139,8 +139,7 @@ class Sweep:
     def subset(self, nodes: Tensor | None = None) -> Subset:
         """Graph features by their order; all without ``nodes``."""
         if nodes is None:
-            everything = torch.arange(self.n_features, device=self.directions.device)
-            return Subset(everything, list(range(self.n_features)))
+            nodes = torch.arange(self.n_features, device=self.directions.device)
         return Subset(nodes, nodes.tolist())
 
     def reading(self, checkpoint: int) -> tuple[int, int]:
@@ -174,9 +173,7 @@ class Sweep:
     def _rows_of(self, checkpoint: int, subset: Subset, n: int) -> Callable[[slice], Rows]:
         """What makes the rows of any part of some features, ``n`` of which read a checkpoint."""
         layer, features = checkpoint - 1, self.parts.features
-        block = BlockEdges(self.parts, self.heads, layer)
-        mlp = read_mlp(self.model.blocks[layer], self.parts.run.residual.dtype)
-        local = BlockMLP(self.heads, mlp, layer)
+        block, local = BlockEdges(self.parts, self.heads, layer), self._mlp(layer)
         decoder = features.decoders[checkpoint, checkpoint]
         shared = local.shared(decoder, n)
 
@@ -193,6 +190,10 @@ class Sweep:
 
         return rows
 
+    def _mlp(self, layer: int) -> BlockMLP:
+        mlp = read_mlp(self.model.blocks[layer], self.parts.run.residual.dtype)
+        return BlockMLP(self.heads, mlp, layer)
+
     def pieces(self, subset: Subset, whole: slice) -> list[slice]:
         """Parts of as many features as a thread takes, cut between positions where that can be."""
         most, cuts = self.batch_size // self.crew.size, [0]
@@ -204,7 +205,7 @@ class Sweep:
 
     def logit_rows(self) -> Rows:
         """Rows of the logits: from their own checkpoint, or across the last block without one."""
-        run, y = self.parts.run, self.directions
+        y = self.directions
         if self.n_layers in self.parts.biases:
             sources = self.parts.at(self.n_layers)
             weights = y.new_zeros(len(y), len(sources.kind))
@@ -213,10 +214,9 @@ class Sweep:
             return Rows(slice(0, 0), sources, weights, torch.zeros_like(y))
         layer = self.n_layers - 1
         block = BlockEdges(self.parts, self.heads, layer)
-        mlp = read_mlp(self.model.blocks[layer], run.residual.dtype)
         positions = torch.full((len(y),), self.n_pos - 1, device=y.device)
         runs = [PositionRun(self.n_pos - 1, 0, len(y))]
-        m = BlockMLP(self.heads, mlp, layer).vjp(y, positions, runs)
+        m = self._mlp(layer).vjp(y, positions, runs)
         weights = block.rows(Targets(positions, y, m), runs)
         return Rows(slice(0, 0), block.sources, weights, m)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 
-from circuit_tracer_qk.attribution.links import HEADS_EXPLAINED, LINKS_EXPLAINED, Kept, Links
+from circuit_tracer_qk.attribution.links import (
+    HEADS_EXPLAINED,
+    Kept,
+    Links,
+    largest_places,
+    required_places,
+)
 from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.residual.edges import EdgeParts
 from circuit_tracer_qk.base.json_text import (
@@ -93,35 +97,13 @@ def _places(edges: EdgeParts, kept: Kept) -> tuple[dict[int, list[Place]], list[
     largest = size.topk(min(HEADS_EXPLAINED, n_heads), dim=1)
     heads, sizes = largest.indices.tolist(), largest.values.tolist()
     where = list(zip(layer.tolist(), query.tolist(), key.tolist(), strict=True))
-    targets = kept.targets.tolist()
 
-    links: dict[int, list[int]] = defaultdict(list)
-    for link in strongest.tolist():
-        if len(links[targets[link]]) < LINKS_EXPLAINED:
-            links[targets[link]].append(link)
-    required: dict[int, list[Place]] = {}
-    for target, strongest_links in links.items():
-        places = []
-        for link in strongest_links:
-            at_layer, at_query, at_key = where[link]
-            for head, head_size in zip(heads[link], sizes[link], strict=True):
-                if head_size > 0:
-                    places.append(Place(at_layer, head, at_query, at_key))
-        if places:
-            required[target] = list(dict.fromkeys(places))
+    def places_of(link: int) -> list[Place]:
+        at, *positions = where[link]
+        sized = zip(heads[link], sizes[link], strict=True)
+        return [Place(at, head, *positions) for head, head_size in sized if head_size > 0]
 
-    # every (link, head) as one number, so that the largest |total| of each place is one reduction
-    n_pos = int(query.max()) + 1 if len(query) else 1
+    required = required_places(strongest.tolist(), kept.targets.tolist(), places_of)
     head = torch.arange(n_heads, device=size.device)
-    flat = (layer[crossing, None] * n_heads + head) * n_pos + query[crossing, None]
-    flat = (flat * n_pos + key[crossing, None]).flatten()
-    codes, at = flat.unique(return_inverse=True)
-    best = size.new_zeros(len(codes)).scatter_reduce(0, at, size[crossing].flatten(), "amax")
-    codes = codes[best.argsort(descending=True, stable=True)[: int((best > 0).sum())]]
-    others = []
-    for code in codes.tolist():
-        code, at_key = divmod(code, n_pos)
-        code, at_query = divmod(code, n_pos)
-        at_layer, at_head = divmod(code, n_heads)
-        others.append(Place(at_layer, at_head, at_query, at_key))
-    return required, others
+    ends = query[crossing, None], key[crossing, None]
+    return required, largest_places(layer[crossing, None], head, *ends, size[crossing])

@@ -125,21 +125,19 @@ def load_model(
         raise UserError(
             "No model was named, and the dictionaries' config has no model_name: give one."
         )
+    fitting = dictionaries
+
+    def check(loaded: HookedTransformer) -> None:
+        refuse_unsupported(loaded)
+        fitting.check_fits(loaded.cfg.d_model, loaded.cfg.n_layers)
+        check_exact(loaded)
+
     if isinstance(model, str | Path):
-        fitting = dictionaries
-
-        def check(exact: HookedTransformer) -> None:
-            refuse_unsupported(exact)
-            fitting.check_fits(exact.cfg.d_model, exact.cfg.n_layers)
-            check_exact(exact)
-
         transformer = load_transformer(str(model), dtype=dtype, device=device, check=check)
     else:
         transformer = model
         transformer.setup()  # folding puts in new norms, whose hooks older trees do not register
-        refuse_unsupported(transformer)
-        dictionaries.check_fits(transformer.cfg.d_model, transformer.cfg.n_layers)
-        check_exact(transformer)
+        check(transformer)
     if zero_positions is None:
         name = str(transformer.cfg.model_name)
         zero_positions = slice(0, 4 if "gemma-3" in name and name.endswith("-it") else 1)

@@ -16,12 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from circuit_tracer_qk.attribution.component import BIAS, FEATURE, KINDS, Component
-from circuit_tracer_qk.attribution.qk import (
-    Label,
-    Place,
-    Scores,
-    check_count,
-)
+from circuit_tracer_qk.attribution.qk import Label, Place, Scores, check_count
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.base.errors import UserError
@@ -179,14 +174,8 @@ class QK(Scores):
         features = self.parts.features
         kinds, nodes = checkpoint.kind[part], checkpoint.node[part]
         at = nodes[kinds == FEATURE]
-        named = iter(
-            zip(
-                features.checkpoint[at].tolist(),
-                features.feature[at].tolist(),
-                features.activation[at].tolist(),
-                strict=True,
-            )
-        )
+        columns = features.checkpoint, features.feature, features.activation
+        named = zip(*(column[at].tolist() for column in columns), strict=True)
         listed = []
         for code in kinds.tolist():
             if code == FEATURE:
@@ -209,26 +198,20 @@ class QK(Scores):
 
     def _images(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         """Projected components of several positions, each (n_components, d_head), kept."""
-        with self._lock:
-            return self._kept(layer, head, at, side)
-
-    def _kept(self, layer: int, head: int, at: Sequence[int], side: int) -> list[Tensor]:
         wanted = [(side, layer, head, p) for p in at]
-        missing = [key for key in wanted if key not in self.projected]
-        if missing:
-            self._project([p for *_, p in missing], layer, head, side)
-        for key in wanted:
-            self.projected.move_to_end(key)
-        images = [self.projected[key] for key in wanted]
-        while self.kept_bytes > self.keep_bytes and len(self.projected) > len(wanted):
-            self.kept_bytes -= self.projected.popitem(last=False)[1].nbytes
+        with self._lock:
+            missing = [p for p in at if (side, layer, head, p) not in self.projected]
+            self._project(missing, layer, head, side)
+            for key in wanted:
+                self.projected.move_to_end(key)
+            images = [self.projected[key] for key in wanted]
+            while self.kept_bytes > self.keep_bytes and len(self.projected) > len(wanted):
+                self.kept_bytes -= self.projected.popitem(last=False)[1].nbytes
         return images
 
     def _project(self, positions: list[int], layer: int, head: int, side: int) -> None:
-        checkpoint = self.parts.at(layer)
-        constants = None
-        if self.heads.has_constants(layer):
-            constants = self._constants(layer, head, side)
+        checkpoint, has_constants = self.parts.at(layer), self.heads.has_constants(layer)
+        constants = self._constants(layer, head, side) if has_constants else None
         for run in _runs(positions):
             part = slice(checkpoint.starts[run.start], checkpoint.starts[run.stop])
             vectors, at = checkpoint.vectors(run), checkpoint.position[part]

@@ -81,15 +81,8 @@ def strongest(
     n_sources = len(block.values)
     widest = max(stop - start for start, stop in pairwise(sources.starts))
 
-    out = Strongest(
-        z.new_zeros(len(z), n),
-        torch.full((len(z), n), -1, device=device),
-        torch.full((len(z), n), -1, device=device),
-        torch.ones(len(z), dtype=torch.bool, device=device),
-        z.new_zeros(len(z)),
-        0,
-        0,
-    )
+    none, exact = group.new_full((len(z), n), -1), group.new_ones(len(z), dtype=torch.bool)
+    out = Strongest(z.new_zeros(len(z), n), none, none.clone(), exact, z.new_zeros(len(z)), 0, 0)
     computed = of = 0
     for p, first, last in runs:
         z_here, rows = z[first:last], slice(first, last)  # (n_here, n_heads, d_head)

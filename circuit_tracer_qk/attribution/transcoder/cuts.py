@@ -257,10 +257,8 @@ def split_edges(
                 bar.update(len(at))
     if listing is None:
         return out
-    empty = zeros(0, listing.pairs)
-    none = source.new_zeros(0)
-    nowhere = source.new_zeros(0, listing.pairs)
-    pairs.append(Pairs(none, none, none, nowhere, nowhere, empty))
+    none, nowhere = source.new_zeros(0), source.new_zeros(0, listing.pairs)
+    pairs.append(Pairs(none, none, none, nowhere, nowhere, zeros(0, listing.pairs)))
     return out._replace(pairs=Pairs(*map(torch.cat, zip(*pairs, strict=True))))
 
 
@@ -456,15 +454,13 @@ def _sweep_back(blocks: FrozenBlocks, reads: Reads) -> tuple[list[_Back], list[T
     for layer in reversed(range(n_layers)):
         first, n = n, int((layer_of >= layer).sum())
         gradients = [blocks.vjp(layer, g), blocks.vjp_mid(layer, placed(first, n))]
-        at = [
-            blocks.vjp_here(layer, local, position[:first]),
-            blocks.vjp_mid_here(layer, row[first:n], position[first:n]),
-        ]
+        later = blocks.vjp_here(layer, local, position[:first])
+        begun = blocks.vjp_here(layer, row[first:n], position[first:n], mid=True)
+        z, local = (torch.cat(both) for both in zip(later, begun, strict=True))
         where = torch.full_like(reads.layer, -1)
         where[order[:n]] = torch.arange(n, device=where.device)
         whole = torch.cat([p.z for p in gradients]).permute(2, 0, 1, 3).contiguous()
-        back.append(_Back(where, whole, torch.cat([a.z for a in at])))
+        back.append(_Back(where, whole, z))
         g = torch.cat([p.whole for p in gradients])
-        local = torch.cat([a.bypass for a in at])
         free[layer][order[:n]] = local
     return back[::-1], free

@@ -62,23 +62,11 @@ class TranscoderGraph(ExplainedGraph):
         super().__init__(**arguments)
         self.parts = parts
         self.rounded = rounded
-        self._token_strings = token_strings
+        self.token_strings = token_strings
 
     @cached_property
     def scores(self) -> TranscoderQK:
         return TranscoderQK(self.parts, self.label, self.rounded)
-
-    @property
-    def token_strings(self) -> list[str]:
-        return self._token_strings
-
-    @property
-    def first_error_layer(self) -> int:
-        return 0
-
-    @property
-    def dictionary_folder(self) -> str | None:
-        return None
 
     def label(self, checkpoint: int, feature: int) -> str:
         """Features of transcoders have no labels here: the page finds them by scan and index."""
@@ -116,22 +104,7 @@ class TranscoderGraph(ExplainedGraph):
         >>> listing = ctqk.Listing(heads=2, pairs=1)
         >>> splits = transcoder_graph.split([0], [n], listing)  # doctest: +SKIP
         """
-        device = self.parts.run.residual.device
-        source = torch.as_tensor(sources, dtype=torch.long, device=device)
-        target = torch.as_tensor(targets, dtype=torch.long, device=device)
-        n_nodes, n_logits = self.parts.n_nodes, len(self.logit_targets)
-        first_logit, n_features = n_nodes - n_logits, self.parts.n_features
-        for bad in source[(source < 0) | (source >= first_logit)].tolist():
-            raise UserError(
-                f"node {bad} is no source: sources are features, errors and tokens (0 to "
-                f"{first_logit - 1})."
-            )
-        reads = (target < n_features) | (target >= first_logit)
-        for bad in target[~reads | (target < 0) | (target >= n_nodes)].tolist():
-            raise UserError(
-                f"node {bad} is no target: targets are features (0 to {n_features - 1}) and "
-                f"logits ({first_logit} to {n_nodes - 1})."
-            )
+        source, target = self.source_nodes(sources), self.target_nodes(targets)
         return self.parts.split(source, target, listing, progress)
 
 

@@ -90,22 +90,15 @@ def read_hook_points(
         return replace(read, w=None, b=None) if bare else read
 
     hook_points = []
-    for layer, block in enumerate(blocks):
+    for layer, (block, skip) in enumerate(zip(blocks, skips, strict=True)):
         ln2 = absent
         if reads != "hook_resid_mid":
             bare = reads == "ln2.hook_normalized" and _hooked_before_gain(block.ln2)
             ln2 = norm(block.ln2, bare=bare)
         post = norm(getattr(block, "ln2_post", None)) if writes == "mlp.hook_out" else absent
-        skip = skips[layer]
-        hook_points.append(
-            HookPoint(
-                ln2=ln2,
-                ln2_scale=run.scale("ln2", layer),
-                post=post,
-                post_scale=run.scale("ln2_post", layer),
-                skip=None if skip is None else skip.to(dtype),
-            )
-        )
+        scales = run.scale("ln2", layer), run.scale("ln2_post", layer)
+        skip = None if skip is None else skip.to(dtype)
+        hook_points.append(HookPoint(ln2, scales[0], post, scales[1], skip))
     return hook_points
 
 

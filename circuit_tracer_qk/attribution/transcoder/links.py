@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuit_tracer_qk.attribution.links import HEADS_EXPLAINED, LINKS_EXPLAINED, Kept, Links
+from circuit_tracer_qk.attribution.links import (
+    HEADS_EXPLAINED,
+    Kept,
+    Links,
+    largest_places,
+    required_places,
+)
 from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.transcoder.cuts import Pairs, Splits
 from circuit_tracer_qk.base.json_text import Encoded, encode, rest, rounded_all
@@ -27,22 +33,16 @@ def transcoder_links(splits: Splits, kept: Kept, positions: Tensor) -> Links:
         kept: what pruning left of the graph.
         positions: (n_nodes,) token position of every node.
     """
-    splits = _on_cpu(splits)
-    pairs = _in_order(splits)
+    assert splits.pairs is not None
+    pairs = Pairs(*(part.cpu() for part in splits.pairs))
+    splits = Splits(*(part.cpu() for part in splits[:-1]), pairs=None)
+    pairs = _in_order(splits, pairs)
     data = Encoded(encode(_documents(kept, splits, pairs)))
     return Links(data, *_places(positions.cpu(), kept, splits, pairs))
 
 
-def _on_cpu(splits: Splits) -> Splits:
-    assert splits.pairs is not None
-    parts = {name: part.cpu() for name, part in splits._asdict().items() if name != "pairs"}
-    return splits._replace(**parts, pairs=Pairs(*(part.cpu() for part in splits.pairs)))
-
-
-def _in_order(splits: Splits) -> Pairs:
+def _in_order(splits: Splits, pairs: Pairs) -> Pairs:
     """The listed heads by edge, block and |part|."""
-    pairs = splits.pairs
-    assert pairs is not None
     part = splits.through[pairs.edge, pairs.layer, pairs.head]
     order = part.abs().argsort(descending=True)
     code = pairs.edge[order] * splits.through.shape[1] + pairs.layer[order]
@@ -56,14 +56,12 @@ def _documents(kept: Kept, splits: Splits, pairs: Pairs) -> list[dict[str, Any]]
     attention_free + the values in delivered_by, whose last entry is [null, null, value] where some
     were left out (or where the host rounded, in half precision).
     """
-    blocks = _blocks(kept, splits, pairs)
-    delivered = _delivered(splits)
     columns = zip(
         kept.sources.tolist(),
         kept.targets.tolist(),
         rounded_all(kept.weights),
-        blocks,
-        delivered,
+        _blocks(kept, splits, pairs),
+        _delivered(splits),
         rounded_all(splits.attention_free),
         strict=True,
     )
@@ -162,35 +160,9 @@ def _places(
         if len(by_link[link]) < HEADS_EXPLAINED:
             by_link[link].append(row)
     links = sorted(by_link, key=lambda link: -float(strength[link]))
-    n_explained: dict[int, int] = defaultdict(int)
-    required: dict[int, list[Place]] = defaultdict(list)
-    columns = [field.tolist() for field in (pairs.layer, pairs.head)]
-    ends = [field[:, 0].tolist() for field in (pairs.query, pairs.key)]
-    targets = kept.targets.tolist()
-    for link in links:
-        target = targets[link]
-        if n_explained[target] == LINKS_EXPLAINED:
-            continue
-        n_explained[target] += 1
-        for row in by_link[link]:
-            place = Place(*(field[row] for field in (*columns, *ends)))
-            if place not in required[target]:
-                required[target].append(place)
-    return dict(required), _by_value(pairs, rows)
-
-
-def _by_value(pairs: Pairs, rows: Tensor) -> list[Place]:
-    """Places of some rows' pairs, by the largest |value| at each."""
-    n, far = pairs.value.shape[1], 1 + max(int(f.max()) if len(f) else 0 for f in pairs[1:5])
-    fields = [field[rows, None].expand(-1, n) for field in (pairs.layer, pairs.head)]
-    fields += [pairs.query[rows], pairs.key[rows]]
-    code = torch.zeros_like(fields[2])
-    for part in fields:  # a place as one number, so that the largest of each is one reduction
-        code = code * far + part
-    size = pairs.value[rows].abs().flatten()
-    codes, at = code.flatten().unique(return_inverse=True)
-    best = size.new_zeros(len(codes)).scatter_reduce(0, at, size, "amax")
-    order = best.argsort(descending=True, stable=True)[: int((best > 0).sum())]
-    codes = codes[order]
-    places = [codes // far**3, codes // far**2 % far, codes // far % far, codes % far]
-    return [Place(*place) for place in torch.stack(places, 1).tolist()]
+    largest = torch.stack([pairs.layer, pairs.head, pairs.query[:, 0], pairs.key[:, 0]], 1).tolist()
+    required = required_places(
+        links, kept.targets.tolist(), lambda link: [Place(*largest[row]) for row in by_link[link]]
+    )
+    heads = pairs.layer[rows, None], pairs.head[rows, None]
+    return required, largest_places(*heads, pairs.query[rows], pairs.key[rows], value[rows])

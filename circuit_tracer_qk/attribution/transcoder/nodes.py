@@ -10,6 +10,7 @@ too, so that the residual stream is a sum over all of it:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -96,19 +97,13 @@ def read_transcoder_graph(
     """Read a graph that circuit-tracer made, with the replacement model that it was made with.
 
     Args:
-        model: the replacement model (TransformerLens backend).
+        model: the replacement model (TransformerLens backend), which :func:`check_model` accepts.
         graph: of ``circuit_tracer.attribute``.
         columns: demeaned unembedding columns of the graph's logits.
 
     Raises:
-        UserError: the model is of another backend, is not done exactly, or did not make the graph.
+        UserError: the model is not done exactly, or did not make the graph.
     """
-    if not hasattr(model, "blocks"):
-        raise UserError(
-            "this replacement model is of the nnsight backend: load it with "
-            'backend="transformerlens" to explain its heads.'
-        )
-    refuse_shared_rotary(model)
     tokens = graph.input_tokens.to(model.W_E.device)
     nodes = host.transcoder_nodes(model, tokens)
     if not torch.equal(nodes.active.cpu(), graph.active_features.cpu().to(nodes.active.dtype)):
@@ -143,12 +138,8 @@ def _nodes(
     run = blocks.heads.run
     dtype, device = run.residual.dtype, run.residual.device
     n_layers, n_pos, n_features = run.n_layers, run.n_pos, len(selected)
-    active = [
-        StreamSource("feature", layer, feature, position, activation)
-        for (layer, position, feature), activation in zip(
-            nodes.active.tolist(), nodes.activations.tolist(), strict=True
-        )
-    ]
+    features = zip(nodes.active.tolist(), nodes.activations.tolist(), strict=True)
+    active = [StreamSource("feature", at, i, p, activation) for (at, p, i), activation in features]
     dropped = torch.ones(len(active), dtype=torch.bool, device=device)
     dropped[selected] = False
     left_out = dropped.nonzero().flatten()
@@ -157,34 +148,23 @@ def _nodes(
     node[left_out] = torch.arange(len(left_out), device=device) + n_nodes
     n_logits = n_nodes - n_features - (n_layers + 1) * n_pos
     sources: list[StreamSource | None] = [active[i] for i in selected.tolist()]
-    sources += [
-        StreamSource("error", layer, None, p, None)
-        for layer in range(n_layers)
-        for p in range(n_pos)
-    ]
+    slots = product(range(n_layers), range(n_pos))
+    sources += [StreamSource("error", at, None, p, None) for at, p in slots]
     sources += [StreamSource("embedding", -1, None, p, None) for p in range(n_pos)]
     sources += [None] * n_logits
     sources += [active[i] for i in left_out.tolist()]
 
     places = torch.arange(n_pos, device=device)
-    everywhere = [
-        (n_features + at * n_pos + places, at, nodes.errors[at].to(dtype)) for at in range(n_layers)
-    ]
-    written = _joined(
-        [
-            Writes(
-                node[nodes.decoder_feature],
-                nodes.decoder_layer,
-                nodes.decoder_position,
-                nodes.decoders.to(dtype),
-            )
-        ]
-        + [Writes(i, torch.full_like(places, at), places, v) for i, at, v in everywhere]
-    )
+    layer, position = nodes.decoder_layer, nodes.decoder_position
+    parts = [Writes(node[nodes.decoder_feature], layer, position, nodes.decoders.to(dtype))]
+    for at in range(n_layers):
+        error = n_features + at * n_pos + places
+        parts.append(Writes(error, torch.full_like(places, at), places, nodes.errors[at].to(dtype)))
+    written = _joined(parts)
     for at in range(n_layers):
         here = written.layer == at
-        vectors = blocks.hook_points[at].writing(written.position[here])(written.vector[here])
-        written.vector[here] = vectors
+        writing = blocks.hook_points[at].writing(written.position[here])
+        written.vector[here] = writing(written.vector[here])
     tokens = n_features + n_layers * n_pos + places, torch.full_like(places, -1), places
     return sources, _joined([written, Writes(*tokens, nodes.tokens.to(dtype))])
 
@@ -261,6 +241,3 @@ def refuse_shared_rotary(model: Any) -> None:
             f"circuit-tracer runs {cfg.model_name} with one rotary table for its local and global "
             "layers, so its graphs are not those of the model and are not explained here."
         )
-
-
-__all__ = ["StreamSource", "TranscoderRun", "read_transcoder_graph", "refuse_shared_rotary"]

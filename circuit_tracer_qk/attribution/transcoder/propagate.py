@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.transcoder.hookpoints import HookPoint
 from circuit_tracer_qk.model.heads import Heads
-from circuit_tracer_qk.model.linear import LinearMap, Mix
+from circuit_tracer_qk.model.linear import LinearMap, MapOf, Mix
 
 
 class Carried(NamedTuple):
@@ -52,18 +52,6 @@ class Gradients(NamedTuple):
     whole: Float[Tensor, "n m d_model"]
 
 
-class GradientsHere(NamedTuple):
-    """As :class:`Gradients`, at one position and for paths that pass no further attention.
-
-    Attributes:
-        z: gradients at the heads' outputs.
-        bypass: gradients at the block's input past its heads.
-    """
-
-    z: Float[Tensor, "n n_heads d_head"]
-    bypass: Float[Tensor, "n d_model"]
-
-
 class FrozenBlocks:
     """A model's blocks without MLPs, on one frozen run.
 
@@ -81,7 +69,9 @@ class FrozenBlocks:
 
     def block(self, layer: int, start: int = 0) -> LinearMap:
         """The whole block as one map of (n, m, d_model) streams at positions from ``start`` on."""
-        return _WholeBlock(self, layer, start)
+        return MapOf(
+            lambda x: self.carry(layer, x, start).out, lambda g: self.vjp(layer, g, start).whole
+        )
 
     def carry(self, layer: int, x: Float[Tensor, "n m d_model"], start: int = 0) -> Carried:
         """Vectors through block ``layer``.
@@ -129,31 +119,43 @@ class FrozenBlocks:
             start: their first position.
         """
         here = slice(start, start + g.shape[1])
-        block, skip = self.heads.block(layer), self.hook_points[layer].skipping(here)
-        past = g if skip is None else g + skip.vjp(g)
-        return self._vjp(layer, g if block.parallel else past, past, here)
+        return self._vjp(layer, *self._past_heads(layer, g, here), here)
 
     def vjp_mid(self, layer: int, g: Float[Tensor, "n m d_model"]) -> Gradients:
         """As :meth:`vjp`, for gradients at what the block's transcoder reads."""
-        block = self.heads.block(layer)
         here = slice(g.shape[1])
-        return self._vjp(layer, torch.zeros_like(g) if block.parallel else g, g, here)
+        return self._vjp(layer, *self._past_heads(layer, g, here, mid=True), here)
 
     def vjp_here(
-        self, layer: int, g: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]
-    ) -> GradientsHere:
-        """Gradients at the block's output at ``positions``, without attention."""
-        skip = self.hook_points[layer].skipping(positions)
-        past = g if skip is None else g + skip.vjp(g)
-        at_write = g if self.heads.block(layer).parallel else past
-        return GradientsHere(self.heads.output_path(layer, positions).vjp(at_write), past)
+        self,
+        layer: int,
+        g: Float[Tensor, "n d_model"],
+        positions: Int[Tensor, " n"],
+        mid: bool = False,
+    ) -> tuple[Float[Tensor, "n n_heads d_head"], Float[Tensor, "n d_model"]]:
+        """Gradients at single positions, along paths that pass no further attention.
 
-    def vjp_mid_here(
-        self, layer: int, g: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]
-    ) -> GradientsHere:
-        """As :meth:`vjp_here`, for gradients at what the block's transcoder reads."""
-        at_write = torch.zeros_like(g) if self.heads.block(layer).parallel else g
-        return GradientsHere(self.heads.output_path(layer, positions).vjp(at_write), g)
+        Args:
+            layer: the block.
+            g: gradients at its output, or with ``mid`` at what its transcoder reads.
+            positions: of the rows of ``g``.
+
+        Returns:
+            Gradients at the heads' outputs, and at the block's input past its heads.
+        """
+        at_write, past = self._past_heads(layer, g, positions, mid)
+        return self.heads.output_path(layer, positions).vjp(at_write), past
+
+    def _past_heads(
+        self, layer: int, g: Tensor, here: Tensor | slice, mid: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients at the attention's write, and at the block's input past its heads."""
+        parallel = self.heads.block(layer).parallel
+        if mid:
+            return torch.zeros_like(g) if parallel else g, g
+        skip = self.hook_points[layer].skipping(here)
+        past = g if skip is None else g + skip.vjp(g)
+        return g if parallel else past, past
 
     def _vjp(
         self,
@@ -177,14 +179,3 @@ class FrozenBlocks:
             heads.output_path(layer, here),
             self.hook_points[layer].skipping(here),
         )
-
-
-class _WholeBlock(LinearMap):
-    def __init__(self, blocks: FrozenBlocks, layer: int, start: int) -> None:
-        self.blocks, self.layer, self.start = blocks, layer, start
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.blocks.carry(self.layer, x, self.start).out
-
-    def vjp(self, g: Tensor) -> Tensor:
-        return self.blocks.vjp(self.layer, g, self.start).whole

@@ -8,8 +8,8 @@ features that the graph left out are one, biases one for each of what wrote them
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.qk import Label, Place, QKTable, Scores
 from circuit_tracer_qk.attribution.transcoder.cuts import Writes, stream_bytes
 from circuit_tracer_qk.attribution.transcoder.nodes import TranscoderRun
+from circuit_tracer_qk.model.attention import KEY, QUERY
 
 UNSELECTED = "unselected features"
 WIDE_ROWS = 256  # so few images may cancel in a score: they are projected in float64
@@ -92,9 +93,8 @@ class TranscoderQK(Scores):
     def _components(self) -> list[Component]:
         """By row: its component; for a row that is no node its place is still to be put in."""
         listed: dict[int, Component] = {}
-        for i, (row, source) in enumerate(
-            zip(self.row_of.tolist(), self.parts.sources, strict=True)
-        ):
+        sources = zip(self.row_of.tolist(), self.parts.sources, strict=True)
+        for i, (row, source) in enumerate(sources):
             if row in listed:
                 continue
             if source is None:  # a logit, which writes nothing
@@ -103,20 +103,15 @@ class TranscoderQK(Scores):
                 kind = source.kind if source.label else "error"
                 listed[row] = Component(kind, 0, None, 0, None, source.label or UNSELECTED)
             else:
-                at = source.layer + 1
-                label = source.kind
-                if source.feature is not None:
-                    label = self.label(at, source.feature)
-                listed[row] = Component(
-                    source.kind, at, source.feature, source.position, source.activation, label
-                )
+                kind, layer, feature, position, activation, _ = source
+                label = kind if feature is None else self.label(layer + 1, feature)
+                listed[row] = Component(kind, layer + 1, feature, position, activation, label)
         return [listed[row] for row in range(len(listed))]
 
     @cached_property
     def _aggregated(self) -> set[int]:
         """The rows that are no nodes."""
-        last = self.parts.n_nodes
-        return set(self.row_of[last:].tolist())
+        return set(self.row_of[self.parts.n_nodes :].tolist())
 
     def _list(self, layer: int, position: int, side: int) -> list[Component]:
         listed, no_nodes = [], self._aggregated
@@ -135,8 +130,7 @@ class TranscoderQK(Scores):
     ) -> Float[Tensor, "n_components d_head"]:
         """The head's map is carried back to what the rows write: d_head gradients for any rows."""
         run, writes = self.parts.run, self._writes
-        dtype = self.wide
-        eye = torch.eye(run.residual.shape[2], dtype=dtype, device=self.row_of.device)
+        eye = torch.eye(run.residual.shape[2], dtype=self.wide, device=self.row_of.device)
         at = torch.full((len(eye),), position, device=eye.device)
         rows = self.heads.image(layer, eye, at, head, side).T  # (d_head, d_model), at the stream
         out = rows.new_zeros(len(self._components), len(rows))
@@ -147,7 +141,7 @@ class TranscoderQK(Scores):
             for p in writes.position[here].unique().tolist():
                 i = (here & (writes.position == p)).nonzero().flatten()
                 images = writes.vector[i].to(g.dtype) @ g[:, p].T
-                out.index_add_(0, writes.source[i], images.to(dtype))
+                out.index_add_(0, writes.source[i], images.to(self.wide))
             if block:
                 g = self.parts.blocks.block(block - 1).vjp(g.to(run.residual.dtype))
         return self._finished(out[self.rows_reaching(layer, position)], layer, head, position, side)
@@ -178,12 +172,33 @@ class TranscoderQK(Scores):
             self.check(layer, head, query, key)
             by_layer[layer].append((head, query, key))
         for layer, streams in self._streams(max(by_layer, default=-1)):
-            images = _BlockImages(self, layer, streams)
-            block = self.heads.block(layer)
+            images, block = self._images(layer, streams), self.heads.block(layer)
             for head, query, key in by_layer[layer]:
-                q = images(head, query, side=0)
-                k = images(block.group(head), key, side=1)
+                q, k = images(head, query, QUERY), images(block.group(head), key, KEY)
                 yield self._made(layer, head, query, key, q, k)
+
+    def _images(self, layer: int, streams: list[_Stream]) -> Callable[[int, int, int], Tensor]:
+        """As :meth:`_image` at one block, of rows that were carried there."""
+
+        @cache
+        def vectors(position: int) -> Tensor:
+            """The rows that may reach the position, there."""
+            here = [s for s in streams if s.start <= position]
+            rows = torch.cat([s.rows for s in here])
+            place = torch.full_like(self._first[0], -1)
+            place[rows] = torch.arange(len(rows), device=rows.device)
+            there = torch.cat([s.x[:, position - s.start] for s in here])
+            return there[place[self.rows_reaching(layer, position)]]
+
+        @cache
+        def images(head: int, position: int, side: int) -> Tensor:
+            u = vectors(position)
+            u = u.to(self.wide) if len(u) < WIDE_ROWS else u
+            at = torch.full((len(u),), position, device=u.device)
+            image = self.heads.image(layer, u, at, head, side)
+            return self._finished(image, layer, head, position, side)
+
+        return images
 
     def _streams(self, last: int) -> Iterator[tuple[int, list[_Stream]]]:
         """All rows at each block up to ``last``."""
@@ -225,37 +240,3 @@ class _Stream(NamedTuple):
     rows: Int[Tensor, " n"]
     start: int
     x: Float[Tensor, "n m d_model"]
-
-
-class _BlockImages:
-    """Images of all rows at one block, made when they are first asked for."""
-
-    def __init__(self, qk: TranscoderQK, layer: int, streams: list[_Stream]) -> None:
-        self.qk = qk
-        self.layer = layer
-        self.streams = streams
-        self._vectors: dict[int, Tensor] = {}
-        self._made: dict[tuple[int, int, int], Tensor] = {}
-
-    def __call__(self, head: int, position: int, side: int) -> Float[Tensor, "n_components d_head"]:
-        """As :meth:`TranscoderQK._image`."""
-        key = head, position, side
-        if key not in self._made:
-            vectors = self._at(position)
-            if len(vectors) < WIDE_ROWS:
-                vectors = vectors.to(self.qk.wide)
-            at = torch.full((len(vectors),), position, device=vectors.device)
-            images = self.qk.heads.image(self.layer, vectors, at, head, side)
-            self._made[key] = self.qk._finished(images, self.layer, head, position, side)
-        return self._made[key]
-
-    def _at(self, position: int) -> Float[Tensor, "n d_model"]:
-        """The rows that may reach the position, there."""
-        if position not in self._vectors:
-            here = [s for s in self.streams if s.start <= position]
-            rows = torch.cat([s.rows for s in here])
-            vectors = torch.cat([s.x[:, position - s.start] for s in here])
-            place = torch.full_like(self.qk._first[0], -1)
-            place[rows] = torch.arange(len(rows), device=rows.device)
-            self._vectors[position] = vectors[place[self.qk.rows_reaching(self.layer, position)]]
-        return self._vectors[position]

@@ -12,29 +12,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
 from circuit_tracer_qk.dictionaries.files import Files, joined
-from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layer, Layout, with_biases
-from circuit_tracer_qk.dictionaries.layouts.sae_lens import from_tensors
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, validate_tensors
+from circuit_tracer_qk.dictionaries.layouts.layout import (
+    Hints,
+    Layer,
+    Layout,
+    from_tensors,
+    read_tensors,
+)
+from circuit_tracer_qk.dictionaries.tensors import mapped, read_json
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _LINEAR = {"encoder.weight": "dict model", "decoder.weight": "model dict"}
+_BIASED = _LINEAR | {"encoder.bias": "dict"}
 _PLAIN = {"W_enc": "model dict", "W_dec": "dict model", "b_enc": "dict", "b_dec": "model"}
 _GATES = {"r_mag": "dict", "gate_bias": "dict", "mag_bias": "dict", "decoder_bias": "model"}
 # class -> architecture, tensors, whether the encoder subtracts the decoder's bias
 _CLASSES: dict[str, tuple[str, dict[str, str], bool]] = {
-    "AutoEncoder": ("standard", _LINEAR | {"encoder.bias": "dict", "bias": "model"}, True),
-    "AutoEncoderNew": (
-        "standard",
-        _LINEAR | {"encoder.bias": "dict", "decoder.bias": "model"},
-        False,
-    ),
-    "AutoEncoderTopK": ("topk", _LINEAR | {"encoder.bias": "dict", "b_dec": "model"}, True),
-    "BatchTopKSAE": ("jumprelu", _LINEAR | {"encoder.bias": "dict", "b_dec": "model"}, True),
+    "AutoEncoder": ("standard", _BIASED | {"bias": "model"}, True),
+    "AutoEncoderNew": ("standard", _BIASED | {"decoder.bias": "model"}, False),
+    "AutoEncoderTopK": ("topk", _BIASED | {"b_dec": "model"}, True),
+    "BatchTopKSAE": ("jumprelu", _BIASED | {"b_dec": "model"}, True),
     "MatryoshkaBatchTopKSAE": ("jumprelu", _PLAIN, True),
     "JumpReluAutoEncoder": ("jumprelu", _PLAIN | {"threshold": "dict"}, False),
     "GatedAutoEncoder": ("gated", _LINEAR | _GATES, True),
@@ -73,28 +73,21 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
     k = trainer.get("k")
     if _CLASSES[name][0] == "topk" and type(k) is not int:
         raise UserError(f"{source}: {name} needs k, a whole number, and has {k!r}.")
-    weights, title = joined(folder, WEIGHTS), folder or files.title
-    model = trainer.get("lm_name")
-    read = partial(_read, files, weights, source, name, layer, k, title)
-    return Layer(
-        layer, RESID_POST, title, (weights,), read, model if isinstance(model, str) else None
-    )
+    read, weights = partial(_read, source=source, name=name, k=k), joined(folder, WEIGHTS)
+    return Layer(layer, RESID_POST, folder, weights, read, trainer.get("lm_name"))
 
 
 LAYOUT = Layout("dictionary-learning", (CONFIG, WEIGHTS), _layer)
 
 
-def _read(
-    files: Files, weights: str, source: Path, name: str, layer: int, k: Any, title: str
-) -> Dictionary:
-    path = files.get(weights)
+def _read(path: Path, at: int, title: str, *, source: Path, name: str, k: Any) -> Dictionary:
     architecture, shapes, minus = _CLASSES[name]
     stored = mapped(path)
-    t: dict[str, Tensor] = validate_tensors(path, stored, shapes)
+    t = read_tensors(path, shapes, stored=stored)
     plain = "W_enc" in shapes
     W_enc = t["W_enc"].T if plain else t["encoder.weight"]
     W_dec = t["W_dec"] if plain else t["decoder.weight"].T
-    biases = {_OURS.get(key, key): value for key, value in with_biases(t).items()}
+    biases = {_OURS.get(key, key): value for key, value in t.items()}
     if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         threshold = stored.get("threshold")
         plain_number = threshold is not None and threshold.numel() == 1 and threshold.isreal().all()
@@ -109,13 +102,5 @@ def _read(
         stored_k = stored.get("k")
         if stored_k is not None and stored_k.flatten().tolist() != [k]:
             raise UserError(f"{source}: k is {k}, and {path} has k = {stored_k.tolist()}.")
-    return from_tensors(
-        layer + 1,
-        architecture,
-        W_enc=W_enc,
-        W_dec=W_dec,
-        biases=biases,
-        k=k if architecture == "topk" else None,
-        minus=minus,
-        title=title,
-    )
+    k = k if architecture == "topk" else None
+    return from_tensors(at, architecture, W_enc, {at: W_dec}, biases, k=k, minus=minus, title=title)

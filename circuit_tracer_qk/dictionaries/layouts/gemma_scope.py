@@ -7,18 +7,26 @@ says which they are. A folder that does not carry it has to be called residual: 
 from __future__ import annotations
 
 import re
-from functools import partial
+from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
 from circuit_tracer_qk.dictionaries.files import Files, joined
-from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layer, Layout, with_biases
-from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
+from circuit_tracer_qk.dictionaries.layouts.layout import (
+    Hints,
+    Layer,
+    Layout,
+    from_tensors,
+    read_tensors,
+)
+from circuit_tracer_qk.dictionaries.tensors import mapped
 
 WEIGHTS = "params.npz"
 _REPOSITORY = re.compile(
     r"gemma-scope-(?P<model>[0-9]+b)-(?P<tuned>pt|it)-(?P<of>res|mlp|att|transcoders)"
 )
+_SHAPES = {"W_enc": "model dict", "W_dec": "dict model"}
+_SHAPES |= {"b_enc": "dict", "b_dec": "model", "threshold": "dict"}
 _LAYER = re.compile(r"(?:^|/)layer_([0-9]+)(?:/|$)")
 
 
@@ -49,27 +57,13 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
     if repository is not None:
         tuned = "-it" if repository["tuned"] == "it" else ""
         name = f"google/gemma-2-{repository['model']}{tuned}"
-    weights, layer = joined(folder, WEIGHTS), int(number[1])
-    title = folder or files.title
-    return Layer(
-        layer, RESID_POST, title, (weights,), partial(_read, files, weights, layer, title), name
-    )
+    return Layer(int(number[1]), RESID_POST, folder, joined(folder, WEIGHTS), _read, name)
 
 
 LAYOUT = Layout("gemma-scope", (WEIGHTS,), _layer)
 
 
-def _read(files: Files, weights: str, layer: int, title: str) -> Dictionary:
-    path = files.get(weights)
+def _read(path: Path, at: int, title: str) -> Dictionary:
     stored = {name.replace("w_", "W_"): tensor for name, tensor in mapped(path).items()}
-    shapes = {"W_enc": "model dict", "W_dec": "dict model", "b_enc": "dict", "b_dec": "model"}
-    t = with_biases(validate_tensors(path, stored, shapes | {"threshold": "dict"}))
-    return Dictionary(
-        layer + 1,
-        t["W_enc"].T,
-        t["b_enc"],
-        t["b_dec"],
-        {layer + 1: t["W_dec"]},
-        t["threshold"].clamp(min=0),  # a ReLU applies too
-        title=title,
-    )
+    t = read_tensors(path, _SHAPES, stored=stored)
+    return from_tensors(at, "jumprelu", t["W_enc"].T, {at: t["W_dec"]}, t, minus=False, title=title)

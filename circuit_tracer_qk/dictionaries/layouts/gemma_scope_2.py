@@ -8,7 +8,7 @@ checkpoints, a graph across the blocks between them is refused.
 from __future__ import annotations
 
 import re
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from circuit_tracer_qk.base.errors import UserError
@@ -19,11 +19,12 @@ from circuit_tracer_qk.dictionaries.layouts.layout import (
     Hints,
     Layer,
     Layout,
+    from_tensors,
     neuronpedia,
+    read_tensors,
     scan_of,
-    with_biases,
 )
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, validate_tensors
+from circuit_tracer_qk.dictionaries.tensors import read_json
 
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
 PARAMS = "params_layer_*.safetensors"
@@ -39,9 +40,8 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer:
     layers = _layers(source, config)
     if len(layers) != 1:
         raise UserError(f"{source}: one SAE is of one layer, and it names layers {layers}.")
-    weights, title = joined(folder, WEIGHTS), folder or files.title
-    read = partial(_read, files, weights, layers[0], title)
-    return Layer(layers[0], RESID_POST, title, (weights,), read, _model(config))
+    weights = joined(folder, WEIGHTS)
+    return Layer(layers[0], RESID_POST, folder, weights, _read, _model(config))
 
 
 def _config(files: Files, folder: str) -> tuple[dict[str, Any], str]:
@@ -49,32 +49,20 @@ def _config(files: Files, folder: str) -> tuple[dict[str, Any], str]:
     if joined(folder, CONFIG) in files.names:
         source = files.get(joined(folder, CONFIG))
         return read_json(source), str(source)
-    root = files.full_path
-    whole = joined(root, folder)
+    whole = joined(files.full_path, folder)
     match = _FOLDER.search(whole)
     if match is None:
         raise UserError(
             f"{whole} has no config.json, and is not called resid_post/layer_N_...: it does not say "
             "what it reads."
         )
-    return {
-        "architecture": "jump_relu",
-        "hf_hook_point_in": f"model.layers.{match[1]}.output",
-    }, whole
+    hook = f"model.layers.{match[1]}.output"
+    return {"architecture": "jump_relu", "hf_hook_point_in": hook}, whole
 
 
-def _read(files: Files, weights: str, layer: int, title: str) -> Dictionary:
-    path = files.get(weights)
-    t = with_biases(validate_tensors(path, mapped(path), _SHAPES | {"w_dec": "dict model"}))
-    return Dictionary(
-        layer + 1,
-        t["w_enc"].T,
-        t["b_enc"],
-        t["b_dec"],
-        {layer + 1: t["w_dec"]},
-        t["threshold"].clamp(min=0),
-        title=title,
-    )
+def _read(path: Path, at: int, title: str) -> Dictionary:
+    t = read_tensors(path, _SHAPES | {"w_dec": "dict model"})
+    return from_tensors(at, "jumprelu", t["w_enc"].T, {at: t["w_dec"]}, t, minus=False, title=title)
 
 
 def _crosscoder(files: Files, folder: str, hints: Hints) -> DictionarySet:
@@ -86,13 +74,7 @@ def _crosscoder(files: Files, folder: str, hints: Hints) -> DictionarySet:
     source = files.get(joined(folder, CONFIG))
     config = read_json(source)
     layers = _layers(str(source), config)
-    start = len(joined(folder, ""))
-    numbers = sorted(
-        int(match[1])
-        for name in files.names
-        if name.startswith(joined(folder, "params_layer_"))
-        and (match := _PARAMS.fullmatch(name[start:]))
-    )
+    numbers = sorted(files.numbered(folder, _PARAMS))
     if numbers not in (list(range(len(layers))), layers):
         raise UserError(
             f"{files.title} has params_layer files {numbers}, and its config names layers {layers}:"
@@ -104,17 +86,12 @@ def _crosscoder(files: Files, folder: str, hints: Hints) -> DictionarySet:
     for at, (name, layer) in enumerate(zip(names, layers, strict=True)):
         path = files.get(name)
         shapes = _SHAPES | {"w_dec": "dict sites model"}
-        t = with_biases(validate_tensors(path, mapped(path), shapes, sizes={"sites": len(layers)}))
+        t = read_tensors(path, shapes, sizes={"sites": len(layers)})
         if any(bool(piece.any()) for piece in t["w_dec"][:, :at].split(1024)):
             raise UserError(f"{path}: {ACAUSAL_REASON}")
-        by_checkpoint[layer + 1] = Dictionary(
-            layer + 1,
-            t["w_enc"].T,
-            t["b_enc"],
-            t["b_dec"],
-            {later + 1: t["w_dec"][:, at + i] for i, later in enumerate(layers[at:])},
-            t["threshold"].clamp(min=0),
-            title=name,
+        decoders = {later + 1: t["w_dec"][:, at + i] for i, later in enumerate(layers[at:])}
+        by_checkpoint[layer + 1] = from_tensors(
+            layer + 1, "jumprelu", t["w_enc"].T, decoders, t, minus=False, title=name
         )
     entries = {layer + 1: layer for layer in layers}
     title = joined(files.title, folder)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.catalogue import names_of
-from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, SAE, Dictionary
+from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, RESID_PRE, SAE, Dictionary, Units
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files
+from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
 
 HOOK = re.compile(rf"blocks\.([0-9]+)\.({RESID_PRE}|{RESID_POST})")
 
@@ -64,18 +66,22 @@ class Layer(NamedTuple):
     Attributes:
         number: the layer.
         hook: hook_resid_pre or hook_resid_post.
-        title: its name for messages.
-        files: what has to be fetched before it is read.
-        read: reads it.
-        model_name: the model that its configuration names.
+        folder: where it lies, "" for the root; or its file, where that is all of it.
+        weights: the file of its tensors.
+        read: makes the dictionary from that file, the checkpoint and a name for messages.
+        model_name: the model that its configuration names; anything but text is left out.
     """
 
     number: int
     hook: str
-    title: str
-    files: tuple[str, ...]
-    read: Callable[[], Dictionary]
-    model_name: str | None = None
+    folder: str
+    weights: str
+    read: Callable[[Path, int, str], Dictionary]
+    model_name: Any = None
+
+    def title(self, files: Files) -> str:
+        """Its name for messages."""
+        return self.folder or files.title
 
     @property
     def checkpoint(self) -> int:
@@ -99,7 +105,7 @@ class Layout:
     files: tuple[str, ...]
     read_layer: Callable[[Files, str, Hints], Layer | None] | None = None
     read_set: Callable[[Files, str, Hints], DictionarySet] | None = None
-    optional: tuple[str, ...] = field(default=())
+    optional: tuple[str, ...] = ()
 
 
 def checkpoint_of(layer: int, hook: str) -> int:
@@ -119,20 +125,22 @@ def assemble(files: Files, layers: Iterable[Layer], hints: Hints) -> DictionaryS
         if other is not layer:
             raise UserError(
                 f"{files.title} holds several SAEs of layer {layer.number} at {layer.hook} "
-                f"({other.title} and {layer.title}): name those of one set, as a subfolder or with "
-                f"a pattern such as {files.title}/{_pattern(other)}.{names_of(files.repo)}"
+                f"({other.title(files)} and {layer.title(files)}): name those of one set, as a "
+                f"subfolder or with a pattern such as {files.title}/{_pattern(other, files)}."
+                + names_of(files.repo)
             )
     chosen = {c: by_checkpoint[c] for c in wanted(by_checkpoint, hints)}
-    files.fetch(name for layer in chosen.values() for name in layer.files)
+    files.fetch(layer.weights for layer in chosen.values())
     read = tqdm(chosen.items(), "Loading dictionaries", leave=False, delay=2, disable=None)
-    dictionaries = {c: layer.read() for c, layer in read}
+    dictionaries = {c: at.read(files.get(at.weights), c, at.title(files)) for c, at in read}
     widths = {len(d.b_dec) for d in dictionaries.values()}
     if len(widths) > 1:
         raise UserError(
             f"the SAEs of {files.title} are of different widths d_model ({sorted(widths)}): they do "
             "not belong to one model."
         )
-    names = {layer.model_name for layer in chosen.values() if layer.model_name}
+    models = [layer.model_name for layer in chosen.values()]
+    names = {name for name in models if isinstance(name, str) and name}
     hooks = {layer.hook for layer in chosen.values()}
     hook = RESID_PRE if RESID_PRE in hooks and 0 in chosen else RESID_POST
     shift = checkpoint_of(0, hook)  # numbers of their own for layer 11's input and its output
@@ -155,12 +163,9 @@ def scan_of(files: Files) -> str:
 
 def neuronpedia(hints: Hints, layers: dict[int, int]) -> dict[int, str]:
     """checkpoint -> Neuronpedia's id, from checkpoint -> layer."""
-    pattern = hints.neuronpedia
-    return (
-        {}
-        if pattern is None
-        else {c: pattern.format(layer=n, checkpoint=c) for c, n in layers.items()}
-    )
+    if hints.neuronpedia is None:
+        return {}
+    return {c: hints.neuronpedia.format(layer=n, checkpoint=c) for c, n in layers.items()}
 
 
 def row_norms(W: Tensor) -> Tensor:
@@ -168,10 +173,82 @@ def row_norms(W: Tensor) -> Tensor:
     return torch.cat([rows.double().norm(dim=1) for rows in W.split(1024)])
 
 
-def with_biases(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The small tensors in float32: what is added to sums of their size."""
+def read_tensors(
+    path: Path,
+    shapes: Mapping[str, str],
+    optional: Mapping[str, str] | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    stored: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """A file's tensors, checked, the small ones in float32: what is added to sums of their size.
+
+    Args:
+        path: the file.
+        shapes, optional, sizes: as in :func:`validate_tensors`.
+        stored: what the file holds, where its tensors were looked at or renamed before.
+
+    Raises:
+        UserError: naming the file and the tensor that is missing or wrong.
+    """
+    stored = mapped(path) if stored is None else stored
+    tensors = validate_tensors(path, stored, shapes, optional, sizes=sizes)
     return {name: t if t.ndim > 1 else t.float() for name, t in tensors.items()}
 
 
-def _pattern(layer: Layer) -> str:
-    return re.sub(rf"(?<![0-9]){layer.number}(?![0-9])", "*", layer.title, count=1)
+def from_tensors(
+    at: int,
+    architecture: str,
+    W_enc: Tensor,
+    decoders: dict[int, Tensor],
+    biases: Mapping[str, Tensor],
+    *,
+    k: int | None = None,
+    minus: bool = True,
+    rescaled: bool = False,
+    units: Units = Units(),
+    title: str = "",
+) -> Dictionary:
+    """A dictionary of one of SAELens' architectures, whoever stored it.
+
+    Args:
+        at: the checkpoint.
+        architecture: standard, jumprelu, topk or gated.
+        W_enc: (d_dict, d_model).
+        decoders: (d_dict, d_model) by the checkpoint written to.
+        biases: b_dec, and b_enc or b_gate, b_mag and r_mag; threshold of a JumpReLU.
+        k: of TopK.
+        minus: whether the encoder subtracts b_dec from its input.
+        rescaled: whether pre-activations are compared as if decoder vectors had norm 1.
+        units: what the dictionary was trained to see.
+        title: its name for messages.
+    """
+    b_dec, gated = biases["b_dec"], architecture == "gated"
+    encoder_scale = decoder_scale = None
+    if rescaled:
+        encoder_scale = row_norms(decoders[at])
+        decoder_scale = 1 / encoder_scale.clamp(min=1e-8)
+    if units.factor != 1:
+        back = torch.full((len(W_enc),), 1 / units.factor, dtype=torch.float64)
+        decoder_scale = back if decoder_scale is None else back * decoder_scale
+    return Dictionary(
+        at,
+        W_enc,
+        biases["b_gate" if gated else "b_enc"],
+        b_dec / units.factor,
+        decoders,
+        # a ReLU applies too
+        threshold=biases["threshold"].clamp(min=0) if architecture == "jumprelu" else None,
+        k=k,
+        gain=biases["r_mag"].exp() if gated else None,
+        b_mag=biases["b_mag"] if gated else None,
+        subtract=b_dec if minus else None,
+        encoder_scale=encoder_scale,
+        decoder_scale=decoder_scale,
+        units=units,
+        title=title,
+    )
+
+
+def _pattern(layer: Layer, files: Files) -> str:
+    return re.sub(rf"(?<![0-9]){layer.number}(?![0-9])", "*", layer.title(files), count=1)

@@ -22,11 +22,10 @@ from circuit_tracer_qk.dictionaries.layouts.layout import (
     Hints,
     Layer,
     Layout,
-    checkpoint_of,
+    read_tensors,
     row_norms,
-    with_biases,
 )
-from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json, validate_tensors
+from circuit_tracer_qk.dictionaries.tensors import flag, read_json
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -44,17 +43,9 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer:
         )
     if config.get("use_glu_encoder"):
         raise UserError(f"{source}: use_glu_encoder, a gated linear encoder, is not read here.")
-    layer, weights, title = int(hook[1]), joined(folder, WEIGHTS), folder or files.title
-    how = _how(source, config)
-    read = partial(_read, files, weights, source, config, how, checkpoint_of(layer, hook[2]), title)
-    return Layer(
-        layer,
-        hook[2],
-        title,
-        (weights,),
-        read,
-        MODEL if "Llama3_1-8B" in source.as_posix() else None,
-    )
+    read = partial(_read, source=source, config=config, how=_how(source, config))
+    model = MODEL if "Llama3_1-8B" in source.as_posix() else None
+    return Layer(int(hook[1]), hook[2], folder, joined(folder, WEIGHTS), read, model)
 
 
 LAYOUT = Layout("llama-scope", (CONFIG, WEIGHTS), _layer)
@@ -82,19 +73,18 @@ def _how(source: Path, config: dict[str, Any]) -> tuple[float | None, int | None
 
 
 def _read(
-    files: Files,
-    weights: str,
+    path: Path,
+    at: int,
+    title: str,
+    *,
     source: Path,
     config: dict[str, Any],
     how: tuple[float | None, int | None],
-    at: int,
-    title: str,
 ) -> Dictionary:
-    path = files.get(weights)
     biased = flag(source, config, "use_decoder_bias", True)
     shapes = {"encoder.weight": "dict model", "decoder.weight": "model dict"}
     shapes |= {"encoder.bias": "dict"} | ({"decoder.bias": "model"} if biased else {})
-    t = with_biases(validate_tensors(path, mapped(path), shapes))
+    t = read_tensors(path, shapes)
     W_dec, units = t["decoder.weight"].T, Units()
     d_dict, d_model = W_dec.shape
     s_in, s_out, mode = 1.0, 1.0, config.get("norm_activation", "none")

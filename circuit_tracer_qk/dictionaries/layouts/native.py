@@ -19,14 +19,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -155,19 +148,16 @@ def _load(files: Files, folder: str, hints: Hints) -> DictionarySet:
         at = entry + config.shift
         t = _read_tensors(files, folder, config, entry, parts, d_model)
         d_model = len(t["b_dec"])
-        sites = [
-            c + config.shift for c in config.entries if config.model_kind == WCC and c >= entry
-        ]
+        decoders = {at: t["W_dec"]}
+        if config.model_kind == WCC:
+            sites = [c + config.shift for c in config.entries if c >= entry]
+            decoders = {c: t["W_dec"][:, s] for s, c in enumerate(sites)}
         by_checkpoint[at] = Dictionary(
-            checkpoint=at,
-            W_enc=t["W_enc"],
-            b_enc=t["b_enc"],
-            b_dec=t["b_dec"],
-            decoders=(
-                {c: t["W_dec"][:, s] for s, c in enumerate(sites)}
-                if config.model_kind == WCC
-                else {at: t["W_dec"]}
-            ),
+            at,
+            t["W_enc"],
+            t["b_enc"],
+            t["b_dec"],
+            decoders,
             threshold=t.get("threshold"),
             k=config.k,
             title=f"entry {entry} of {files.title}",
@@ -245,30 +235,21 @@ def _read_tensors(
         path = files.get(joined(folder, name))
         tensors |= _read_file(path, names, config.activation)
         titles |= {ours: f"the tensor {stored} of {path}" for ours, stored in names.items()}
-    n_sites = sum(i >= entry for i in config.entries) if config.model_kind == WCC else None
-    spec = {
-        "W_enc": "dict model",
-        "W_dec": "dict model" if n_sites is None else "dict sites model",
-        "b_enc": "dict",
-        "b_dec": "model",
-        "threshold": "dict",
-    }
+    sizes = {} if d_model is None else {"model": d_model}
+    spec = {"W_enc": "dict model", "W_dec": "dict model", "b_enc": "dict", "b_dec": "model"}
+    if config.model_kind == WCC:
+        sizes["sites"] = sum(i >= entry for i in config.entries)
+        spec["W_dec"] = "dict sites model"
     if "threshold" in tensors and tensors["threshold"].numel() == 1:
         tensors["threshold"] = tensors["threshold"].reshape(1).repeat(len(tensors["b_enc"]))
-    every = len(config.entries)
-    decoders = tensors["W_dec"]
-    if n_sites not in (None, every) and decoders.ndim == 3 and decoders.shape[1] == every:
+    every, decoders = len(config.entries), tensors["W_dec"]
+    n_sites = sizes.get("sites", every)
+    if n_sites != every and decoders.ndim == 3 and decoders.shape[1] == every:
         raise UserError(
             f"{titles['W_dec']} has {every} sites where {n_sites} are left, decoders at every site:"
             f" {ACAUSAL_REASON}"
         )
-    return validate_tensors(
-        titles,
-        tensors,
-        {name: spec[name] for name in tensors},
-        sizes=({} if d_model is None else {"model": d_model})
-        | ({} if n_sites is None else {"sites": n_sites}),
-    )
+    return validate_tensors(titles, tensors, spec, {"threshold": "dict"}, sizes=sizes)
 
 
 def _read_file(path: Path, names: dict[str, str], activation: str | None) -> dict[str, Tensor]:

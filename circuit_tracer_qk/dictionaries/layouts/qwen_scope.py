@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
@@ -16,48 +17,32 @@ from circuit_tracer_qk.dictionaries.layouts.layout import (
     Layer,
     Layout,
     assemble,
-    with_biases,
+    from_tensors,
+    read_tensors,
 )
-from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
 
 FILES = "layer*.sae.pt"
+_SHAPES = {"W_enc": "dict model", "W_dec": "model dict", "b_enc": "dict", "b_dec": "model"}
 _FILE = re.compile(r"layer([0-9]+)\.sae\.pt")
 _NAME = re.compile(r"SAE-Res-(?P<model>.+)-W[0-9]+K-L0_(?P<k>[0-9]+)")
 
 
 def _load(files: Files, folder: str, hints: Hints) -> DictionarySet:
-    root = files.full_path
-    repository = _NAME.search(joined(root, folder))
+    repository = _NAME.search(joined(files.full_path, folder))
     if repository is None:
         raise UserError(
             f"{files.title}: the k of Qwen Scope's TopK is in the name of its repository, "
             "SAE-Res-MODEL-W32K-L0_50: keep that name for the folder."
         )
-    k, start = int(repository["k"]), len(joined(folder, ""))
-    names = {
-        int(match[1]): name
-        for name in files.names
-        if name.startswith(joined(folder, "layer")) and (match := _FILE.fullmatch(name[start:]))
-    }
+    k, model = int(repository["k"]), f"Qwen/{repository['model']}"
 
-    def read(layer: int) -> Dictionary:
-        path = files.get(names[layer])
-        shapes = {"W_enc": "dict model", "W_dec": "model dict", "b_enc": "dict", "b_dec": "model"}
-        t = with_biases(validate_tensors(path, mapped(path), shapes))
-        return Dictionary(
-            layer + 1,
-            t["W_enc"],
-            t["b_enc"],
-            t["b_dec"],
-            {layer + 1: t["W_dec"].T},
-            k=k,
-            title=names[layer],
-        )
+    def read(path: Path, at: int, title: str) -> Dictionary:
+        t = read_tensors(path, _SHAPES)
+        decoders = {at: t["W_dec"].T}
+        return from_tensors(at, "topk", t["W_enc"], decoders, t, k=k, minus=False, title=title)
 
-    layers = [
-        Layer(n, RESID_POST, name, (name,), lambda n=n: read(n), f"Qwen/{repository['model']}")
-        for n, name in names.items()
-    ]
+    names = files.numbered(folder, _FILE)
+    layers = [Layer(n, RESID_POST, name, name, read, model) for n, name in names.items()]
     return assemble(files, layers, hints)
 
 

@@ -21,11 +21,10 @@ from circuit_tracer_qk.dictionaries.layouts.layout import (
     Hints,
     Layer,
     Layout,
-    checkpoint_of,
-    row_norms,
-    with_biases,
+    from_tensors,
+    read_tensors,
 )
-from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json, validate_tensors
+from circuit_tracer_qk.dictionaries.tensors import flag, mapped, read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
@@ -53,20 +52,20 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer:
     if cfg.get("reshape_activations", "none") not in (None, "none"):
         raise UserError(f"{source}: reshape_activations is for head outputs, not the residual.")
     units = _units(source, cfg, about, hints, layer)
-    weights = joined(folder, WEIGHTS)
-    title = folder or files.title
-    at = checkpoint_of(layer, hook[2])
     architecture, k = _architecture(source, cfg)
     if architecture not in _ARCHITECTURES:
-        read = partial(_through_sae_lens, files, folder, architecture, at, units, title)
+        read = partial(_through_sae_lens, architecture=architecture, units=units)
     else:
-        minus = flag(source, cfg, "apply_b_dec_to_input", True)
-        rescaled = flag(source, cfg, "rescale_acts_by_decoder_norm") and architecture == "topk"
         read = partial(
-            _read, files, weights, at, architecture, k, minus, rescaled, units, title=title
+            _read,
+            architecture=architecture,
+            k=k,
+            minus=flag(source, cfg, "apply_b_dec_to_input", True),
+            rescaled=flag(source, cfg, "rescale_acts_by_decoder_norm") and architecture == "topk",
+            units=units,
         )
-    name = about.get("model_name")
-    return Layer(layer, hook[2], title, (weights,), read, name if isinstance(name, str) else None)
+    weights = joined(folder, WEIGHTS)
+    return Layer(layer, hook[2], folder, weights, read, about.get("model_name"))
 
 
 LAYOUT = Layout("sae-lens", (CONFIG, WEIGHTS), _layer)
@@ -129,19 +128,7 @@ def _may_be_centred(cfg: dict[str, Any], about: dict[str, Any]) -> bool:
     return old and str(about.get("model_name", "")).startswith("gpt2")
 
 
-def _read(
-    files: Files,
-    name: str,
-    at: int,
-    architecture: str,
-    k: int | None,
-    minus: bool,
-    rescaled: bool,
-    units: Units,
-    *,
-    title: str,
-) -> Dictionary:
-    path = files.get(name)
+def _read(path: Path, at: int, title: str, *, architecture: str, **how: Any) -> Dictionary:
     stored = mapped(path)
     for scaling in ("scaling_factor", "finetuning_scaling_factor"):
         if scaling in stored and not bool((stored[scaling] == 1).all()):
@@ -149,78 +136,13 @@ def _read(
                 f"{path} has the tensor {scaling}, a finetuned output scale that is not read here: "
                 "fold it into W_dec."
             )
-    t = with_biases(
-        validate_tensors(path, stored, _SHAPES | _BIASES.get(architecture, {"b_enc": "dict"}))
-    )
-    return from_tensors(
-        at,
-        architecture,
-        W_enc=t["W_enc"].T,
-        W_dec=t["W_dec"],
-        biases=t,
-        k=k,
-        minus=minus,
-        rescaled=rescaled,
-        units=units,
-        title=title,
-    )
-
-
-def from_tensors(
-    at: int,
-    architecture: str,
-    *,
-    W_enc: Tensor,
-    W_dec: Tensor,
-    biases: dict[str, Tensor],
-    k: int | None = None,
-    minus: bool = True,
-    rescaled: bool = False,
-    units: Units = Units(),
-    title: str = "",
-) -> Dictionary:
-    """A dictionary of one of SAELens' architectures, whoever stored it.
-
-    Args:
-        at: the checkpoint.
-        architecture: standard, jumprelu, topk or gated.
-        W_enc, W_dec: (d_dict, d_model) each.
-        biases: b_dec, and b_enc or b_gate, b_mag and r_mag; threshold of a JumpReLU.
-        k: of TopK.
-        minus: whether the encoder subtracts b_dec from its input.
-        rescaled: whether pre-activations are compared as if decoder vectors had norm 1.
-        units: what the dictionary was trained to see.
-        title: its name for messages.
-    """
-    b_dec = biases["b_dec"]
-    more: dict[str, Any] = {}
-    if architecture == "gated":
-        more = {"gain": biases["r_mag"].exp(), "b_mag": biases["b_mag"]}
-    if architecture == "jumprelu":  # SAELens applies a ReLU too
-        more = {"threshold": biases["threshold"].clamp(min=0)}
-    scale = None
-    if rescaled:
-        scale = row_norms(W_dec)
-        more |= {"encoder_scale": scale, "decoder_scale": 1 / scale.clamp(min=1e-8)}
-    if units.factor != 1:
-        back = torch.full((len(W_dec),), 1 / units.factor, dtype=torch.float64)
-        more["decoder_scale"] = back * more.get("decoder_scale", 1)
-    return Dictionary(
-        at,
-        W_enc,
-        biases["b_gate" if architecture == "gated" else "b_enc"],
-        b_dec / units.factor,
-        {at: W_dec},
-        k=k,
-        subtract=b_dec if minus else None,
-        units=units,
-        title=title,
-        **more,
-    )
+    shapes = _SHAPES | _BIASES.get(architecture, {"b_enc": "dict"})
+    t = read_tensors(path, shapes, stored=stored)
+    return from_tensors(at, architecture, t["W_enc"].T, {at: t["W_dec"]}, t, title=title, **how)
 
 
 def _through_sae_lens(
-    files: Files, folder: str, architecture: str, at: int, units: Units, title: str
+    path: Path, at: int, title: str, *, architecture: str, units: Units
 ) -> Dictionary:
     """Any other architecture, by SAELens' own code; its decoder has to be linear.
 
@@ -236,7 +158,7 @@ def _through_sae_lens(
             "install 'circuit-tracer-qk[sae-lens]'`. (standard, jumprelu, topk and gated need no "
             "SAELens, which saves batchtopk and matryoshka SAEs as jumprelu.)"
         ) from error
-    local = files.get(joined(folder, CONFIG)).parent
+    local = path.parent
     try:
         sae: Any = SAE.load_from_disk(str(local), device="cpu", dtype="float32")
     except Exception as error:

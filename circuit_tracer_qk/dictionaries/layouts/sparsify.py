@@ -15,10 +15,17 @@ import torch
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, Dictionary
 from circuit_tracer_qk.dictionaries.files import Files, joined
-from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layer, Layout, with_biases
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_json, validate_tensors
+from circuit_tracer_qk.dictionaries.layouts.layout import (
+    Hints,
+    Layer,
+    Layout,
+    from_tensors,
+    read_tensors,
+)
+from circuit_tracer_qk.dictionaries.tensors import read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_SHAPES = {"encoder.weight": "dict model", "W_dec": "dict model", "b_dec": "model"}
 _RESIDUAL = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.([0-9]+)")
 
 
@@ -46,28 +53,17 @@ def _layer(files: Files, folder: str, hints: Hints) -> Layer | None:
     k = config.get("k")
     if type(k) is not int or k < 1:
         raise UserError(f"{source}: k should be a whole number, found {k!r}.")
-    layer, weights, title = int(match[1]), joined(folder, WEIGHTS), folder or files.title
-    read = partial(_read, files, weights, source, layer, k, title)
-    return Layer(layer, RESID_POST, title, (weights,), read)
+    read = partial(_read, source=source, k=k)
+    return Layer(int(match[1]), RESID_POST, folder, joined(folder, WEIGHTS), read)
 
 
 LAYOUT = Layout("sparsify", (CONFIG, WEIGHTS), _layer)
 
 
-def _read(files: Files, weights: str, source: Path, layer: int, k: int, title: str) -> Dictionary:
-    path = files.get(weights)
-    shapes = {"encoder.weight": "dict model", "W_dec": "dict model", "b_dec": "model"}
-    t = with_biases(validate_tensors(path, mapped(path), shapes, {"encoder.bias": "dict"}))
+def _read(path: Path, at: int, title: str, *, source: Path, k: int) -> Dictionary:
+    t = read_tensors(path, _SHAPES, {"encoder.bias": "dict"})
     W_enc = t["encoder.weight"]
     if k > len(W_enc):
         raise UserError(f"{source}: k is {k}, and {path} has {len(W_enc)} latents.")
-    return Dictionary(
-        layer + 1,
-        W_enc,
-        t.get("encoder.bias", torch.zeros(len(W_enc))),
-        t["b_dec"],
-        {layer + 1: t["W_dec"]},
-        k=k,
-        subtract=t["b_dec"],
-        title=title,
-    )
+    biases = t | {"b_enc": t.get("encoder.bias", torch.zeros(len(W_enc)))}
+    return from_tensors(at, "topk", W_enc, {at: t["W_dec"]}, biases, k=k, title=title)

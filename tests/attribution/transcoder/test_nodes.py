@@ -9,6 +9,7 @@ from helpers.architectures import prompt_ids, save_tiny
 from helpers.random_transcoders import HOST_RUNS, KINDS, PLACES, columns_of, replacement_model
 
 from circuit_tracer_qk import UserError
+from circuit_tracer_qk.attribution.transcoder.graph import explain_graph
 from circuit_tracer_qk.attribution.transcoder.nodes import read_transcoder_graph
 
 
@@ -71,7 +72,7 @@ def test_gemma3_is_refused_where_the_host_is_wrong(tmp_path):
     ids = prompt_ids("gemma3", 8)
     graph = circuit_tracer.attribute(ids, model, max_n_logits=2, batch_size=16)
     with pytest.raises(UserError, match="one rotary table"):
-        read_transcoder_graph(model, graph, columns_of(model, graph))
+        explain_graph(graph, model)
 
 
 def test_a_graph_of_other_transcoders_is_refused(tmp_path):
@@ -82,6 +83,5 @@ def test_a_graph_of_other_transcoders_is_refused(tmp_path):
     other = replacement_model(tmp_path, "clt")
     with pytest.raises(UserError, match="other transcoders"):
         read_transcoder_graph(other, graph, columns_of(other, graph))
-    model = torch.nn.Module()
-    with pytest.raises(UserError, match="nnsight"):
-        read_transcoder_graph(model, graph, columns_of(first, graph))
+    with pytest.raises(UserError, match='backend="transformerlens"'):
+        explain_graph(graph, torch.nn.Module())
