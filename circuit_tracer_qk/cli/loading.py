@@ -77,10 +77,7 @@ def explain_saved_graph(args: argparse.Namespace, path: Path) -> TranscoderGraph
             "-t/--transcoder_set is missing: name the transcoders that the graph was made with."
         )
     check_graph(path)
-    try:
-        stock = host.load_graph(path)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path} is no graph that circuit-tracer can read ({error}).") from error
+    stock = host.load_graph(path, trust=args.trust)
     with silence_stdout():
         model = host_command.load_replacement_model(
             args.model, args.transcoder_set, torch_dtype(args.dtype)
