@@ -148,7 +148,7 @@ window.initQkData = function({data}){
   async function readBeside(file){
     try {
       var res = await qkPage.fetch('./graph_data/' + file.split('/').map(encodeURIComponent).join('/'))
-      if (!res.ok) return 'missing'
+      if (!res.ok) return res.status == 404 ? 'missing' : 'damaged'
       var found = await res.json()
       found.rows.forEach(d => rows.set(rowKey(d), d))
       found.attributions.forEach(d => tables.set(placeKey(d), d))

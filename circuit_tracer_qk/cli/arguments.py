@@ -75,6 +75,15 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """``--trust``, which every command that reads a ``.pt`` takes."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load a .pt that holds objects of other classes than a graph's; it can then run code",
+    )
+
+
 def add_np_model(parser: argparse.ArgumentParser) -> None:
     """``--np-model``."""
     parser.add_argument(

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``augment``."""
     add = parser.add_argument
     add("graph", help="the saved graph (.pt)")
+    arguments.add_trust(parser)
     arguments.add_model(parser)
     arguments.add_transcoders(parser)
     add("--slug", required=True, help="slug of the graph files")
@@ -51,7 +52,10 @@ def run(args: argparse.Namespace) -> None:
     from circuit_tracer_qk.attribution.residual.store import beside
 
     residual = beside(path).is_file()  # such a graph brings all that it needs
-    graph = circuit_tracer_qk.load_graph(path) if residual else explain_saved_graph(args, path)
+    if residual:
+        graph = circuit_tracer_qk.load_graph(path, trust=args.trust)
+    else:
+        graph = explain_saved_graph(args, path)
     with silence_stdout():
         page = circuit_tracer_qk.create_graph_files(
             graph,

@@ -75,10 +75,8 @@ def explain_saved_graph(args: argparse.Namespace, path: Path) -> TranscoderGraph
         raise UserError(
             "-t/--transcoder_set is missing: name the transcoders that the graph was made with."
         )
-    try:
-        stock = host.load_graph(path)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path} is no graph that circuit-tracer can read ({error}).") from error
+    check_graph(path)
+    stock = host.load_graph(path, trust=args.trust)
     with silence_stdout():
         model = host_command.load_replacement_model(
             args.model, args.transcoder_set, torch_dtype(args.dtype)

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``qk``."""
     add = parser.add_argument
     add("graph", nargs="?", help="a saved graph (.pt), in place of -m, -d and -p")
+    arguments.add_trust(parser)
     arguments.add_transcoders(parser)
     arguments.add_model(parser)
     arguments.add_dictionaries(parser)
@@ -108,7 +109,7 @@ def _position(name: str, position: int, n: int) -> int:
 def _saved_scores(args: argparse.Namespace) -> tuple[Scores, list[str]]:
     """QK attributions of a saved graph, and its tokens."""
     if args.transcoder_set is None:
-        graph = circuit_tracer_qk.load_graph(args.graph)
+        graph = circuit_tracer_qk.load_graph(args.graph, trust=args.trust)
     else:
         graph = explain_saved_graph(args, Path(args.graph))
     return graph.scores, graph.token_strings

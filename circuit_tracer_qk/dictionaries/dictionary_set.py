@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary import Dictionary
-from circuit_tracer_qk.dictionaries.features import FeatureExamples
+from circuit_tracer_qk.dictionaries.features import FeatureExamples, read_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,13 +115,4 @@ class DictionarySet:
         path = None if self.folder is None else self.folder / "labels.json"
         if path is None or not path.is_file():
             return {}
-        try:
-            labels = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(labels, dict) or not all(
-            isinstance(v, list) and all(isinstance(name, str | None) for name in v)
-            for v in labels.values()
-        ):
-            raise UserError(f'{path} should map layers to lists of labels: {{"0": ["label", ...]}}')
-        return labels
+        return read_labels(path)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
+from circuit_tracer_qk.base.digests import fits_name
 from circuit_tracer_qk.frontend.answers import JSON, TEXT, Answer, Refusal, not_found
 
 DATA_KINDS = {".json": JSON, ".gz": "application/gzip"}
@@ -36,6 +37,7 @@ KEPT_BYTES = 128 << 20
 GZIP_LEVEL = 3
 """Up to SMALL_BYTES are sent as they are; from LARGE_BYTES on, what was compressed is kept."""
 
+_SIDECAR = re.compile(r".+\.qk/L[0-9]+H[0-9]+-[0-9a-f]{8}\.json")
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
 
@@ -109,9 +111,16 @@ class Folder:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise not_found() from error
+    if _SIDECAR.fullmatch(f"{path.parent.name}/{path.name}") and not fits_name(path.name, data):
+        raise Refusal(
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            f"{path.parent.name}/{path.name} is damaged: its contents are not those that it is "
+            "named after; write the graph again.",
+        )
+    return data
 
 
 def part_of(content: Content, asked: str) -> Answer | None:

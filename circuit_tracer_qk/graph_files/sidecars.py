@@ -5,7 +5,7 @@
 
 A sidecar's name ends with a hash of its contents, so writing a graph anew never changes a file
 that the old one names: the new files are there before the graph's file takes its place, and the
-old ones go after that.
+old ones go after that. The page's server sends none whose contents no longer fit its name.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.base import digests
 from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.graph_files.select_tables import Attributions
 
@@ -120,7 +120,7 @@ def _by_head(
     heads = {}
     for (layer, head), of_head in by_head.items():
         name, data = f"L{layer}H{head}", data_of(of_head)
-        file = f"{folder_of(slug)}/{name}-{sha256(data).hexdigest()[:8]}.json"
+        file = f"{folder_of(slug)}/{digests.file_name(name, data)}"
         heads[name] = _Head(file, data, [(place.query, place.key) for place in of_head])
     return heads
 

@@ -7,9 +7,12 @@ versions, and its functions are called with keyword arguments.
 from __future__ import annotations
 
 import inspect
+import json
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from circuit_tracer.graph import (
 )
 from torch import Tensor
 
+from circuit_tracer_qk.base import digests
 from circuit_tracer_qk.base.errors import UserError
 
 
@@ -355,14 +359,171 @@ def save_stock(graph: Graph, file: Any) -> None:
     Graph.to_pt(graph, file)
 
 
-def load_stock(path: Any, device: Any) -> dict[str, Any]:
-    """The keyword arguments of the ``Graph`` in a ``.pt`` that this host wrote."""
-    return arguments_of(load_graph(path, device))
+def load_stock(path: Any, device: Any, trust: bool = False) -> dict[str, Any]:
+    """The keyword arguments of the ``Graph`` in a ``.pt``; see :func:`load_graph`."""
+    return arguments_of(load_graph(path, device, trust))
 
 
-def load_graph(path: Any, device: Any = "cpu") -> Graph:
-    """A graph that this host, or another tree of it, saved."""
-    return Graph.from_pt(str(path), map_location=str(device))
+def load_graph(path: Any, device: Any = "cpu", trust: bool = False) -> Graph:
+    """A graph that this host, or another tree of it, saved.
+
+    Only tensors, plain values and the host's own two classes are read, so that nothing in the file
+    is run.
+
+    Args:
+        path: the ``.pt``.
+        device: where its tensors go.
+        trust: read objects of any class, as circuit-tracer does: the file can then run code.
+
+    Raises:
+        UserError: a file that is missing, damaged, no graph, or wants another class.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
+    _check_archive(path)
+    try:
+        with torch.serialization.safe_globals(_saved_classes()):
+            if not trust and (names := torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+                raise UserError(
+                    f"{path} wants {', '.join(sorted(names))}, which is no part of a graph and "
+                    "could run code: make the graph again, or load it with --trust (trust=True in "
+                    "Python) if you know who wrote it."
+                )
+            saved = torch.load(path, map_location=device, weights_only=not trust)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise _damaged(path, error) from error
+    return _graph_of(saved, path)
+
+
+def _saved_classes() -> list[Any]:
+    """The classes that a graph's ``.pt`` holds objects of, those that this tree has."""
+    from circuit_tracer import graph as tree
+
+    names = ("LogitTarget", "UnifiedConfig", "HookedTransformerConfig")
+    return [getattr(tree, name) for name in names if hasattr(tree, name)]
+
+
+def _check_archive(path: Path) -> None:
+    """Check what torch does not: that the bytes are those that were written.
+
+    Raises:
+        UserError: it is no whole file of ``torch.save``.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path} is no graph file, or damaged: it is no whole archive of torch.save; make "
+                "the graph again."
+            )
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise _damaged(path, error) from error
+    if bad is not None:
+        raise UserError(f"{path} is damaged ({bad} has changed): make the graph again.")
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"{path} is damaged ({reason:.200}): make the graph again.")
+
+
+def _graph_of(saved: Any, path: Path) -> Graph:
+    """The graph of what a ``.pt`` holds.
+
+    Raises:
+        UserError: it holds something else, or fields that do not belong together.
+    """
+    parameters = inspect.signature(Graph.__init__).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
+    missing = [name for name in needed if not isinstance(saved, dict) or name not in saved]
+    if missing:
+        kind = "" if isinstance(saved, dict) else f"holds an object of {type(saved).__name__}, "
+        raise UserError(
+            f"{path} is no graph of circuit-tracer: it {kind or 'has '}no {missing[0]}; give the "
+            ".pt that `attribute -o` wrote."
+        )
+    targets = saved.get("logit_targets")
+    if isinstance(targets, Tensor):  # as older trees saved them
+        from circuit_tracer.attribution.targets import LogitTarget
+
+        saved["logit_targets"] = [LogitTarget("", int(i)) for i in targets.flatten().tolist()]
+    problem = _misfit(saved)
+    if problem is not None:
+        raise UserError(f"{path} is no whole graph: {problem}; make the graph again.")
+    try:
+        return Graph(**saved)
+    except Exception as error:  # whatever its configuration or a field of another tree leads to
+        raise _damaged(path, error) from error
+
+
+def _misfit(saved: dict[str, Any]) -> str | None:
+    """Which field of a saved graph cannot belong to the others, None if all do."""
+    ranks = {
+        "input_tokens": 1,
+        "active_features": 2,
+        "adjacency_matrix": 2,
+        "selected_features": 1,
+        "activation_values": 1,
+        "logit_probabilities": 1,
+    }
+    for name, rank in ranks.items():
+        value = saved.get(name)
+        if not isinstance(value, Tensor) or value.ndim != rank:
+            return f"{name} should be a tensor of {rank} axes"
+        whole = name in ("input_tokens", "active_features", "selected_features")
+        if whole == value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            return f"{name} should hold {'whole' if whole else 'floating-point'} numbers"
+    cfg = saved["cfg"]
+    n_layers = getattr(cfg, "n_layers", getattr(cfg, "num_hidden_layers", None))
+    if isinstance(n_layers, bool) or not isinstance(n_layers, int):
+        return "cfg should be a model's configuration"
+    if not isinstance(saved["input_string"], str):
+        return "input_string should be text"
+    targets = saved.get("logit_targets", saved.get("logit_tokens"))
+    if not isinstance(targets, list | Tensor) or len(targets) == 0:
+        return "logit_targets should be a list of tokens"
+    if any(not isinstance(getattr(t, "vocab_idx", t), int | Tensor) for t in targets):
+        return "logit_targets should be a list of tokens"
+    n_pos, n_logits = len(saved["input_tokens"]), len(targets)
+    n_active, selected = len(saved["active_features"]), saved["selected_features"]
+    n = len(selected) + n_layers * n_pos + n_pos + n_logits
+    shapes = {
+        "active_features": (n_active, 3),
+        "adjacency_matrix": (n, n),
+        "logit_probabilities": (n_logits,),
+    }
+    for name, shape in shapes.items():
+        if tuple(saved[name].shape) != shape:
+            return (
+                f"{name} should be of shape {list(shape)} and is of shape {list(saved[name].shape)}"
+            )
+    if len(saved["activation_values"]) not in (n_active, len(selected)):
+        return f"activation_values should be of shape {[n_active]}"
+    if len(selected) and not 0 <= int(selected.min()) <= int(selected.max()) < n_active:
+        return f"selected_features should lie within 0 to {n_active - 1}"
+    return None
+
+
+def graph_digest(graph: Graph) -> str:
+    """A hash of all fields of a graph, the same in every process."""
+    fields = {name: value for name, value in arguments_of(graph).items() if "scan" not in name}
+    hashes = {"scan": graph_scan(graph)}
+    for name, value in fields.items():
+        if name == "cfg":
+            plain = str, int, float, torch.dtype  # what other objects are called may differ
+            value = {k: str(v) for k, v in sorted(vars(value).items()) if isinstance(v, plain)}
+        hashes[name] = (
+            digests.of_tensor(value)
+            if isinstance(value, Tensor)
+            else digests.of_text(json.dumps(value))
+        )
+    return digests.of_text(json.dumps(hashes, sort_keys=True))
 
 
 def arguments_of(graph: Graph) -> dict[str, Any]:
@@ -391,6 +552,7 @@ __all__ = [
     "decoder",
     "edge_influence",
     "graph_arguments",
+    "graph_digest",
     "graph_scan",
     "graph_scores",
     "load_graph",

@@ -21,6 +21,7 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.cli.arguments import DEMO_PROMPT
 from circuit_tracer_qk.dictionaries import catalogue
 from circuit_tracer_qk.dictionaries.dictionary import Dictionary
+from circuit_tracer_qk.dictionaries.features import FeatureExamples
 from circuit_tracer_qk.dictionaries.files import natural
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.dictionaries.native_writer import write_dictionaries
@@ -649,3 +650,53 @@ def test_a_converted_copy_of_the_miniatures_set_knows_its_model(tmp_path: Path):
     write_dictionaries(ctqk.load_dictionaries("miniature-wcc"), tmp_path / "copy")
     model = ctqk.load_model(dictionaries=tmp_path / "copy", device="cpu")
     assert model.cfg.n_layers == 4 and model.scan == "miniature-wcc"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"0": ["\\ud800"]}', "label 0 of layer '0' is not valid Unicode"),
+        (b'{"0": ["\xff"]}', "not UTF-8"),
+        (b'{"0": [1]}', "should map layers"),
+        (b"9" * 10_000, "not valid JSON|should map"),
+    ],
+    ids=["deep", "surrogate", "latin-1", "number", "long number"],
+)
+def test_refuses_labels_that_are_none(sae: Path, content: bytes, message: str):
+    (sae / "labels.json").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_dictionaries(sae).label(1, 0)
+    assert len(str(caught.value).splitlines()) == 1 and "labels.json" in str(caught.value)
+
+
+def test_examples_whatever_bit_is_flipped(sae: Path):
+    """Each byte of a small archive: the same bytes, none, or one sentence."""
+    record = json.dumps({"examples": ["word"] * 20}).encode()
+    path = sae / "features.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("0.json", record)
+    data = path.read_bytes()
+    for at in range(len(data)):
+        for bit in (0, 3, 7):
+            content = bytearray(data)
+            content[at] ^= 1 << bit
+            path.write_bytes(content)
+            try:
+                assert FeatureExamples(sae).read(1, 0) in (record, None)
+            except UserError as error:
+                message = str(error)
+                assert len(message.splitlines()) == 1 and "features.zip" in message
+
+
+def test_refuses_examples_that_expand_without_end(sae: Path):
+    path = sae / "features.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("0.json", b"0" * (32 << 20))
+    with pytest.raises(UserError, match=r"features\.zip: 0\.json is too large"):
+        FeatureExamples(sae).read(1, 0)
+    # the size that is declared is less than what comes
+    size, told = (32 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little")
+    path.write_bytes(path.read_bytes().replace(size, told))
+    with pytest.raises(UserError, match=r"0\.json"):
+        FeatureExamples(sae).read(1, 0)

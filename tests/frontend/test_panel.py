@@ -589,8 +589,7 @@ def test_a_file_beside_that_is_not_there(watch: Watch, graph, tmp_path, how: str
     data = path.read_bytes()
     path.unlink() if how == "missing" else path.write_bytes(data[:1000])
     page = watch.page
-    if how == "missing":
-        watch.expected.append("404")  # the browser notes it
+    watch.expected.append({"missing": "404", "damaged": "500"}[how])  # the browser notes it
     try:
         page.goto(served.address(clickedId=strongest(served.document)["target"]))
         state = page.locator(".qk-why > .qk-state")

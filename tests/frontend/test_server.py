@@ -25,6 +25,7 @@ from helpers.serving import Reply, ask, port_of
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
+from circuit_tracer_qk.base.digests import file_name
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.frontend import listener, server
 from circuit_tracer_qk.frontend import static as contents
@@ -247,6 +248,17 @@ def test_live_tables(site, start, caplog):
     with caplog.at_level(logging.CRITICAL):
         failed = ask(site, f"/qk/table/sally?digest={DIGEST}&layer=3&head=2&query=9&key=4")
     assert failed.status == 500 and SECRET.encode() not in failed.body
+
+
+def test_a_file_beside_whose_contents_do_not_fit_its_name(site, data_dir):
+    (data_dir / "sally.qk").mkdir()
+    name = file_name("L0H7", b'{"layer": 0}')
+    path = data_dir / "sally.qk" / name
+    path.write_bytes(b'{"layer": 0}')
+    assert ask(site, f"/data/sally.qk/{name}").json == {"layer": 0}
+    path.write_bytes(b'{"layer": 8}')
+    refused = ask(site, f"/data/sally.qk/{name}")
+    assert refused.status == 500 and f"sally.qk/{name} is damaged" in refused.body.decode()
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ class ResidualGraph(ExplainedGraph):
         """
         stock = io.BytesIO()
         host.save_stock(self, stock)
-        record = record_bytes(self.record, _fingerprint(self))
+        record = record_bytes(self.record, host.graph_digest(self))
         write_together({beside(path): record, Path(path): stock.getbuffer()})
 
     def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
@@ -358,12 +358,16 @@ class ResidualGraph(ExplainedGraph):
         return listing._replace(skipped=1 - computed / of if of else 0.0)
 
 
-def load_graph(path: str | Path, device: str | torch.device = "cpu") -> ResidualGraph:
+def load_graph(
+    path: str | Path, device: str | torch.device = "cpu", *, trust: bool = False
+) -> ResidualGraph:
     """Bring a saved graph back, head loadings and QK attributions included, bit for bit.
 
     Args:
         path: the ``.pt`` that ``graph.to_pt`` wrote; its companion must lie beside it.
         device: where its tensors go.
+        trust: also read objects of classes that are no part of a graph; the ``.pt`` can then run
+            code.
 
     Raises:
         UserError: a file that is missing, damaged, of another kind or of another graph.
@@ -376,18 +380,37 @@ def load_graph(path: str | Path, device: str | torch.device = "cpu") -> Residual
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
-    record, fingerprint = load_record(beside(path), device)
-    try:
-        arguments = host.load_stock(path, device)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path} is damaged ({error}): make the graph again.") from error
-    graph = ResidualGraph(record, **arguments)
-    if _fingerprint(graph) != fingerprint:
+    record, facts = load_record(beside(path), device)
+    graph = ResidualGraph(record, **host.load_stock(path, device, trust))
+    if facts.checked:
+        same = host.graph_digest(graph) == facts.graph
+    else:
+        same = _fingerprint(graph) == facts.fingerprint
+    if not same or not _fits(graph):
         raise UserError(
-            f"{path} and {beside(path).name} belong to different graphs: make the graph again, or "
-            "put the right pair together."
+            f"{path} and {beside(path).name} belong to different graphs, or one has changed: make "
+            "the graph again, or put the right pair together."
         )
     return graph
+
+
+def _fits(graph: ResidualGraph) -> bool:
+    """Whether a graph's fields and its record name the same tokens, features and targets."""
+    record, run, active = graph.record, graph.record.parts.run, graph.record.parts.features
+    nodes = torch.stack([active.checkpoint - 1, active.position, active.feature], 1)
+    kept = active.checkpoint > 0  # checkpoint 0 has no nodes
+    values = graph.activation_values.to(active.activation)
+    n_targets, n_logits = len(record.target_pulls), len(record.logit_rows)
+    return (
+        torch.equal(run.tokens, graph.input_tokens.to(run.tokens))
+        and torch.equal(nodes[kept], graph.active_features.to(nodes))
+        and torch.equal(
+            active.activation[kept].to(graph.activation_values.dtype).to(values), values
+        )
+        and n_targets - n_logits == len(graph.selected_features)
+        and n_logits == len(graph.logit_targets)
+        and graph.cfg.n_layers == run.n_layers
+    )
 
 
 def _indices(nodes: Sequence[int] | Tensor) -> Tensor:
@@ -407,7 +430,7 @@ def _indices(nodes: Sequence[int] | Tensor) -> Tensor:
 
 
 def _fingerprint(graph: ResidualGraph) -> list[int]:
-    """Enough of a graph to notice that two files do not belong together.
+    """What files without digests hold of a graph, to notice that two do not belong together.
 
     Sums of whole numbers: those of floating-point ones depend on how many threads add them.
     """

@@ -8,25 +8,32 @@ head loading and every QK table bit for bit, without the model.
 from __future__ import annotations
 
 import json
-import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.residual.decompose import ActiveFeatures, Decomposition
+from circuit_tracer_qk.attribution.residual.schema import (
+    FORMAT,
+    UNCHECKED,
+    Facts,
+    Misfit,
+    check_tensors,
+    read_facts,
+    signed,
+)
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.model.attention import AttentionBlock
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.norm import Norm
 from circuit_tracer_qk.model.run import FrozenRun
-
-FORMAT = "circuit-tracer-qk graph, version 2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,23 +72,23 @@ def beside(path: str | Path) -> Path:
     return Path(f"{path}.qk.safetensors")
 
 
-def record_bytes(record: Record, fingerprint: list[int]) -> bytes:
+def record_bytes(record: Record, graph: str) -> bytes:
     """A record as a safetensors file.
 
     Args:
         record: what to save.
-        fingerprint: of the graph that it belongs to.
+        graph: the digest of the graph that it belongs to.
     """
     tensors, facts = _flatten(record)
-    # in one entry: safetensors writes several in an order that differs from call to call
-    metadata = {"facts": json.dumps({"format": FORMAT, **facts, "fingerprint": fingerprint})}
     # clones: safetensors refuses tensors that share memory
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    # in one entry: safetensors writes several in an order that differs from call to call
+    metadata = {"facts": json.dumps(signed({**facts, "graph": graph}, tensors))}
     return save(tensors, metadata)
 
 
-def load_record(path: Path, device: str | torch.device) -> tuple[Record, list[int]]:
-    """A saved record and the fingerprint of the graph that it belongs to.
+def load_record(path: Path, device: str | torch.device) -> tuple[Record, Facts]:
+    """A saved record and its facts, all that is in them checked.
 
     Raises:
         UserError: a file that is missing, damaged or of another kind.
@@ -93,19 +100,45 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, list[in
             "`circuit-tracer-qk augment` or circuit_tracer_qk.explain_graph."
         )
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): make the graph again.") from error
-    facts = json.loads(metadata.get("facts", "{}"))
-    kind = metadata.get("format", facts.get("format"))  # beside the facts in older files
-    if kind != FORMAT:
+    except Exception as error:  # a damaged header raises nearly anything
+        raise UserError(f"{path} is damaged ({_line(error)}): make the graph again.") from error
+    text = metadata.get("facts", "{}")
+    kind = metadata.get("format") or _kind(text)
+    if kind not in (FORMAT, UNCHECKED):
         raise UserError(
-            f"{path} is of kind {kind!r} and this version reads {FORMAT!r}: "
+            f"{path} is of kind {kind!r:.60} and this version reads {FORMAT!r}: "
             "make the graph again, or use the version that wrote it."
         )
-    return _rebuild(tensors, facts), facts["fingerprint"]
+    try:
+        facts = read_facts(text)
+        check_tensors(facts, tensors)
+    except Misfit as error:
+        raise UserError(f"{path} is damaged ({_line(error)}): make the graph again.") from error
+    if not facts.checked:
+        warnings.warn(
+            f"{path} was written by an older version and holds no digests: its form was checked, "
+            "its numbers cannot be; save the graph again.",
+            stacklevel=3,
+        )
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return _rebuild(moved, facts), facts
+
+
+def _kind(text: str) -> Any:
+    """The format that some facts name; None where they cannot be read."""
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return facts.get("format") if isinstance(facts, dict) else None
+
+
+def _line(error: Exception) -> str:
+    """An error as a part of a sentence."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _flatten(record: Record) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -138,7 +171,7 @@ def _flatten(record: Record) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def _rebuild(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Record:
+def _rebuild(tensors: dict[str, Tensor], facts: Facts) -> Record:
     def group(prefix: str) -> dict[str, Tensor]:
         start = prefix + "."
         return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
@@ -157,18 +190,19 @@ def _rebuild(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Record:
         errors={c: errors[c] for c in sorted(errors)},
     )
     blocks = [
-        _block_in(group(f"blocks.{layer}"), plain) for layer, plain in enumerate(facts["blocks"])
+        _block_in(group(f"blocks.{layer}"), block.model_dump())
+        for layer, block in enumerate(facts.blocks)
     ]
-    names = {(c, f): label for c, f, label in facts["names"]}
+    names = {(c, f): label for c, f, label in facts.names}
     return Record(
         parts=parts,
         heads=Heads(blocks, run),
         **({"position_edges": None} | group("record")),  # type: ignore[arg-type]
-        resid_pre=facts["resid_pre"],
-        token_strings=facts["token_strings"],
+        resid_pre=facts.resid_pre,
+        token_strings=facts.token_strings,
         names=lambda checkpoint, feature: names.get((checkpoint, feature), ""),
-        dictionary_folder=facts["dictionary_folder"],
-        neuronpedia={int(c): name for c, name in facts.get("neuronpedia", {}).items()},
+        dictionary_folder=facts.dictionary_folder,
+        neuronpedia=facts.neuronpedia,
     )
 
 
@@ -194,8 +228,7 @@ def _block_in(tensors: dict[str, Tensor], plain: dict[str, Any]) -> AttentionBlo
     for name, value in plain.items():
         if isinstance(value, dict):
             weights = tensors.pop(f"{name}.w", None), tensors.pop(f"{name}.b", None)
-            options: dict[str, Any] = {"eps": math.nan} | value  # older files do not have it
-            value = Norm(*weights, **options)
+            value = Norm(*weights, **value)
         values[name] = value
     values |= tensors
     return AttentionBlock(**values)

@@ -28,7 +28,13 @@ from circuit_tracer_qk.cli.features.collection import AFTER, BEFORE, Corpus, Pea
 from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries.dictionary import like
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
-from circuit_tracer_qk.dictionaries.features import feature_index, indexed_feature
+from circuit_tracer_qk.dictionaries.features import (
+    feature_index,
+    indexed_feature,
+    open_archive,
+    read_labels,
+    read_member,
+)
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import contraction_dtype
 
@@ -205,15 +211,12 @@ def _write(
     try:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as out:
             if archive.exists():
-                with zipfile.ZipFile(archive) as old:
+                with open_archive(archive) as old:
                     for name in old.namelist():
                         stem = Path(name).stem
-                        if (
-                            stem.isascii()
-                            and stem.isdigit()
-                            and indexed_feature(int(stem))[0] not in checkpoints
-                        ):
-                            out.writestr(_entry(name), old.read(name))
+                        numbered = stem.isascii() and stem.isdecimal()
+                        if numbered and indexed_feature(int(stem))[0] not in checkpoints:
+                            out.writestr(_entry(name), read_member(old, name))
             for c, record in described:
                 number = str(dictionaries.entries.get(c, c - 1))
                 labels.setdefault(number, []).append(record["label"])
@@ -227,8 +230,8 @@ def _write(
         named = json.dumps(ordered, ensure_ascii=False, indent=0) + "\n"
         write_atomically(target / "labels.json", named.encode())
         os.replace(part, archive)
-    except (OSError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(
             f"{archive} cannot be written ({reason}): free the disk or choose another folder; "
             "what was read of the corpus is kept."
@@ -246,14 +249,11 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 def _other_labels(
     path: Path, dictionaries: DictionarySet, checkpoints: Sequence[int]
-) -> dict[str, list[str]]:
+) -> dict[str, list[str | None]]:
     """The labels that are there of other checkpoints."""
     if not path.is_file():
         return {}
-    try:
-        labels = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no labels by layer ({error}): move it away.") from error
+    labels = read_labels(path)
     described = {str(dictionaries.entries.get(c, c - 1)) for c in checkpoints}
     return {number: texts for number, texts in labels.items() if number not in described}
 
