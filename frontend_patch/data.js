@@ -105,14 +105,14 @@ window.initQkData = function({data}){
   async function memory(){
     var live = new Map(Object.entries((await qkPage.config).live))
     if (!live.has(metadata.slug)) return 'absent'
-    if (!qk?.digest) return 'unnamed'
-    return isOther || live.get(metadata.slug) != qk.digest ? 'other' : 'same'
+    if (!metadata.info?.digest) return 'unnamed'
+    return isOther || live.get(metadata.slug) != metadata.info.digest ? 'other' : 'same'
   }
 
   // An answer about this graph; {problem: 'gone' | 'refused' | 'busy' | 'other', message} without one
   async function askServer(what, query){
     try {
-      var res = await qkPage.fetch(`./qk/${what}/${encodeURIComponent(metadata.slug)}?digest=${qk.digest}&${query}`)
+      var res = await qkPage.fetch(`./qk/${what}/${encodeURIComponent(metadata.slug)}?digest=${metadata.info.digest}&${query}`)
       var body = await res.json()
     } catch (error) {
       return {problem: 'gone'}

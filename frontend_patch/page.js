@@ -55,7 +55,7 @@ window.qkPage = (function(){
     var res = await nativeFetch(path, {cache: 'no-cache'})
     if (!res.ok) throw new Error(`${path}: ${res.status}`)
     var graph = await res.json()
-    digests.set(path, graph?.qk?.digest)
+    digests.set(path, graph?.metadata?.info?.digest)
     return graph
   }
 

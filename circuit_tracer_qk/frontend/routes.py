@@ -35,7 +35,7 @@ class Live(Protocol):
 
     @property
     def digests(self) -> Mapping[str, str]:
-        """The graphs that can be asked: slug -> which graph it is, ``qk.digest`` of its file."""
+        """The graphs that can be asked: slug -> which graph it is, ``metadata.info.digest`` of its file."""
         ...
 
     @property

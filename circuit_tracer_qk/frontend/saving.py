@@ -18,6 +18,9 @@ from circuit_tracer_qk.frontend.static import Folder
 
 log = logging.getLogger(__name__)
 
+ANY = object()
+"""In place of a digest that is not given."""
+
 BODY_BYTES = 1 << 20
 BODY_DEPTH = 8
 """Limits of what may be saved."""
@@ -68,7 +71,7 @@ class _Saved(NamedTuple):
 
     Attributes:
         parameters: what the page shows.
-        digest: of the graph that it shows; None where its file has none.
+        digest: of the graph that it shows; None where its file has none, ANY where it does not say.
     """
 
     parameters: dict[str, Any]
@@ -93,7 +96,7 @@ def _parsed_body(body: bytes) -> _Saved:
             HTTPStatus.BAD_REQUEST,
             f"qParams is nested more than {BODY_DEPTH} deep or holds an infinite number.",
         )
-    return _Saved(parameters, document.get("digest"))
+    return _Saved(parameters, document.get("digest", ANY))
 
 
 def _with_parameters(data: bytes, saved: _Saved) -> bytes:
@@ -106,8 +109,7 @@ def _with_parameters(data: bytes, saved: _Saved) -> bytes:
     try:
         document = _parsed(data)
         if isinstance(document, dict):
-            qk = document.get("qk")
-            if (qk.get("digest") if isinstance(qk, dict) else None) != saved.digest:
+            if saved.digest not in (ANY, _digest(document)):
                 raise Refusal(
                     HTTPStatus.CONFLICT,
                     "not saved: the graph's file was replaced by another graph since the page "
@@ -123,6 +125,14 @@ def _with_parameters(data: bytes, saved: _Saved) -> bytes:
     raise Refusal(
         HTTPStatus.UNPROCESSABLE_ENTITY, "the graph's file is damaged and was left as it is."
     )
+
+
+def _digest(document: dict[str, Any]) -> Any:
+    """Which graph a file is of; None where it does not say."""
+    try:
+        return document["metadata"]["info"]["digest"]
+    except (KeyError, TypeError):
+        return None
 
 
 def _place(text: str, key: str) -> slice | None:

@@ -23,7 +23,6 @@ from circuit_tracer_qk.graph_files.nodes import mention_nodes, prune
 from circuit_tracer_qk.graph_files.select_tables import (
     Attributions,
     Limits,
-    qk_facts,
     select_tables,
 )
 from circuit_tracer_qk.graph_files.sidecars import (
@@ -201,13 +200,14 @@ def _document(
         links=[],
     )
     document = model.model_dump()
-    generator = {"name": "circuit-tracer-qk", "version": __version__}
+    info = {
+        "generator": {"name": "circuit-tracer-qk", "version": __version__},
+        "digest": host.graph_digest(graph),
+    }
     thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
-    document["metadata"] |= {"info": {"generator": generator}, "pruning_settings": thresholds}
+    document["metadata"] |= {"info": info, "pruning_settings": thresholds}
     document["links"] = links.data
-    if limits is None:  # the page still has to know which graph it shows
-        document["qk"] = {**qk_facts(graph), "attributions": [], "rows": []}
-        document["qk_only_nodes"] = {}
+    if limits is None:
         return document, names, None
     nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
     return document, names, select_tables(graph, links, nodes, names, limits)

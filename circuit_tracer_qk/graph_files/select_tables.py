@@ -17,7 +17,6 @@ from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.links import Links
 from circuit_tracer_qk.attribution.qk import Place, RowPlace
 from circuit_tracer_qk.base.json_text import rounded, rounded_all
-from circuit_tracer_qk.graph_files.digest import graph_digest
 from circuit_tracer_qk.graph_files.tables import (
     Names,
     Table,
@@ -107,15 +106,14 @@ def select_tables(
         mentioned.update(features)
     for feature in mentioned:
         names.mention(*feature)
-    return Attributions(written, used, qk_facts(graph), traced.outsiders)
+    return Attributions(written, used, _facts(graph), traced.outsiders)
 
 
-def qk_facts(graph: ExplainedGraph) -> dict[str, Any]:
+def _facts(graph: ExplainedGraph) -> dict[str, Any]:
     """What the document's ``qk`` says of all tables: what is not known is left out."""
     facts: dict[str, Any] = {
         "schema_version": 1,
         "graph_kind": graph.kind,
-        "digest": graph_digest(graph),
     }
     if graph.feature_hook is not None:
         facts["feature_hook"] = graph.feature_hook

@@ -14,7 +14,6 @@ from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.json_text import Encoded, encode
 from circuit_tracer_qk.dictionaries.features import indexed_feature
-from circuit_tracer_qk.graph_files.digest import graph_digest
 from circuit_tracer_qk.graph_files.feature_files import (
     folder_name,
     stored_examples,
@@ -76,8 +75,8 @@ class LiveGraphs:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """slug -> which graph it is, as its file says in ``qk.digest``."""
-        return {slug: graph_digest(graph) for slug, graph in self._graphs.items()}
+        """slug -> which graph it is, as its file says in ``metadata.info.digest``."""
+        return {slug: host.graph_digest(graph) for slug, graph in self._graphs.items()}
 
     @property
     def steerable(self) -> tuple[str, ...]:
@@ -88,7 +87,8 @@ class LiveGraphs:
         """A table and its attention row, in the form they have in graph files.
 
         Returns:
-            JSON {"table", "row"}; the table is null where the key is masked.
+            JSON {"digest", "table", "row"}: of which graph; the table is null where the key is
+            masked.
 
         Raises:
             UserError: an index out of range, or key > query.
@@ -102,7 +102,9 @@ class LiveGraphs:
             [written] = written_tables(Batch.of(table, row), names)
             document = Encoded(written.data)
         [written_row] = written_rows({(layer, head, query): row}).values()
-        return encode({"table": document, "row": Encoded(written_row)})
+        return encode(
+            {"digest": self.digests[slug], "table": document, "row": Encoded(written_row)}
+        )
 
     def steer(
         self, slug: str, request: SteerRequest, before_run: Callable[[], object] | None = None
@@ -145,7 +147,8 @@ class LiveGraphs:
             run = self._session(slug).steer(
                 request.edit, before_run=before_run, **asdict(request.options)
             )
-            answer = encode(_document(run, query), "the steered run")
+            document = {"digest": self.digests[slug]} | _document(run, query)
+            answer = encode(document, "the steered run")
             self._steered[slug, request] = answer
             while len(self._steered) > KEPT_ANSWERS:
                 self._steered.popitem(last=False)

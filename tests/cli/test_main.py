@@ -473,7 +473,7 @@ def test_demo_serves_on_the_next_free_port_until_interrupted(run, place, tmp_pat
 
     def look(seconds: float) -> None:
         graph = json.loads((tmp_path / "demo" / "demo-wcc.json").read_bytes())
-        digests.append(graph["qk"]["digest"])
+        digests.append(graph["metadata"]["info"]["digest"])
         of = f"demo-wcc?digest={digests[0]}"
         table = f"qk/table/{of}&layer=1&head=0&query=9&key=5"
         steered = f"qk/steer/{of}&heads=L1H0&factor=0&controls=1"

@@ -82,7 +82,7 @@ def test_demo_of_another_prompt_into_the_same_folder(watch: Watch, demo_x, capsy
     """The first server showed the second graph with the first one's scores."""
     running, served = demo_x
     table = "layer=1&head=2&query=9&key=6"
-    before = served.document["qk"]["digest"]
+    before = served.document["metadata"]["info"]["digest"]
     assert ask(running, f"/qk/table/{SLUG}?digest={before}&{table}").status == 200
     demo(served.folder, OTHER_PROMPT)
     document = written(served)
@@ -141,7 +141,7 @@ def test_a_page_is_told_when_the_server_is_another_one_by_now(watch: Watch, demo
 def test_a_file_that_does_not_say_which_graph_it_is_of(watch: Watch, demo_x):
     _, served = demo_x
     document = written(served)
-    del document["qk"]["digest"]
+    del document["metadata"]["info"]["digest"]
     (served.folder / f"{SLUG}.json").write_text(json.dumps(document), encoding="utf-8")
     page = watch.page
     page.goto(served.address())

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.graph_files.digest import graph_digest
+from circuit_tracer_qk.host.graph import graph_digest
 
 PROMPT = "I met Aunt Sally. I like Aunt"
 PRINT_DIGEST = """
 import sys
 import circuit_tracer_qk as ctqk
-from circuit_tracer_qk.graph_files.digest import graph_digest
+from circuit_tracer_qk.host.graph import graph_digest
 print(graph_digest(ctqk.load_graph(sys.argv[1])))
 """
 
@@ -34,7 +34,7 @@ def graph(model) -> ctqk.ResidualGraph:
 
 
 def digest_of(path: Path) -> str:
-    return json.loads(path.read_bytes())["qk"]["digest"]
+    return json.loads(path.read_bytes())["metadata"]["info"]["digest"]
 
 
 def test_a_file_says_which_graph_it_is_of(graph, tmp_path):

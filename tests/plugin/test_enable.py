@@ -107,7 +107,7 @@ def test_residual_backend_files_and_server(enabled: None, tmp_path: Path):
     try:
         url: Any = server.url  # type: ignore[attr-defined]
         with urllib.request.urlopen(f"{url}/qk/config.json") as response:
-            assert json.load(response)["live"] == {"sally": document["qk"]["digest"]}
+            assert json.load(response)["live"] == {"sally": document["metadata"]["info"]["digest"]}
     finally:
         server.stop()
 
