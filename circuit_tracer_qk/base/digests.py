@@ -26,7 +26,7 @@ def of_tensor(tensor: Tensor) -> str:
 
     data = tensor.detach().cpu().contiguous()
     digest = sha256(f"{data.dtype} {list(data.shape)} ".encode())
-    digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

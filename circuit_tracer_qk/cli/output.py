@@ -29,11 +29,12 @@ def log_output(program: str, verbose: bool) -> Iterator[None]:
         else:
             warnings.simplefilter("ignore")
             logging.disable(logging.CRITICAL)
-        warnings.filterwarnings("always", "(?s).*FVU above 1")  # a number may be meaningless
+        for ours in ("FVU above 1", "holds no digests"):  # a number may be meaningless
+            warnings.filterwarnings("always", f"(?s).*{ours}")
         show = warnings.showwarning
 
         def one_line(message: Any, category: type[Warning], *rest: Any) -> None:
-            if category.__name__ == "ReconstructionWarning":
+            if category.__name__ in ("ReconstructionWarning", "UncheckedWarning"):
                 print(f"{program}: warning: {message}", file=sys.stderr)
             else:
                 show(message, category, *rest)

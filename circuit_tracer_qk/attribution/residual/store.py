@@ -36,6 +36,10 @@ from circuit_tracer_qk.model.norm import Norm
 from circuit_tracer_qk.model.run import FrozenRun
 
 
+class UncheckedWarning(UserWarning):
+    """A saved graph whose content cannot be checked."""
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """What a graph keeps beyond circuit-tracer's own fields: enough to explain any edge or score.
@@ -121,6 +125,7 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, Facts]:
         warnings.warn(
             f"{path} was written by an older version and holds no digests: its form was checked, "
             "its numbers cannot be; save the graph again.",
+            UncheckedWarning,
             stacklevel=3,
         )
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}

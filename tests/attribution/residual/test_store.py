@@ -19,6 +19,7 @@ from torch import Tensor
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.base import digests
+from circuit_tracer_qk.cli import main as cli
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]
@@ -204,13 +205,18 @@ def test_facts_that_are_none(saved: Path, tmp_path: Path, text: str):
     refusal(path)
 
 
-def test_files_without_digests_load_with_a_note(case: Case, saved: Path, tmp_path: Path):
+def test_files_without_digests_load_with_a_note(
+    case: Case, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = copy(saved, tmp_path)
     tensors, facts = parts_of(path)
     facts = older(facts, case.graph)
     write(path, tensors, facts)
     with pytest.warns(UserWarning, match="holds no digests"):
         assert same(ctqk.load_graph(path), case.graph)
+    assert cli.main(["qk", str(path), "--head", "L0H0"]) == cli.DONE
+    [note] = capsys.readouterr().err.splitlines()
+    assert note.startswith("circuit-tracer-qk: warning: ") and "holds no digests" in note
     cases: list[tuple[str, Tensor, str]] = [
         ("run.tokens", torch.full((5,), 10**6), "run.tokens holds 1000000"),
         ("run.residual", torch.full_like(tensors["run.residual"], torch.nan), "NaN or infinity"),
