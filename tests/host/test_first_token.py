@@ -34,7 +34,7 @@ def tokens_of(prompt: Any, tokenizer: Any, name: str = "tiny") -> list[int]:
 def in_transformer_lens(tokenizer: Any, folder: Path) -> Any:
     """The tokenizer as TransformerLens leaves it: the end of text for a BOS that is not there."""
     tokenizer.save_pretrained(folder)
-    sizes: dict[str, int] = {"n_layers": 1, "d_model": 4, "n_ctx": 8, "d_head": 4}
+    sizes: dict[str, Any] = {"n_layers": 1, "d_model": 4, "n_ctx": 8, "d_head": 4}
     cfg = HookedTransformerConfig(**sizes, d_vocab=len(WORDS), attn_only=True, device="cpu")
     return HookedTransformer(cfg, AutoTokenizer.from_pretrained(folder)).tokenizer
 
