@@ -13,7 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def log_output(program: str, verbose: bool) -> Iterator[None]:
-    """Within, logs and warnings are shown if ``verbose``, else none but ours of meaningless numbers.
+    """Within, logs and warnings are shown if ``verbose``, else ours of numbers and first tokens alone.
 
     Args:
         program: the name that a warning of ours begins with.
@@ -31,11 +31,14 @@ def log_output(program: str, verbose: bool) -> Iterator[None]:
             logging.disable(logging.CRITICAL)
         for ours in ("FVU above 1", "holds no digests"):  # a number may be meaningless
             warnings.filterwarnings("always", f"(?s).*{ours}")
+        warnings.filterwarnings("default", ".* stands in front of the prompt")  # said once
         show = warnings.showwarning
 
         def one_line(message: Any, category: type[Warning], *rest: Any) -> None:
             if category.__name__ in ("ReconstructionWarning", "UncheckedWarning"):
                 print(f"{program}: warning: {message}", file=sys.stderr)
+            elif category.__name__ == "FirstTokenWarning":
+                print(f"{program}: note: {message}", file=sys.stderr)
             else:
                 show(message, category, *rest)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,7 +97,14 @@ def edge_influence(graph: Graph) -> Tensor:
 def tokenize(
     prompt: str | Tensor | list[int], tokenizer: Any, device: Any, model_name: str
 ) -> Tensor:
-    """(n_pos,) ids as circuit-tracer makes them: a BOS is put in front where there is none.
+    """(n_pos,) ids of a prompt, with a token in front that stands for its beginning.
+
+    Text begins with the tokenizer's BOS, whatever its id: circuit-tracer takes an id of 0 for none.
+    For a tokenizer without a BOS, and for ids, circuit-tracer's rule holds: a special token is put
+    in front of what begins with none.
+
+    Warns:
+        FirstTokenWarning: naming the token in front that is not the tokenizer's BOS.
 
     Raises:
         UserError: an empty prompt, text for a model without a tokenizer, or what is no prompt.
@@ -130,12 +138,69 @@ def tokenize(
             f"The prompt must be one sequence of integer token ids, not {ids.dtype} of shape "
             f"{list(ids.shape)}."
         )
-    ids = ids.reshape(-1).long()
-    return ids.to(device) if tokenizer is None else _with_bos(ids, tokenizer, device, model_name)
+    ids = ids.reshape(-1).long().to(device)
+    if tokenizer is None:
+        return ids
+    is_text = isinstance(prompt, str)
+    tokens = _with_first_token(ids, is_text, tokenizer, model_name)
+    bos = _bos_id(tokenizer)
+    if len(tokens) > len(ids) and int(tokens[0]) != bos:
+        first = f"`{tokenizer.decode([int(tokens[0])])}` (id {int(tokens[0])})"
+        warnings.warn(
+            f"the tokenizer has no BOS: {first} stands in front of the prompt"
+            if bos is None
+            else f"circuit-tracer's {first} stands in front of the prompt's token ids, which do "
+            f"not begin with the BOS (id {bos})",
+            FirstTokenWarning,
+            stacklevel=3,
+        )
+    return tokens
 
 
-def _with_bos(ids: Tensor, tokenizer: Any, device: Any, model_name: str) -> Tensor:
-    """circuit-tracer's rule for the first token, on (n_pos,) ids."""
+def prompt_ids(prompt: str | Tensor | list[int], model: Any) -> Tensor:
+    """(n_pos,) ids of a prompt for a replacement model: circuit-tracer leaves them as they are.
+
+    Raises:
+        UserError: a prompt that cannot be read, or a single token.
+    """
+    tokens = tokenize(prompt, model.tokenizer, "cpu", str(model.cfg.model_name))
+    if len(tokens) == 1:
+        raise UserError(
+            "The prompt is a single token, which circuit-tracer cannot attribute: give one more."
+        )
+    return tokens
+
+
+class FirstTokenWarning(UserWarning):
+    """The token in front of a prompt is not a BOS of the tokenizer's."""
+
+
+def _bos_id(tokenizer: Any) -> int | None:
+    """The tokenizer's BOS; None where TransformerLens put the end of text in its place."""
+    bos = tokenizer.bos_token_id
+    stand_in = getattr(tokenizer, "init_kwargs", {"bos_token": bos}).get("bos_token") is None
+    return None if stand_in and bos == tokenizer.eos_token_id else bos
+
+
+def _with_first_token(ids: Tensor, is_text: bool, tokenizer: Any, model_name: str) -> Tensor:
+    """(n_pos,) ids, a special token in front of those that need one."""
+    tokens, bos = _by_host(ids, tokenizer, model_name), _bos_id(tokenizer)
+    if is_text and bos is not None:
+        first = None if int(ids[0]) == bos else bos
+    elif tokens is not None:
+        return tokens
+    else:  # circuit-tracer skips a token whose id is 0
+        first = 0 if 0 in tokenizer.all_special_ids else None
+        if first is None:
+            raise UserError(
+                "This model's tokenizer has no special token to put in front of the prompt: give "
+                "token ids that begin with one."
+            )
+    return ids if first is None else torch.cat([ids.new_tensor([first]), ids])
+
+
+def _by_host(ids: Tensor, tokenizer: Any, model_name: str) -> Tensor | None:
+    """circuit-tracer's rule for the first token; None where it finds no token to put there."""
     try:
         from circuit_tracer.replacement_model.common import ensure_tokenized
     except ImportError:  # older trees keep it on the model's class
@@ -145,14 +210,11 @@ def _with_bos(ids: Tensor, tokenizer: Any, device: Any, model_name: str) -> Tens
         tokens = ensure_tokenized(
             prompt=ids.repeat(2) if alone else ids,
             tokenizer=tokenizer,
-            device=device,
+            device=ids.device,
             model_name=model_name,
         )
-    except StopIteration:  # its search for a special token to put in front found none
-        raise UserError(
-            "This model's tokenizer has no special token to put in front of the prompt: give "
-            "token ids that begin with one."
-        ) from None
+    except StopIteration:
+        return None
     except AssertionError as error:  # gemma-3-it wants its chat prefix
         raise UserError(f"The prompt does not suit {model_name}: {error}") from None
     return tokens[:-1] if alone else tokens
@@ -540,6 +602,7 @@ def attribute_transcoders(prompt: Any, model: Any, **options: Any) -> Graph:
 
 
 __all__ = [
+    "FirstTokenWarning",
     "Graph",
     "Metadata",
     "Model",
@@ -559,6 +622,7 @@ __all__ = [
     "load_stock",
     "logit_targets",
     "named_scan",
+    "prompt_ids",
     "prune",
     "save_stock",
     "skip_weights",

@@ -104,6 +104,10 @@ def attribute(
     # circuit-tracer's backward passes need gradients, whatever the caller's mode
     with torch.inference_mode(False), torch.enable_grad():
         made = host.attribute_transcoders(
-            prompt, model, **shared, offload=offload, update_interval=update_interval
+            host.prompt_ids(prompt, model),
+            model,
+            **shared,
+            offload=offload,
+            update_interval=update_interval,
         )
     return explain_graph(made, model) if qk else made

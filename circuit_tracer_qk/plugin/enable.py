@@ -26,6 +26,7 @@ from circuit_tracer_qk.attribution.residual.store import beside
 from circuit_tracer_qk.attribution.transcoder.graph import check_model, explain_graph
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
+from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.host.patching import graph_files_arguments, replace, with_option
 from circuit_tracer_qk.plugin.attribute import attribute as attribute_any
 from circuit_tracer_qk.plugin.live import LiveGraphs
@@ -86,6 +87,7 @@ def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
             return attribute_any(prompt, model, *args, **options)
         if qk:
             check_model(model)  # before the work
+            prompt = host.prompt_ids(prompt, model)
         graph = original(prompt, model, *args, **options)
         return explain_graph(graph, model) if qk else graph
 

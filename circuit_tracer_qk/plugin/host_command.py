@@ -19,6 +19,7 @@ from circuit_tracer_qk.attribution.transcoder.graph import (
 )
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.graph_files import create as export
+from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.host.patching import (
     entry_point,
     graph_files_arguments,
@@ -62,10 +63,11 @@ def explaining(qk: bool, np_model: str | None = None) -> Iterator[Run]:
 
     def attribute(original: Callable[..., Any]) -> Callable[..., Any]:
         def attribute(*args: Any, **options: Any) -> Any:
-            model = inspect.signature(original).bind(*args, **options).arguments["model"]
+            given = inspect.signature(original).bind(*args, **options).arguments
+            model = given["model"]
             if qk:
                 check_model(model)
-            graph = original(*args, **options)
+            graph = original(**given | {"prompt": host.prompt_ids(given["prompt"], model)})
             if qk:
                 try:
                     run.graph = explain_graph(graph, model)

@@ -162,6 +162,36 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+NEOX_VOCAB = 320  # the 256 bytes, special tokens, merges
+
+
+def save_neox(folder: Path, pad: str | None = None) -> None:
+    """A Pythia-shaped model with a byte-level BPE tokenizer as GPT-NeoX has it.
+
+    ``<|endoftext|>``, id 0, is BOS, EOS and UNK; ``<|padding|>``, id 1, is in the vocabulary.
+
+    Args:
+        folder: where both go.
+        pad: the tokenizer's padding token; Pythia names none.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPTNeoXTokenizerFast
+
+    save_tiny("neox", folder, vocab_size=NEOX_VOCAB, bos_token_id=0, eos_token_id=0)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=NEOX_VOCAB,
+        show_progress=False,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    inner.train_from_iterator(["the cat sat on the mat and the dog sat on the cat " * 3], trainer)
+    special = {} if pad is None else {"pad_token": pad}
+    GPTNeoXTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+
+
 def _scale(
     module_name: str, module: torch.nn.Module, parameter_name: str, parameter: torch.Tensor
 ) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks.loading import peak
@@ -24,7 +25,7 @@ def test_a_long_context_takes_one_mask_and_not_one_a_layer(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["llama3-rope", "gemma2", "gemma3"])
 def test_layers_of_one_kind_share_mask_and_rotary_tables(name: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path)
-    model = load_transformer(tmp_path, device="cpu")
+    model: Any = load_transformer(tmp_path, device="cpu")
     kinds = {block.attn.attn_type for block in model.blocks}
     for buffer in ("mask", "rotary_sin", "rotary_cos"):
         places = {getattr(block.attn, buffer).data_ptr() for block in model.blocks}

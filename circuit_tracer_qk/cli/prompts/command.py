@@ -237,6 +237,7 @@ class _Report:
         self.program, self._path, self._total = program, path, total
         self.finished = self.done = 0
         self._failed: list[int] = []
+        self._warned: set[str] = set()
 
     def did(self, said: str) -> None:
         """A prompt is done."""
@@ -251,7 +252,10 @@ class _Report:
         self._say(f"line {line}{name} failed: {problem}")
 
     def warned(self, request: Request, warning: str) -> None:
-        """Something about a prompt that was done."""
+        """Something about a prompt that was done; what holds of others too is said once."""
+        if warning in self._warned:
+            return
+        self._warned.add(warning)
         self._say(f"warning: line {request.line} ({request.slug}): {warning}")
 
     def _say(self, text: str) -> None:
