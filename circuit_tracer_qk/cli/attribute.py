@@ -12,7 +12,7 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LISTING, check_folder, check_names
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.arguments import PROGRAM
-from circuit_tracer_qk.cli.loading import load_model
+from circuit_tracer_qk.cli.loading import attribute_prompt, files_options, load_model
 from circuit_tracer_qk.cli.output import silence_stdout
 from circuit_tracer_qk.cli.prompts import command as prompts
 from circuit_tracer_qk.cli.serving import check_server, serve
@@ -62,16 +62,7 @@ def run(args: argparse.Namespace) -> None:
         return _run_transcoders(args, files)
     log.info("attributing %r with %s in %s", args.prompt, args.dictionaries, args.dtype)
     model = load_model(args)
-    with silence_stdout():
-        graph = circuit_tracer_qk.attribute(
-            args.prompt,
-            model,
-            max_n_logits=args.max_n_logits,
-            desired_logit_prob=args.desired_logit_prob,
-            batch_size=args.batch_size,
-            max_feature_nodes=args.max_feature_nodes,
-            verbose=args.verbose,
-        )
+    graph = attribute_prompt(args, model)
     if args.graph_output_path is not None:
         path = Path(args.graph_output_path)
         check_folder(path.parent)
@@ -81,15 +72,7 @@ def run(args: argparse.Namespace) -> None:
         return
     slug, folder = files
     with silence_stdout():
-        page = circuit_tracer_qk.create_graph_files(
-            graph,
-            slug,
-            folder,
-            node_threshold=args.node_threshold,
-            edge_threshold=args.edge_threshold,
-            qk=args.qk,
-            np_model=args.np_model,
-        )
+        page = circuit_tracer_qk.create_graph_files(graph, slug, folder, **files_options(args))
     print(f"graph files written to {page}")
     if args.server:
         serve(args, folder, args.port, slug, graph, model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import circuit_tracer_qk
 from circuit_tracer_qk.base.files import check_names
 from circuit_tracer_qk.cli import arguments
-from circuit_tracer_qk.cli.loading import check_graph, explain_saved_graph
+from circuit_tracer_qk.cli.loading import check_graph, explain_saved_graph, files_options
 from circuit_tracer_qk.cli.output import show, silence_stdout
 from circuit_tracer_qk.cli.serving import check_server, serve
 
@@ -58,12 +58,7 @@ def run(args: argparse.Namespace) -> None:
         graph = explain_saved_graph(args, path)
     with silence_stdout():
         page = circuit_tracer_qk.create_graph_files(
-            graph,
-            args.slug,
-            args.graph_file_dir,
-            node_threshold=args.node_threshold,
-            edge_threshold=args.edge_threshold,
-            np_model=args.np_model,
+            graph, args.slug, args.graph_file_dir, **files_options(args)
         )
     show([f"graph files written to {page}"])
     if args.server:

@@ -33,9 +33,5 @@ def run(args: argparse.Namespace) -> None:
     with silence_stdout():
         dictionaries = circuit_tracer_qk.load_dictionaries(args.source)
         folder = write_dictionaries(dictionaries, args.destination)
-    checkpoints = ", ".join(map(str, dictionaries.checkpoints))
-    show(
-        [
-            f"{dictionaries.kind} {dictionaries.scan} at checkpoints {checkpoints} written to {folder}"
-        ]
-    )
+    at = ", ".join(map(str, dictionaries.checkpoints))
+    show([f"{dictionaries.kind} {dictionaries.scan} at checkpoints {at} written to {folder}"])

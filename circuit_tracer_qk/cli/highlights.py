@@ -68,17 +68,13 @@ def first_look(graph: ResidualGraph, influence: Tensor) -> dict[str, str]:
     """
     key = source_position(graph, influence)
     features = graph.active_features[graph.selected_features].tolist()
-
-    def node_id(node: int) -> str:
-        layer, position, feature = features[node]
-        return f"{layer}_{feature}_{position}"
-
+    node_ids = [f"{layer}_{feature}_{position}" for layer, position, feature in features]
     for source, target, _, edge in strongest_edges(graph, influence, CANDIDATES, across=True):
-        if max(source, target) < len(features) and (edge.query, edge.key) == (graph.n_pos - 1, key):
+        if max(source, target) < len(node_ids) and (edge.query, edge.key) == (graph.n_pos - 1, key):
             head = int(edge.heads.total.abs().argmax())
             return {
-                "clickedId": node_id(target),
-                "qkEdge": f"{node_id(source)}__{node_id(target)}",
+                "clickedId": node_ids[target],
+                "qkEdge": f"{node_ids[source]}__{node_ids[target]}",
                 "qk": f"L{edge.layer}H{head}:q{edge.query}:k{edge.key}",
             }
     return {}

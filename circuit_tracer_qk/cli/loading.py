@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
@@ -15,6 +15,7 @@ from circuit_tracer_qk.cli.output import silence_stdout
 if TYPE_CHECKING:
     import torch
 
+    from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
     from circuit_tracer_qk.attribution.residual.model import ResidualModel
     from circuit_tracer_qk.attribution.transcoder.graph import TranscoderGraph
 
@@ -36,13 +37,9 @@ def load_model(
         ref: the dictionaries, in place of those of ``-d``.
         checkpoints: the dictionaries to load; all if left out.
     """
+    dtype, ref = torch_dtype(args.dtype), ref or args.dictionaries
     with silence_stdout():
-        return circuit_tracer_qk.load_model(
-            args.model,
-            ref or args.dictionaries,
-            dtype=torch_dtype(args.dtype),
-            checkpoints=checkpoints,
-        )
+        return circuit_tracer_qk.load_model(args.model, ref, dtype=dtype, checkpoints=checkpoints)
 
 
 def load_prompt_and_model(
@@ -58,6 +55,20 @@ def load_prompt_and_model(
         raise UserError("-p/--prompt is missing: give the prompt to explain.")
     check_prompt(prompt)
     return prompt, load_model(args, checkpoints=checkpoints)
+
+
+def attribute_prompt(args: argparse.Namespace, model: ResidualModel) -> ResidualGraph:
+    """The graph of ``-p`` with the flags of ``attribute``."""
+    names = ("max_n_logits", "desired_logit_prob", "batch_size", "max_feature_nodes", "verbose")
+    options = {name: getattr(args, name) for name in names}
+    with silence_stdout():
+        return circuit_tracer_qk.attribute(args.prompt, model, **options)
+
+
+def files_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``create_graph_files`` takes from the flags of ``attribute`` and ``augment``."""
+    names = ("node_threshold", "edge_threshold", "qk", "np_model")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def check_graph(path: Path) -> None:

@@ -87,18 +87,14 @@ def command_line(command: str) -> argparse.ArgumentParser:
         description="Why attention heads looked where they looked: QK attributions and head "
         "loadings for circuit-tracer's attribution graphs.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"{PROGRAM} {circuit_tracer_qk.__version__}"
-    )
+    version = f"{PROGRAM} {circuit_tracer_qk.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        subparser = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.DESCRIPTION,
-            epilog=getattr(module, "EPILOG", None),
-            conflict_handler="resolve",  # a flag of ours takes the place of circuit-tracer's
-        )
+        # a flag of ours takes the place of circuit-tracer's
+        subparser = commands.add_parser(name, help=module.HELP, conflict_handler="resolve")
+        subparser.description = module.DESCRIPTION
+        subparser.epilog = getattr(module, "EPILOG", None)
         if name == command:
             module.add_arguments(subparser)
             add_verbose(subparser)

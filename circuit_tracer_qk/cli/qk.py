@@ -47,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do it."""
     layer, head, query, key = _selection(args)
-    if args.top < 1:
-        raise UserError(f"--top is {args.top}: it must be at least 1.")
+    arguments.check_least(args, "--top")
     if args.transcoder_set is not None and args.graph is None:
         raise UserError("-t explains a saved graph: give its .pt, which `attribute -t -o` writes.")
     if args.graph is not None:
@@ -72,9 +71,9 @@ def run(args: argparse.Namespace) -> None:
     else:
         key = _position("key", key, n)
     table = scores.table(layer, head, query, key)
-    lines = text.prompt_lines(tokens, {query: "query", key: "key"} if key != query else {})
+    marked = text.prompt_lines(tokens, {query: "query", key: "key"} if key != query else {})
     foot = text.FOOTNOTE if args.transcoder_set is None else text.TRANSCODER_FOOTNOTE
-    show([*lines, "", *text.qk_lines(table, row, tokens, args.top, note), "", *foot])
+    show(text.paragraphs(marked, text.qk_lines(table, row, tokens, args.top, note), foot))
 
 
 def _selection(args: argparse.Namespace) -> tuple[int, int, int | None, int | None]:

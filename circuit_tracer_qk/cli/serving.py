@@ -66,21 +66,17 @@ def serve(
             look = highlights.first_transcoder_look(document)
         page = "&".join([f"/index.html?slug={slug}", *(f"{k}={v}" for k, v in look.items())])
         live = LiveGraphs({slug: graph}, {} if model is None else {slug: model})
+    features = getattr(args, "features_dir", None)  # a flag of circuit-tracer's newer tree
     server = circuit_tracer_qk.serve(
-        folder,
-        port=port,
-        host=args.host,
-        online=args.online,
-        live=live,
-        features_dir=getattr(args, "features_dir", None),  # a flag of circuit-tracer's newer tree
+        folder, port, host=args.host, online=args.online, live=live, features_dir=features
     )
     try:
         if is_public(args.host):
-            print(
-                f"warning: everyone who reaches port {server.url.rpartition(':')[2]} of this machine "
-                "can read and save the graphs",
-                file=sys.stderr,
+            port = server.url.rpartition(":")[2]  # of --port 0
+            warning = (
+                f"everyone who reaches port {port} of this machine can read and save the graphs"
             )
+            print(f"warning: {warning}", file=sys.stderr)
         show([f"open {server.url}{page}   (Ctrl+C ends)"])
         while True:
             time.sleep(1)

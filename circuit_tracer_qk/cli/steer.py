@@ -67,21 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do it."""
-    check(args)
-    if args.json not in (None, "-"):
-        arguments.check_file(Path(args.json), "--json")
+    factors = _check(args)
     prompt, model = load_prompt_and_model(args)
     with silence_stdout():
-        lines = steer(args, prompt, model)
+        lines = _steer(args, factors, prompt, model)
     show(lines)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse what needs no model to be refused.
-
-    Raises:
-        UserError: no edit, a number out of range, or a file that is none.
-    """
+def _check(args: argparse.Namespace) -> list[float]:
+    """Refuse what needs no model to be refused; the factors of ``--sweep``."""
     from circuit_tracer_qk.steering.parse import EXAMPLE, parse_edit, read_edits
 
     if not args.edit and args.edits is None:
@@ -92,14 +86,14 @@ def check(args: argparse.Namespace) -> None:
         read_edits(args.edits)
     for option in OPTIONS:
         option.checked(getattr(args, option.name), f"--{option.name}")
-    if args.generate is not None and args.generate < 1:
-        raise UserError(f"--generate is {args.generate}: it must be at least 1.")
-    _factors(args.sweep)
+    arguments.check_least(args, "--generate")
+    factors = [] if args.sweep is None else _factors(args.sweep)
+    if args.json not in (None, "-"):
+        arguments.check_file(Path(args.json), "--json")
+    return factors
 
 
-def _factors(text: str | None) -> list[float]:
-    if text is None:
-        return []
+def _factors(text: str) -> list[float]:
     try:
         factors = [float(x) for x in text.split(",") if x.strip()]
     except ValueError:
@@ -109,20 +103,8 @@ def _factors(text: str | None) -> list[float]:
     return factors
 
 
-def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
-    """Run the edits on a loaded model.
-
-    Args:
-        args: checked by :func:`check`.
-        prompt: text, or what the model takes for it.
-        model: the loaded model.
-
-    Returns:
-        The lines to show.
-
-    Raises:
-        UserError: an edit, token or position that does not exist.
-    """
+def _steer(args: argparse.Namespace, factors: list[float], prompt: str, model: Any) -> list[str]:
+    """Run the edits on a loaded model; the lines to show."""
     from circuit_tracer_qk.host import graph as host
     from circuit_tracer_qk.steering.parse import parse_edit, read_edits
     from circuit_tracer_qk.steering.steer import Session
@@ -134,20 +116,18 @@ def steer(args: argparse.Namespace, prompt: Any, model: Any) -> list[str]:
     options: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
     tokens = [host.token_id(_token(t), model.tokenizer, model.cfg.d_vocab) for t in args.token]
     run = session.steer(edits, verbose=args.verbose, **options)
-    factors = _factors(args.sweep)
     swept = session.sweep(edits, factors, **options) if factors else None
     continued = None
     if args.generate is not None:
         fewer = options | {"controls": min(args.controls, 3)}
         continued = session.generate(edits, args.generate, **fewer)
     if args.json is not None:
-        about = {
+        document = _document(run, swept, continued, tokens) | {
             "model": str(model.cfg.model_name),
             "dictionaries": model.scan,
             "prompt": "".join(session.token_strings),
             "seed": args.seed,
         }
-        document = _document(run, swept, continued, tokens) | about
         text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
         if args.json == "-":
             return text.splitlines()
@@ -203,27 +183,24 @@ def _lines(
     swept: Swept | None,
     continued: Generation | None,
     tokens: list[int],
-    label: Callable[[int, int], str],
+    label: Any,
 ) -> list[str]:
     from circuit_tracer_qk.cli import steering_text
-    from circuit_tracer_qk.cli.text import prompt_lines
+    from circuit_tracer_qk.cli.text import paragraphs, prompt_lines
 
     leading = [i for r in (run.clean, run) for _, i, _ in r.top(3)]
     shown = list(dict.fromkeys([*tokens, *leading]))
-    lines = [
-        *prompt_lines(run.token_strings),
-        "",
-        *steering_text.change_lines(run, label),
-        "",
-        *steering_text.effect_lines(run, shown),
-        "",
-        *steering_text.attention_lines(run),
+    sections = [
+        prompt_lines(run.token_strings),
+        steering_text.change_lines(run, label),
+        steering_text.effect_lines(run, shown),
+        steering_text.attention_lines(run),
     ]
     if swept:
-        lines += ["", *steering_text.sweep_lines(swept, shown[0])]
+        sections.append(steering_text.sweep_lines(swept, shown[0]))
     if continued is not None:
-        lines += ["", *steering_text.generation_lines(continued)]
-    return lines
+        sections.append(steering_text.generation_lines(continued))
+    return paragraphs(*sections)
 
 
 def _token(text: str) -> str | int:

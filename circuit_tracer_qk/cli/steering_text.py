@@ -57,24 +57,19 @@ def effect_lines(run: SteeredRun, tokens: Sequence[int]) -> list[str]:
             f"{change:+.4f}   {_spread(effect.features):20}  {_spread(effect.heads)}".rstrip()
         )
     effect = run.effect(tokens[0])
-    lines.append(
+    lines += [
         f"controls, mean +- sd of probabilities after them: {effect.features.n} with other features "
-        f"of the same"
-    )
-    lines.append(
+        f"of the same",
         f"positions in the same heads, {effect.heads.n} with the same features in other heads of "
-        "the same layers"
-    )
+        "the same layers",
+    ]
     return [*lines, *note_lines(run.notes)]
 
 
 def note_lines(notes: Sequence[str]) -> list[str]:
     """What the controls could not match, whole."""
-    return [
-        line
-        for note in notes
-        for line in textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="  ")
-    ]
+    texts = (f"note: {note}" for note in notes)
+    return [line for text in texts for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
 
 
 def _spread(spread: Spread) -> str:

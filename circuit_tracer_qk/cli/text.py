@@ -16,12 +16,7 @@ from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.feature_names import checkpoint_name, feature_name
 from circuit_tracer_qk.base.one_line import one_line
-from circuit_tracer_qk.cli.highlights import (
-    StrongEdge,
-    predictions,
-    source_position,
-    strongest_edges,
-)
+from circuit_tracer_qk.cli import highlights
 from circuit_tracer_qk.host.graph import edge_influence, graph_scores
 
 WIDTH = 100
@@ -58,6 +53,12 @@ def wrap(cells: Iterable[str], indent: str = "  ", gap: str = "  ") -> list[str]
     return lines
 
 
+def paragraphs(*sections: Sequence[str]) -> list[str]:
+    """Lines of sections below one another, an empty line between two."""
+    lines = [line for section in sections for line in ("", *section)]
+    return lines[1:]
+
+
 def token_name(tokens: Sequence[str], position: int) -> str:
     """``6 ' Sally'``: a position and its token, quoted because its spaces matter."""
     return f"{position} {tokens[position]!r}"
@@ -84,13 +85,11 @@ def component_name(component: Component, position: int | None = None) -> str:
 # A QK table ---------------------------------------------------------------------------------------
 
 
-def prompt_lines(tokens: Sequence[str], marks: Mapping[int, str] | None = None) -> list[str]:
+def prompt_lines(tokens: Sequence[str], marks: Mapping[int, str] = {}) -> list[str]:
     """The prompt's tokens with their positions, some of them marked."""
-    marks = marks or {}
-    cells = (
-        token_name(tokens, p) + (f" <-{marks[p]}" if p in marks else "") for p in range(len(tokens))
-    )
-    return [f"prompt, {len(tokens)} tokens", *wrap(cells)]
+    names = (token_name(tokens, p) for p in range(len(tokens)))
+    marked = (f"{name} <-{marks[p]}" if p in marks else name for p, name in enumerate(names))
+    return [f"prompt, {len(tokens)} tokens", *wrap(marked)]
 
 
 def qk_lines(
@@ -107,24 +106,29 @@ def qk_lines(
     """
     query, key = table.query_position, table.key_position
     title = f"L{table.layer}H{table.head}: query {token_name(tokens, query)}"
-    title += f" -> key {token_name(tokens, key)}"
-    lines = [title + note, ""]
+    title += f" -> key {token_name(tokens, key)}{note}"
     if table.masked:
-        lines.append(f"  score      masked: key {key} lies outside this head's attention window,")
-        lines.append("             so its score never enters the softmax and has no terms here")
-        return [*lines, "", *row_lines(row, tokens, key, top)]
-    visible = row.scores_raw[~row.scores.isinf()]
-    lines.append(f"  attention  {float(row.pattern[key]):.3f}")
-    lines.append(f"  score      {table.score:+.3f}")
+        masked = [
+            f"  score      masked: key {key} lies outside this head's attention window,",
+            "             so its score never enters the softmax and has no terms here",
+        ]
+        return paragraphs([title], masked, row_lines(row, tokens, key, top))
+    score = f"  score      {table.score:+.3f}"
     if table.score_capped != table.score:
         gain = table.score_capped / table.score if table.score else 1.0
-        lines[-1] += f" before the soft-cap, {table.score_capped:+.3f} after it (x {gain:.3f})"
-    others = f"  mean       {float(visible.mean()):+.3f}"
-    lines.append(f"{others} over the {count(len(visible), 'key')} in view")
-    lines += ["", *row_lines(row, tokens, key, min(top, 8))]
-    lines += ["", *marginal_lines(table, 0, top), "", *marginal_lines(table, 1, top)]
-    lines += ["", *pair_lines(table, top), "", *block_lines(table)]
-    return lines
+        score += f" before the soft-cap, {table.score_capped:+.3f} after it (x {gain:.3f})"
+    visible = row.scores_raw[~row.scores.isinf()]
+    keys = count(len(visible), "key")
+    mean = f"  mean       {float(visible.mean()):+.3f} over the {keys} in view"
+    return paragraphs(
+        [title],
+        [f"  attention  {float(row.pattern[key]):.3f}", score, mean],
+        row_lines(row, tokens, key, min(top, 8)),
+        marginal_lines(table, 0, top),
+        marginal_lines(table, 1, top),
+        pair_lines(table, top),
+        block_lines(table),
+    )
 
 
 def row_lines(row: QKRow, tokens: Sequence[str], marked: int, top: int) -> list[str]:
@@ -151,10 +155,8 @@ def row_lines(row: QKRow, tokens: Sequence[str], marked: int, top: int) -> list[
         pad = " " * (12 if not capped else 22)
         lines.append(f"   {rest:8.3f}{pad}rest: {count(len(visible) - len(shown), 'key')}")
     if len(visible) <= query:
-        hidden = query + 1 - len(visible)
-        lines.append(
-            f"     masked  {count(hidden, 'earlier key')}, outside this head's attention window"
-        )
+        hidden = count(query + 1 - len(visible), "earlier key")
+        lines.append(f"     masked  {hidden}, outside this head's attention window")
     return lines
 
 
@@ -176,37 +178,26 @@ def marginal_lines(table: QKTable, side: int, top: int) -> list[str]:
     many = [i for i in order if components[i].kind == "feature" or came_from(i)]
     left_out = set(many[top:])
     noun = "feature" if all(components[i].kind == "feature" for i in left_out) else "component"
+    names = "".join(f"{name:>{max(10, len(name))}}  " for name in columns)
     lines = [
         f"{here} side: what each component at the {here} adds (all components at the {there} summed)",
-        "       value   share  kind       feature   "
-        + "".join(f"{name:>{_column_width(name)}}  " for name in columns)
-        + "label",
+        f"       value   share  kind       feature   {names}label",
     ]
     share = _share(table.score, sum(map(abs, values)))
-    for i in order:
-        if i in left_out:
-            continue
+    for i in [i for i in order if i not in left_out]:
         c = components[i]
         name = "" if c.feature is None else c.name
-        line = f"  {values[i]:+10.3f}  {share(values[i])}  {c.kind:9}  {name:8}"
+        line = _valued(values[i], share, f"{c.kind:9}  {name:8}")
         for column, numbers in columns.items():
-            number = numbers[i]
-            text = "" if number is None else f"{number:.3f}"
-            line += f"  {text:>{_column_width(column)}}"
+            text = "" if numbers[i] is None else f"{numbers[i]:.3f}"
+            line += f"  {text:>{max(10, len(column))}}"
         label = one_line(c.label, WIDTH) if c.label != c.kind else ""
         came = f"from {c.position}  " if came_from(i) else ""
         lines.append(cut_line(f"{line}  {came}{label}"))
     if left_out:
-        rest = sum(values[i] for i in left_out)
-        lines.append(
-            f"  {rest:+10.3f}  {share(rest)}  rest: {count(len(left_out), f'smaller {noun}')}"
-        )
-    total = sum(values)
-    return [*lines, f"  {total:+10.3f}  {share(total)}  sum = score"]
-
-
-def _column_width(name: str) -> int:
-    return max(10, len(name))
+        rest = f"rest: {count(len(left_out), f'smaller {noun}')}"
+        lines.append(_valued(sum(values[i] for i in left_out), share, rest))
+    return [*lines, _valued(sum(values), share, "sum = score")]
 
 
 def pair_lines(table: QKTable, top: int) -> list[str]:
@@ -222,14 +213,12 @@ def pair_lines(table: QKTable, top: int) -> list[str]:
         left = component_name(query, table.query_position)
         right = component_name(key, table.key_position)
         names = f"{one_line(left, 37):37}  {one_line(right, 37)}"
-        lines.append(f"  {value:+10.3f}  {share(value)}  {names}".rstrip())
-    rest = float(table.terms.sum()) - sum(value for *_, value in terms)
-    if n > len(terms):
-        lines.append(
-            f"  {rest:+10.3f}  {share(rest)}  rest: {count(n - len(terms), 'smaller term')}"
-        )
+        lines.append(_valued(value, share, names).rstrip())
     total = float(table.terms.sum())
-    return [*lines, f"  {total:+10.3f}  {share(total)}  sum = score"]
+    if n > len(terms):
+        rest = total - sum(value for *_, value in terms)
+        lines.append(_valued(rest, share, f"rest: {count(n - len(terms), 'smaller term')}"))
+    return [*lines, _valued(total, share, "sum = score")]
 
 
 def block_lines(table: QKTable) -> list[str]:
@@ -244,12 +233,12 @@ def block_lines(table: QKTable) -> list[str]:
         lines.append(f"  {q:10}" + "".join(f"{v:+11.3f}" for v in [*cells, sum(cells)]))
     totals = [*columns.values(), sum(columns.values())]
     lines.append(f"  {'sum':10}" + "".join(f"{v:+11.3f}" for v in totals))
-    if ("feature", "feature") in table.blocks:
-        explained = table.blocks["feature", "feature"]
-        share = _share(table.score, float(table.terms.abs().sum()))(explained).strip()
+    size = float(table.terms.abs().sum())
+    explained = table.blocks.get(("feature", "feature"))
+    if explained is not None:
+        share = _share(table.score, size)(explained).strip()
         of = f", {share} of the score" if share else ""
         lines.append(f"  features x features: {explained:+.3f} of {table.score:+.3f}{of}")
-    size = float(table.terms.abs().sum())
     if size and abs(table.score) < CANCELLED * size:
         lines.append(
             f"  the terms cancel (their absolute values sum to {size:.3f}): shares would mislead"
@@ -257,15 +246,14 @@ def block_lines(table: QKTable) -> list[str]:
     return lines
 
 
-def _share(score: float, size: float):
+def _share(score: float, size: float) -> Callable[[float], str]:
     """A value as a share of the score; blank where terms of ``size`` nearly cancel in it."""
+    cancels = score == 0 or abs(score) < CANCELLED * size
+    return lambda value: " " * 6 if cancels else f"{100 * value / score:4.0f} %"
 
-    def share(value: float) -> str:
-        if abs(score) < CANCELLED * size or score == 0:
-            return " " * 6
-        return f"{100 * value / score:4.0f} %"
 
-    return share
+def _valued(value: float, share: Callable[[float], str], text: str) -> str:
+    return f"  {value:+10.3f}  {share(value)}  {text}"
 
 
 def cut_line(line: str) -> str:
@@ -303,13 +291,13 @@ def node_name(graph: ResidualGraph, node: int) -> str:
 
 def prediction_lines(predicted: Iterable[tuple[str, float]]) -> list[str]:
     """The likeliest next tokens."""
-    return [
-        "the model's next token",
-        *wrap((f"{token!r} {p:.3f}" for token, p in predicted), gap="   "),
-    ]
+    cells = (f"{token!r} {p:.3f}" for token, p in predicted)
+    return ["the model's next token", *wrap(cells, gap="   ")]
 
 
-def edge_lines(graph: ResidualGraph, edges: Sequence[StrongEdge], title: str) -> list[str]:
+def edge_lines(
+    graph: ResidualGraph, edges: Sequence[highlights.StrongEdge], title: str
+) -> list[str]:
     """Edges with what carried them: heads by |total|, residual and MLP parts."""
     if not edges:
         return [title, "  none"]
@@ -362,42 +350,33 @@ def story_lines(graph: ResidualGraph, decode: Callable[[int], str]) -> list[str]
     tokens, last = graph.record.token_strings, graph.n_pos - 1
     influence = edge_influence(graph)
     replacement, completeness = graph_scores(graph)
-    predicted = [(decode(token), p) for token, p in predictions(graph)]
+    predicted = [(decode(token), p) for token, p in highlights.predictions(graph)]
     nodes = f"{graph.n_features} features of {len(graph.active_features)} active"
-    lines = [
-        *prompt_lines(tokens),
-        "",
-        *prediction_lines(predicted),
-        "",
+    across = "strongest edges across positions, and what carried each (H5: head 5 of the block)"
+    within = "strongest edges within a position"
+    summary = [
         f"attribution graph: {nodes}; replacement score {replacement:.2f}, completeness "
         f"{completeness:.2f}",
         "influence below: the share of what reaches the logits that runs through an edge or head",
-        "",
-        *edge_lines(
-            graph,
-            strongest_edges(graph, influence, 8, across=True),
-            "strongest edges across positions, and what carried each (H5: head 5 of the block)",
-        ),
-        "",
-        *edge_lines(
-            graph,
-            strongest_edges(graph, influence, 4, across=False),
-            "strongest edges within a position",
-        ),
     ]
-    key = source_position(graph, influence)
+    sections = [
+        prompt_lines(tokens),
+        prediction_lines(predicted),
+        summary,
+        edge_lines(graph, highlights.strongest_edges(graph, influence, 8, across=True), across),
+        edge_lines(graph, highlights.strongest_edges(graph, influence, 4, across=False), within),
+    ]
+    key = highlights.source_position(graph, influence)
     if key is None:
-        return lines
+        return paragraphs(*sections)
     ranked = carriers(graph, influence, query=last, key=key)
-    copied = tokens[key] == predicted[0][0]
-    what = "name-copying heads: they" if copied else "heads that"
-    title = (
-        f"{what} carried {token_name(tokens, key)} to the last position, {last} {tokens[last]!r}"
-    )
-    lines += ["", *carrier_lines(ranked, title, 6)]
+    what = "name-copying heads: they" if tokens[key] == predicted[0][0] else "heads that"
+    source, target = token_name(tokens, key), token_name(tokens, last)
+    title = f"{what} carried {source} to the last position, {target}"
+    sections.append(carrier_lines(ranked, title, 6))
     for carrier in ranked[:2]:
         table = graph.qk(carrier.layer, carrier.head, last, key)
         row = graph.qk_row(carrier.layer, carrier.head, last)
         looked = "why it looked there" if carrier.attention >= LOOKED else "it hardly looked there"
-        lines += ["", "-" * WIDTH, *qk_lines(table, row, tokens, 5, f"   ({looked})")]
-    return [*lines, "", *FOOTNOTE]
+        sections.append(["-" * WIDTH, *qk_lines(table, row, tokens, 5, f"   ({looked})")])
+    return paragraphs(*sections, FOOTNOTE)

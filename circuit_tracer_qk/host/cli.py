@@ -22,9 +22,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class _Captured(BaseException):
     """Carries circuit-tracer's parser out of its ``main``, which builds it and never returns it."""
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self.parser = parser
-
 
 def command_parser(command: str) -> argparse.ArgumentParser:
     """The arguments of one command of the installed circuit-tracer, ``-h`` left out.
@@ -49,29 +46,21 @@ def command_parser(command: str) -> argparse.ArgumentParser:
 def _installed_parser(command: str) -> argparse.ArgumentParser:
     from circuit_tracer import __main__ as stock
 
-    with logging_kept(), _parsing_replaced():
-        try:
-            stock.main()
-        except _Captured as captured:
-            for action in captured.parser._actions:
-                if isinstance(action, argparse._SubParsersAction) and command in action.choices:
-                    return action.choices[command]
-    raise LookupError(command)
-
-
-@contextlib.contextmanager
-def _parsing_replaced() -> Iterator[None]:
-    """Every parser gives itself up when asked to parse."""
-
     def give_up(self: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
         raise _Captured(self)
 
     kept = argparse.ArgumentParser.parse_known_args
     argparse.ArgumentParser.parse_known_args = give_up  # type: ignore[method-assign]
     try:
-        yield
+        with logging_kept():
+            stock.main()
+    except _Captured as captured:
+        for action in captured.args[0]._actions:
+            if isinstance(action, argparse._SubParsersAction) and command in action.choices:
+                return action.choices[command]
     finally:
         argparse.ArgumentParser.parse_known_args = kept  # type: ignore[method-assign]
+    raise LookupError(command)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -26,45 +26,40 @@ FUNCTIONS = {
     "serve": "circuit_tracer.frontend.local_server",
     "load_transcoder_from_hub": "circuit_tracer.utils.hf_utils",
 }
+REPLACEMENT_MODEL = "circuit_tracer.replacement_model"
 METHODS = ("from_pretrained", "from_pretrained_and_transcoders")  # of ReplacementModel
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """From what circuit-tracer has to what stands in for it."""
 
 
-def replace(wraps: Mapping[str, Wrap]) -> Callable[[], None]:
+def replace(wraps: Mapping[str, Wrap]) -> ExitStack:
     """Replace entry points.
 
     Args:
         wraps: by name, of ``FUNCTIONS`` or ``METHODS``.
 
     Returns:
-        What puts all of them back.
+        What puts all of them back when it is closed or left.
     """
-    undo: list[Callable[[], None]] = []
-    for name, wrap in wraps.items():
-        undo.append(_replace_method(name, wrap) if name in METHODS else _replace(name, wrap))
-
-    def put_back() -> None:
-        for one in reversed(undo):
-            one()
-
-    return put_back
-
-
-def _replace(name: str, wrap: Wrap) -> Callable[[], None]:
-    original = entry_point(name)
-    wrapper = wrap(original)
-    _swap(original, wrapper)
-    return lambda: _swap(wrapper, original)
+    with ExitStack() as undo:
+        for name, wrap in wraps.items():
+            original = entry_point(name)
+            wrapper = wrap(original)
+            if name in METHODS:
+                home = import_module(REPLACEMENT_MODEL).ReplacementModel
+                undo.callback(setattr, home, name, vars(home)[name])
+                setattr(home, name, staticmethod(wrapper))
+            else:
+                _swap(original, wrapper)
+                undo.callback(_swap, wrapper, original)
+        return undo.pop_all()
 
 
 def entry_point(name: str) -> Any:
     """circuit-tracer's own function or method of this name, as it stands now."""
     if name in METHODS:
-        from circuit_tracer.replacement_model import ReplacementModel
-
-        return getattr(ReplacementModel, name)
+        return getattr(import_module(REPLACEMENT_MODEL).ReplacementModel, name)
     return getattr(import_module(FUNCTIONS[name]), name)
 
 
@@ -75,15 +70,6 @@ def _swap(old: Any, new: Any) -> None:
         for attribute, value in list(vars(module).items()):
             if value is old:
                 setattr(module, attribute, new)
-
-
-def _replace_method(name: str, wrap: Wrap) -> Callable[[], None]:
-    from circuit_tracer.replacement_model import ReplacementModel
-
-    kept = vars(ReplacementModel)[name]
-    wrapper = wrap(getattr(ReplacementModel, name))
-    setattr(ReplacementModel, name, staticmethod(wrapper))
-    return lambda: setattr(ReplacementModel, name, kept)
 
 
 def with_option(wrapper: Any, original: Callable[..., Any], name: str, default: Any) -> Any:
@@ -111,16 +97,11 @@ def run_command(arguments: list[str]) -> None:
     """The installed circuit-tracer's command line, as it is."""
     from circuit_tracer import __main__ as stock
 
-    with _arguments(arguments), logging_kept():
-        stock.main()
-
-
-@contextmanager
-def _arguments(arguments: list[str]) -> Iterator[None]:
     kept = sys.argv
     sys.argv = ["circuit-tracer", *arguments]
     try:
-        yield
+        with logging_kept():
+            stock.main()
     finally:
         sys.argv = kept
 

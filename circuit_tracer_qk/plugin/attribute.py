@@ -10,11 +10,7 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.residual.attribution import attribute_residual
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
-from circuit_tracer_qk.attribution.transcoder.graph import (
-    TranscoderGraph,
-    check_model,
-    explain_graph,
-)
+from circuit_tracer_qk.attribution.transcoder import graph as transcoder
 from circuit_tracer_qk.host import graph as host
 
 if TYPE_CHECKING:
@@ -44,7 +40,7 @@ def attribute(
 @overload
 def attribute(
     prompt: str | Tensor | list[int], model: Any, **options: Unpack[AttributeOptions]
-) -> TranscoderGraph | host.Graph: ...
+) -> transcoder.TranscoderGraph | host.Graph: ...
 
 
 def attribute(
@@ -100,7 +96,7 @@ def attribute(
     if isinstance(model, ResidualModel) or not hasattr(model, "transcoders"):
         return attribute_residual(prompt, model, **shared)
     if qk:
-        check_model(model)  # before the work
+        transcoder.check_model(model)  # before the work
     # circuit-tracer's backward passes need gradients, whatever the caller's mode
     with torch.inference_mode(False), torch.enable_grad():
         made = host.attribute_transcoders(
@@ -110,4 +106,4 @@ def attribute(
             offload=offload,
             update_interval=update_interval,
         )
-    return explain_graph(made, model) if qk else made
+    return transcoder.explain_graph(made, model) if qk else made

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -32,7 +33,7 @@ from circuit_tracer_qk.plugin.attribute import attribute as attribute_any
 from circuit_tracer_qk.plugin.live import LiveGraphs
 
 _lock = Lock()
-_put_back: Callable[[], None] | None = None
+_put_back: ExitStack | None = None
 _written: WeakValueDictionary[tuple[str, str], ExplainedGraph] = WeakValueDictionary()
 """Graphs in memory by the folder and slug of their files."""
 
@@ -51,14 +52,13 @@ def enable() -> None:
     global _put_back
     with _lock:
         if _put_back is None:
-            _put_back = replace(
-                {
-                    "attribute": _attribute,
-                    "create_graph_files": _create_graph_files,
-                    "serve": _serve,
-                    "from_pretrained": _from_pretrained,
-                }
-            )
+            wraps = {
+                "attribute": _attribute,
+                "create_graph_files": _create_graph_files,
+                "serve": _serve,
+                "from_pretrained": _from_pretrained,
+            }
+            _put_back = replace(wraps)
 
 
 def disable() -> None:
@@ -69,7 +69,7 @@ def disable() -> None:
     global _put_back
     with _lock:
         if _put_back is not None:
-            _put_back()
+            _put_back.close()
             _put_back = None
 
 

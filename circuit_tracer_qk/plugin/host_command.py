@@ -12,21 +12,11 @@ from typing import Any
 import torch
 
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
-from circuit_tracer_qk.attribution.transcoder.graph import (
-    TranscoderGraph,
-    check_model,
-    explain_graph,
-)
+from circuit_tracer_qk.attribution.transcoder import graph as transcoder
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.host.patching import (
-    entry_point,
-    graph_files_arguments,
-    load_local_transcoders,
-    replace,
-    replacement_model,
-)
+from circuit_tracer_qk.host import patching
 from circuit_tracer_qk.model.huggingface import first_line
 from circuit_tracer_qk.model.load import load_transformer
 
@@ -40,7 +30,7 @@ class Run:
         problem: why it could not be explained after it was made.
     """
 
-    graph: TranscoderGraph | None = None
+    graph: transcoder.TranscoderGraph | None = None
     problem: UserError | None = None
 
 
@@ -66,11 +56,11 @@ def explaining(qk: bool, np_model: str | None = None) -> Iterator[Run]:
             given = inspect.signature(original).bind(*args, **options).arguments
             model = given["model"]
             if qk:
-                check_model(model)
+                transcoder.check_model(model)
             graph = original(**given | {"prompt": host.prompt_ids(given["prompt"], model)})
             if qk:
                 try:
-                    run.graph = explain_graph(graph, model)
+                    run.graph = transcoder.explain_graph(graph, model)
                 except UserError as problem:
                     run.problem = problem
             return run.graph or graph
@@ -79,25 +69,21 @@ def explaining(qk: bool, np_model: str | None = None) -> Iterator[Run]:
 
     def create_graph_files(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_graph_files(*args: Any, **options: Any) -> Any:
-            given = graph_files_arguments(original, args, options)
+            given = patching.graph_files_arguments(original, args, options)
             if not isinstance(given["graph_or_path"], ExplainedGraph):
                 return original(*args, **options)
             return export.create_graph_files(given.pop("graph_or_path"), **given, np_model=np_model)
 
         return create_graph_files
 
-    put_back = replace(
-        {
-            "attribute": attribute,
-            "create_graph_files": create_graph_files,
-            "load_transcoder_from_hub": _load_transcoders,
-            "from_pretrained_and_transcoders": _load_replacement_model,
-        }
-    )
-    try:
+    wraps = {
+        "attribute": attribute,
+        "create_graph_files": create_graph_files,
+        "load_transcoder_from_hub": _load_transcoders,
+        "from_pretrained_and_transcoders": _load_replacement_model,
+    }
+    with patching.replace(wraps):
         yield run
-    finally:
-        put_back()
 
 
 def _load_transcoders(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +94,7 @@ def _load_transcoders(original: Callable[..., Any]) -> Callable[..., Any]:
         reference = given.pop("hf_ref")
         try:
             if Path(reference).is_dir():
-                return load_local_transcoders(Path(reference), **given)
+                return patching.load_local_transcoders(Path(reference), **given)
             return original(*args, **options)
         except UserError:
             raise
@@ -130,7 +116,9 @@ def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if Path(name).is_dir() and backend == "transformerlens":
                 taken = {k: given[k] for k in ("dtype", "device") if k in given}
-                return replacement_model(load_transformer(name, **taken), given["transcoders"])
+                return patching.replacement_model(
+                    load_transformer(name, **taken), given["transcoders"]
+                )
             return original(*args, **options)
         except UserError:
             raise
@@ -155,10 +143,10 @@ def load_replacement_model(model: str | None, transcoders: str, dtype: torch.dty
         UserError: either cannot be loaded, or no model is named.
     """
     with explaining(qk=False):
-        loaded, config = entry_point("load_transcoder_from_hub")(transcoders, dtype=dtype)
+        loaded, config = patching.entry_point("load_transcoder_from_hub")(transcoders, dtype=dtype)
         model = model or config.get("model_name")
         if not model:
             raise UserError("-m/--model is missing: the transcoders' config names no model_name.")
-        return entry_point("from_pretrained_and_transcoders")(
+        return patching.entry_point("from_pretrained_and_transcoders")(
             model_name=model, transcoders=loaded, dtype=dtype
         )

@@ -7,8 +7,9 @@ control makes the same edits in other heads of the same layers.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import comb, log, prod
 from random import Random
 from typing import NamedTuple, TypeVar
@@ -16,7 +17,7 @@ from typing import NamedTuple, TypeVar
 from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
-from circuit_tracer_qk.steering.edits import Side
+from circuit_tracer_qk.steering.edits import ResolvedQKEdit, Side
 from circuit_tracer_qk.steering.resolve import (
     Changed,
     HeadSide,
@@ -53,8 +54,7 @@ class _Group(NamedTuple):
     active: bool
 
 
-@dataclass(frozen=True)
-class Controls:
+class Controls(NamedTuple):
     """Interventions to run beside another, and what could not be had.
 
     Attributes:
@@ -81,33 +81,23 @@ def matched(
     """
     if n == 0 or not intervention.heads:
         return Controls([], [], [])
-    features, feature_notes = _other_features(intervention, dictionaries, parts, n, Random(seed))
+    pools = _Pools(intervention, dictionaries, parts)
+    features, feature_notes = _other_features(intervention, pools, n, Random(seed))
     n_heads = parts.run.pattern.shape[1]
     heads, head_notes = _other_heads(intervention, n_heads, n, Random(seed))
     return Controls(features, heads, feature_notes + head_notes)
 
 
 def _other_features(
-    intervention: Intervention,
-    dictionaries: DictionarySet,
-    parts: Decomposition,
-    n: int,
-    random: Random,
+    intervention: Intervention, pools: _Pools, n: int, random: Random
 ) -> tuple[list[Intervention], list[str]]:
-    edited: dict[_Edited, float] = {}  # its activation
-    layers: dict[_Edited, set[int]] = {}
-    for place, feature, change in _feature_changes(intervention):
-        edited[feature] = change.before
-        layers.setdefault(feature, set()).add(place.layer)
+    edited = pools.edited
     if not edited:
         return [], ["no feature is edited, so there are no other features to compare with"]
-    pools = _Pools(dictionaries, parts, edited)
-    groups: dict[_Group, list[_Edited]] = {}
+    groups: dict[_Group, list[_Edited]] = defaultdict(list)
     for feature, before in edited.items():
-        group = _Group(
-            feature.side, frozenset(layers[feature]), feature.position, active=before != 0
-        )
-        groups.setdefault(group, []).append(feature)
+        at = frozenset(pools.layers[feature])
+        groups[_Group(feature.side, at, feature.position, before != 0)].append(feature)
     ranked = {group: pools.ranked(group, features) for group, features in groups.items()}
     notes = []
     covered = sum(min(len(features), len(ranked[group])) for group, features in groups.items())
@@ -131,7 +121,7 @@ def _other_features(
             # the largest stands for the largest, so that activations stay alike
             drawn.sort(key=lambda s: -pools.activation(s, group.position))
             features = sorted(features, key=lambda feature: -edited[feature])
-            chosen |= dict(zip(features, drawn, strict=False))
+            chosen |= zip(features, drawn, strict=False)
         if chosen:
             key = frozenset((f.side, f.position, stand_in) for f, stand_in in chosen.items())
             controls.setdefault(key, _with_features(intervention, chosen, pools))
@@ -170,10 +160,15 @@ class _Pools:
     """Which features may stand in for edited ones."""
 
     def __init__(
-        self, dictionaries: DictionarySet, parts: Decomposition, edited: dict[_Edited, float]
+        self, intervention: Intervention, dictionaries: DictionarySet, parts: Decomposition
     ) -> None:
         self.dictionaries, self.parts = dictionaries.by_checkpoint, parts
-        self.edited, self.active = edited, activations(parts)
+        self.active = activations(parts)
+        self.edited: dict[_Edited, float] = {}  # its activation
+        self.layers: dict[_Edited, set[int]] = defaultdict(set)
+        for place, feature, change in _feature_changes(intervention):
+            self.edited[feature] = change.before
+            self.layers[feature].add(place.layer)
 
     def activation(self, stand_in: StandIn, position: int) -> float:
         return self.active.get((*stand_in, position), 0.0)
@@ -243,25 +238,23 @@ def _with_features(
     first: dict[tuple[Side, int, int], StandIn] = {}
     for feature, stand_in in chosen.items():
         first.setdefault((feature.side, feature.checkpoint, feature.feature), stand_in)
-    held = {
-        place: tuple(
-            replace(edit, components=(stand_in,))
-            for edit in edits
-            for feature in edit.features
-            if (stand_in := first.get((place.side, *feature)))
-        )
-        for place, edits in intervention.held.items()
-    }
-    held = {place: edits for place, edits in held.items() if edits}
-    return replace(intervention, changes=changes, held=held)
+    held: dict[HeadSide, list[ResolvedQKEdit]] = defaultdict(list)
+    for place, edits in intervention.held.items():
+        for edit in edits:
+            for feature in edit.features:
+                if (stand_in := first.get((place.side, *feature))) is not None:
+                    held[place].append(replace(edit, components=(stand_in,)))
+    return replace(
+        intervention, changes=changes, held={place: tuple(edits) for place, edits in held.items()}
+    )
 
 
 def _other_heads(
     intervention: Intervention, n_heads: int, n: int, random: Random
 ) -> tuple[list[Intervention], list[str]]:
-    steered: dict[int, list[int]] = {}
+    steered: dict[int, list[int]] = defaultdict(list)
     for layer, head in intervention.heads:
-        steered.setdefault(layer, []).append(head)
+        steered[layer].append(head)
     others = {
         layer: [h for h in range(n_heads) if h not in heads] for layer, heads in steered.items()
     }
@@ -273,20 +266,20 @@ def _other_heads(
         steered = {layer: heads for layer, heads in steered.items() if others[layer]}
         if not steered:
             return [], notes
-    if any(len(others[layer]) < len(heads) for layer, heads in steered.items()):
+    wanted = {layer: min(len(heads), len(others[layer])) for layer, heads in steered.items()}
+    if any(wanted[layer] < len(heads) for layer, heads in steered.items()):
         notes.append(
             "there are fewer other heads than steered ones in a layer: the head controls take "
             "those there are"
         )
-    count = prod(comb(len(others[k]), min(len(v), len(others[k]))) for k, v in steered.items())
+    count = prod(comb(len(others[layer]), n_wanted) for layer, n_wanted in wanted.items())
     controls: dict[tuple[Head, ...], Intervention] = {}
     for _ in range(TRIES * n):
         stand_ins: dict[Head, Head] = {}
         for layer, heads in steered.items():
-            drawn = random.sample(others[layer], min(len(heads), len(others[layer])))
+            drawn = random.sample(others[layer], wanted[layer])
             stand_ins |= {(layer, a): (layer, b) for a, b in zip(heads, drawn, strict=False)}
-        key = tuple(sorted(stand_ins.values()))
-        controls.setdefault(key, _with_heads(intervention, stand_ins))
+        controls.setdefault(tuple(sorted(stand_ins.values())), _with_heads(intervention, stand_ins))
         if len(controls) == min(n, count):
             break
     if len(controls) < n:

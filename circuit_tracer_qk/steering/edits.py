@@ -9,7 +9,7 @@ to a prompt is for :mod:`circuit_tracer_qk.steering.resolve` to say (paper, "Ind
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Literal, TypeVar
@@ -24,6 +24,7 @@ OTHER_KINDS = ("bias", "error", "embedding", "position")
 ALL = "all"
 
 Amount = TypeVar("Amount")
+T = TypeVar("T")
 
 
 def component_name(checkpoint: int, component: int | str) -> str:
@@ -68,9 +69,8 @@ class ResolvedQKEdit:
 
     def __str__(self) -> str:
         how = f"{self.amount:+g}" if self.injects else f"x {self.amount:g}"
-        return (
-            f"{self.side} of {_heads_at(self.heads, self.positions)}: {', '.join(self.names)} {how}"
-        )
+        heads = _heads_at(self.heads, self.positions)
+        return f"{self.side} of {heads}: {', '.join(self.names)} {how}"
 
 
 @dataclass(frozen=True)
@@ -142,26 +142,23 @@ class QKEdit:
                 "an edit takes either factor= (0 removes a feature) or inject= (an activation to "
                 f"add), and this one has {'neither' if self.factor is None else 'both'}."
             )
-        factor = None if self.factor is None else _number("factor", self.factor)
-        inject = None if self.inject is None else _number("inject", self.inject)
-        if inject is not None:
-            for _, component in components:
-                if isinstance(component, str):
-                    raise UserError(
-                        f"{component!r} cannot be injected, it has no activation: inject= takes "
-                        "features, by their indices or names."
-                    )
-        amount = inject if factor is None else factor
-        assert amount is not None
-        resolved = ResolvedQKEdit(
-            heads, self.side, components, positions, amount, injects=factor is None
-        )
-        if len({c for c, _ in components}) == 1:
-            checkpoint, features = components[0][0], tuple(component for _, component in components)
+        injects = self.factor is None
+        called = "inject" if injects else "factor"
+        amount = _number(called, getattr(self, called))
+        for _, component in components if injects else ():
+            if isinstance(component, str):
+                raise UserError(
+                    f"{component!r} cannot be injected, it has no activation: inject= takes "
+                    "features, by their indices or names."
+                )
+        resolved = ResolvedQKEdit(heads, self.side, components, positions, amount, injects)
+        checkpoints, indices = zip(*components, strict=True)
+        if len(set(checkpoints)) == 1:
+            checkpoint, features = checkpoints[0], indices
         else:
             features = resolved.names
         _set(self, heads=heads, features=features, positions=positions, checkpoint=checkpoint)
-        _set(self, factor=factor, inject=inject, resolved=resolved)
+        _set(self, resolved=resolved, **{called: amount})
 
 
 @dataclass(frozen=True)
@@ -195,10 +192,10 @@ class HeadEdit:
 
 
 Edit = QKEdit | HeadEdit
-ResolvedEdit = ResolvedQKEdit | ResolvedHeadEdit
+Edits = Edit | Iterable[Edit]
 
 
-def listed_edits(edits: Edit | Iterable[Edit]) -> tuple[Edit, ...]:
+def listed_edits(edits: Edits) -> tuple[Edit, ...]:
     """One edit or several as a tuple.
 
     Raises:
@@ -266,41 +263,48 @@ def _plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
+def _several(values: Any, checked: Callable[[Any], T]) -> tuple[T, ...]:
+    """Every one of some values, or the only one, checked, each once; () where there is none."""
+    values = _plain(values)
+    if isinstance(values, str) or hasattr(values, "__index__"):
+        values = [values]
+    try:
+        return tuple(dict.fromkeys(checked(value) for value in values))
+    except TypeError:
+        return ()
+
+
 def _heads(heads: Any) -> tuple[Head, ...]:
     heads = _plain(heads)
-    try:
-        heads = heads if isinstance(heads, str) else list(heads)
-        pair = not isinstance(heads, str) and len(heads) == 2
-        single = isinstance(heads, str) or pair and all(hasattr(h, "__index__") for h in heads)
-        parsed = tuple(dict.fromkeys(parse_head(h) for h in ([heads] if single else heads)))
-    except TypeError:
-        parsed = ()
+    if isinstance(heads, Iterable) and not isinstance(heads, str):
+        heads = list(heads)
+        if len(heads) == 2 and all(hasattr(number, "__index__") for number in heads):
+            heads = [heads]
+    parsed = () if hasattr(heads, "__index__") else _several(heads, parse_head)
     if not parsed:
         raise UserError(f"an edit's heads are {heads!r}: give (layer, head) pairs or 'L4H0'.")
     return parsed
 
 
 def _features(features: Any) -> tuple[int | str, ...]:
-    features = _plain(features)
-    if isinstance(features, str) or hasattr(features, "__index__"):
-        features = [features]
     kinds = (*OTHER_KINDS, ALL)
-    checked: list[int | str] = []
-    try:
-        for feature in features:
-            if not isinstance(feature, str):
-                feature = _whole("feature", feature)
-            elif feature not in kinds and not is_feature_name(feature):
-                raise UserError(
-                    f"{feature!r} is no component: give features by their indices or names, such "
-                    f"as L0/61, or one of {', '.join(kinds)}."
-                )
-            checked.append(feature)
-    except TypeError:
-        checked = []
-    if not checked:
-        raise UserError(f"an edit's features are {features!r}: give at least one index or name.")
-    return tuple(dict.fromkeys(checked))
+
+    def checked(feature: Any) -> int | str:
+        if not isinstance(feature, str):
+            return _whole("feature", feature)
+        if feature not in kinds and not is_feature_name(feature):
+            raise UserError(
+                f"{feature!r} is no component: give features by their indices or names, such "
+                f"as L0/61, or one of {', '.join(kinds)}."
+            )
+        return feature
+
+    parsed = _several(features, checked)
+    if not parsed:
+        raise UserError(
+            f"an edit's features are {_plain(features)!r}: give at least one index or name."
+        )
+    return parsed
 
 
 def _components(
@@ -336,16 +340,10 @@ def _components(
 def _positions(positions: Any) -> tuple[int, ...] | None:
     if positions is None:
         return None
-    positions = _plain(positions)
-    if hasattr(positions, "__index__"):
-        positions = [positions]
-    try:
-        checked = tuple(dict.fromkeys(_whole("position", p) for p in positions))
-    except TypeError:
-        checked = ()
-    if not checked:
+    parsed = _several(positions, lambda position: _whole("position", position))
+    if not parsed:
         raise UserError("an edit's positions are empty: name some, or leave them out for all.")
-    return checked
+    return parsed
 
 
 def _whole(name: str, value: Any) -> int:

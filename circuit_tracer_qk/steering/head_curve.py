@@ -15,7 +15,7 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.head import Head, HeadLike, head_name, parse_head
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.steering.edits import Edit, listed_edits
+from circuit_tracer_qk.steering.edits import Edit, Edits, listed_edits
 from circuit_tracer_qk.steering.options import DEFAULTS, Freeze, Norms, SteeringOptions
 from circuit_tracer_qk.steering.results import HeadCurve
 from circuit_tracer_qk.steering.steer import Session
@@ -24,7 +24,7 @@ from circuit_tracer_qk.steering.steer import Session
 def head_curve(
     model: ResidualModel,
     prompt: str | Tensor | list[int],
-    edits: Edit | Iterable[Edit],
+    edits: Edits,
     heads: Iterable[HeadLike],
     token: str | int,
     *,
@@ -74,24 +74,17 @@ def head_curve(
             )
 
     def curve(order: Sequence[Head], freeze: Freeze) -> list[float]:
-        points = []
-        for n in range(len(order) + 1):
+        points = [clean]
+        for n in range(1, len(order) + 1):
             reached = [e for edit in listed if (e := _within(edit, set(order[:n])))]
-            if not reached:
-                points.append(clean)
-                continue
             run = session.steer(reached, freeze=freeze, norms=norms, controls=0)
             points.append(run.probability(token))
         return points
 
     clean = session.steer(listed, norms=norms, controls=0).clean.probability(token)
     orders = [Random(options.seed + i).sample(ranked, len(ranked)) for i in range(options.controls)]
-    return HeadCurve(
-        ranked,
-        curve(ranked, "none"),
-        curve(ranked, "patterns"),
-        [curve(order, "none") for order in orders],
-    )
+    live, frozen = curve(ranked, "none"), curve(ranked, "patterns")
+    return HeadCurve(ranked, live, frozen, [curve(order, "none") for order in orders])
 
 
 def _within(edit: Edit, heads: set[Head]) -> Edit | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -75,10 +76,11 @@ class _Past:
     live: Tensor | None = None  # unrotated models hand over new keys only
 
 
+@dataclass
 class Steered:
     """Forward passes of one prompt with edits.
 
-    Args:
+    Attributes:
         transformer: the model; its weights and hooks are left as they are.
         dictionaries: whose features are edited.
         parts: the clean run's components.
@@ -87,23 +89,22 @@ class Steered:
             "frozen": denominators inside the edited QK circuits are the clean run's.
     """
 
-    def __init__(
-        self,
-        transformer: HookedTransformer,
-        dictionaries: DictionarySet,
-        parts: Decomposition,
-        heads: Heads,
-        options: SteeringOptions,
-    ) -> None:
-        self.transformer, self.dictionaries = transformer, dictionaries
-        self.parts, self.heads = parts, heads
-        self.frozen_patterns = options.freeze == "patterns"
-        self.frozen_norms = options.norms == "frozen"
-        device = heads.run.residual.device
+    transformer: HookedTransformer
+    dictionaries: DictionarySet
+    parts: Decomposition
+    heads: Heads
+    options: SteeringOptions
+
+    def __post_init__(self) -> None:
+        self.frozen_patterns = self.options.freeze == "patterns"
+        self.frozen_norms = self.options.norms == "frozen"
         # deltas are differences: in float64 where the device has it, whatever the model's dtype
+        device = self.heads.run.residual.device
         self.wide = torch.float64 if device.type != "mps" else torch.float32
-        self.whole = lru_cache(maxsize=8)(lambda layer, side: heads.whole(layer, side, self.wide))
-        self.rotary = heads.blocks[0].cos is not None
+        self.rotary = self.heads.blocks[0].cos is not None
+        self.whole = lru_cache(maxsize=8)(
+            lambda layer, side: self.heads.whole(layer, side, self.wide)
+        )
 
     @torch.no_grad()
     def run(self, intervention: Intervention, watch: Sequence[Head], start: int = 0) -> Pass:
@@ -139,7 +140,7 @@ class Steered:
         Raises:
             UserError: error or bias components without positions, which only a prompt has.
         """
-        for edit in (edit for edits in intervention.held.values() for edit in edits):
+        for edit in chain(*intervention.held.values()):
             for _, component in edit.components:
                 if isinstance(component, str):
                     raise UserError(
@@ -173,9 +174,8 @@ class _Hooks:
         self.watch = set(watch)
         self.patterns: dict[Head, Tensor] = {}
         self.scores: dict[Head, Tensor] = {}
-        self.edited = {
-            (place.layer, place.head) for place in (*intervention.changes, *intervention.held)
-        }
+        places = (*intervention.changes, *intervention.held)
+        self.edited = {(place.layer, place.head) for place in places}
         self.streams: dict[int, Tensor] = {}  # by checkpoint, of the tokens being read
         self.projected: dict[tuple[int, int], Tensor] = {}  # by layer and side
         self.past: dict[int, _Past] = {}
@@ -187,7 +187,7 @@ class _Hooks:
     def all(self) -> list[Hook]:
         hooks: list[Hook] = []
         scored = {layer for layer, _ in self.edited | self.watch}
-        held = (edit for edits in self.intervention.held.values() for edit in edits)
+        held = chain(*self.intervention.held.values())
         read = scored | {checkpoint for edit in held for checkpoint, _ in edit.features}
         for checkpoint in sorted(read):
             name = f"blocks.{checkpoint}.hook_resid_pre"
@@ -268,21 +268,15 @@ class _Hooks:
             moved[rows] = block.live((x + dx)[rows], at[rows], number, side) - base[rows]
             return _Side(base, moved)
         of_prompt = at < run.n_pos
-        base = torch.cat(
-            [
-                self.steered.whole(layer, side)[at[of_prompt], number].to(wide),
-                block.live(x[~of_prompt], at[~of_prompt], number, side),
-            ]
-        )
+        clean = self.steered.whole(layer, side)[at[of_prompt], number].to(wide)
+        base = torch.cat([clean, block.live(x[~of_prompt], at[~of_prompt], number, side)])
         moved = torch.zeros_like(base)
-        for clean in (True, False):
-            edited = rows & (of_prompt == clean)
+        for edited, is_clean in ((rows & of_prompt, True), (rows & ~of_prompt, False)):
             if bool(edited.any()):
-                by = (
-                    self.heads.denominators(layer, at[edited], number, side)
-                    if clean
-                    else block.denominators(x[edited], number, side)
-                )
+                if is_clean:
+                    by = self.heads.denominators(layer, at[edited], number, side)
+                else:
+                    by = block.denominators(x[edited], number, side)
                 normed = block.ln1.at(by.scale.to(wide))(dx[edited])
                 moved[edited] = block.project(normed, at[edited], number, side, by.tau)
         return _Side(base, moved)

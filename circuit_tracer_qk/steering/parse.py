@@ -62,16 +62,11 @@ def parse_edit(text: str, choose: ChooseHeads) -> Edit:
         parts[name] = value
     if "heads" not in parts:
         raise UserError(f"the edit {text!r} names no heads: write parts such as {EXAMPLE}.")
-    document: dict[str, Any] = {name: value for name, value in parts.items() if name == "side"}
-    document["heads"] = _chosen(parts["heads"], choose)
-    for name in ("features", "positions"):
-        if name in parts:
-            document[name] = [_whole_or_text(x) for x in parts[name].split(",") if x]
+    document: dict[str, Any] = parts | {"heads": _chosen(parts["heads"], choose)}
+    for name in {"features", "positions"} & parts.keys():
+        document[name] = [_whole_or_text(x) for x in parts[name].split(",") if x]
     if "checkpoint" in parts:
         document["checkpoint"] = _whole_or_text(parts["checkpoint"])
-    for name in ("factor", "inject"):
-        if name in parts:
-            document[name] = parts[name]
     return read_edit(document, f"the edit {text!r}")
 
 
@@ -88,8 +83,8 @@ def read_edit(document: Any, called: str = "an edit") -> Edit:
     """
     if not isinstance(document, dict):
         raise UserError(f"{called} is no JSON object with heads, side and features.")
-    names = document.get("names")
-    document = {name: value for name, value in document.items() if name != "names"}
+    document = dict(document)
+    names = document.pop("names", None)
     unknown = sorted(set(document) - set(KEYS))
     if unknown:
         raise UserError(f"{called} has the unknown part {unknown[0]}; known are {', '.join(KEYS)}.")
@@ -138,16 +133,10 @@ def _chosen(text: str, choose: ChooseHeads) -> list[Any]:
         if choice is None:
             heads.append(part)
             continue
-        number, query, key = choice.groups()
+        number, *positions = choice.groups()
         share = float(number[:-1]) / 100 if number.endswith("%") else None
-        heads += choose(
-            HeadChoice(
-                None if share is not None else int(number),
-                share,
-                None if query is None else int(query),
-                None if key is None else int(key),
-            )
-        )
+        query, key = (None if text is None else int(text) for text in positions)
+        heads += choose(HeadChoice(int(number) if share is None else None, share, query, key))
     return heads
 
 

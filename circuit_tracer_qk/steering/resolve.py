@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from circuit_tracer_qk.dictionaries.dictionary import like
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.steering.edits import (
     ALL,
-    Edit,
+    Edits,
     ResolvedHeadEdit,
     ResolvedQKEdit,
     Side,
@@ -92,7 +92,7 @@ class Intervention:
 
 
 def resolve(
-    edits: Edit | Iterable[Edit], dictionaries: DictionarySet, parts: Decomposition, zero: slice
+    edits: Edits, dictionaries: DictionarySet, parts: Decomposition, zero: slice
 ) -> Intervention:
     """Read edits on one run.
 
@@ -107,11 +107,11 @@ def resolve(
             feature that is active nowhere there.
     """
     reading = _Reading(dictionaries, parts, zero)
-    for edit in (edit.resolved for edit in listed_edits(edits)):
-        if isinstance(edit, ResolvedQKEdit):
-            reading.add(edit)
+    for edit in listed_edits(edits):
+        if isinstance(edit.resolved, ResolvedQKEdit):
+            reading.add(edit.resolved)
         else:
-            reading.scale(edit)
+            reading.scale(edit.resolved)
     return reading.intervention()
 
 
@@ -123,8 +123,8 @@ class _Reading:
         run = parts.run
         self.n_pos, self.n_layers, self.n_heads = run.n_pos, run.n_layers, run.pattern.shape[1]
         self.active = activations(parts)
-        empty = set(range(self.n_pos)[zero])
-        self.featured = [p for p in range(self.n_pos) if p not in empty]
+        every = range(self.n_pos)
+        self.featured = [p for p in every if p not in every[zero]]
         self.state: dict[tuple[HeadSide, int, int | str, int], float] = {}
         self.outputs: dict[Head, list[float]] = {}
         self.held: dict[HeadSide, list[ResolvedQKEdit]] = {}
@@ -137,13 +137,10 @@ class _Reading:
             if after != before:
                 changed = Changed(checkpoint, component, position, before, after)
                 changes.setdefault(place, []).append(changed)
+        outputs = {h: tuple(fs) for h, fs in self.outputs.items() if any(f != 1 for f in fs)}
         return Intervention(
             {place: tuple(listed) for place, listed in changes.items()},
-            {
-                head: tuple(factors)
-                for head, factors in self.outputs.items()
-                if any(f != 1 for f in factors)
-            },
+            outputs,
             {place: tuple(edits) for place, edits in self.held.items()},
             {head: factor for head, factor in self.held_outputs.items() if factor != 1},
         )
@@ -154,7 +151,7 @@ class _Reading:
             for checkpoint, component in self._components(edit, layer):
                 for p in self._edited_positions(edit, place, checkpoint, component):
                     key = (place, checkpoint, component, p)
-                    self.state[key] = edit.apply(self._value(key))
+                    self.state[key] = edit.apply(self._value(*key))
             if edit.positions is None:
                 self.held.setdefault(place, []).append(edit)
 
@@ -168,12 +165,11 @@ class _Reading:
                 self.held_outputs[head] = self.held_outputs.get(head, 1.0) * edit.factor
 
     def _clean(self, checkpoint: int, component: int | str, position: int) -> float:
-        if isinstance(component, str):
-            return 1.0
-        return self.active.get((checkpoint, component, position), 0.0)
+        is_feature = not isinstance(component, str)
+        return self.active.get((checkpoint, component, position), 0.0) if is_feature else 1.0
 
-    def _value(self, key: tuple[HeadSide, int, int | str, int]) -> float:
-        return self.state[key] if key in self.state else self._clean(*key[1:])
+    def _value(self, place: HeadSide, *component: Any) -> float:
+        return self.state.get((place, *component), self._clean(*component))
 
     def _checked(self, heads: tuple[Head, ...]) -> tuple[Head, ...]:
         for layer, head in heads:
@@ -222,26 +218,25 @@ class _Reading:
 
     def _check_feature(self, checkpoint: int, feature: int, layer: int) -> None:
         by_checkpoint = self.dictionaries.by_checkpoint
+        name = feature_name(checkpoint, feature)
         if checkpoint not in by_checkpoint:
             raise UserError(
-                f"there is no dictionary at checkpoint {checkpoint} "
-                f"({feature_name(checkpoint, feature)}): {self.dictionaries.scan} has them at "
-                f"{', '.join(map(str, sorted(by_checkpoint)))}."
+                f"there is no dictionary at checkpoint {checkpoint} ({name}): "
+                f"{self.dictionaries.scan} has them at {', '.join(map(str, sorted(by_checkpoint)))}."
             )
         dictionary = by_checkpoint[checkpoint]
         if layer not in dictionary.decoders:
             sites = ", ".join(map(str, sorted(dictionary.decoders)))
             raise UserError(
-                f"features of checkpoint {checkpoint} ({feature_name(checkpoint, feature)}) have "
-                f"no decoder vector at checkpoint {layer}, which layer {layer} reads (they have "
-                f"one at {sites}): name heads of such a layer, or features of that checkpoint."
+                f"features of checkpoint {checkpoint} ({name}) have no decoder vector at checkpoint "
+                f"{layer}, which layer {layer} reads (they have one at {sites}): name heads of such a "
+                "layer, or features of that checkpoint."
             )
         width = len(dictionary.b_enc)
         if not 0 <= feature < width:
             raise UserError(
-                f"there is no feature {feature} at checkpoint {checkpoint} "
-                f"({feature_name(checkpoint, feature)}): its dictionary has features 0 to "
-                f"{width - 1}."
+                f"there is no feature {feature} at checkpoint {checkpoint} ({name}): its dictionary "
+                f"has features 0 to {width - 1}."
             )
 
     def _edited_positions(
@@ -253,48 +248,38 @@ class _Reading:
             everywhere = range(self.n_pos) if isinstance(component, str) else self.featured
             return everywhere if named is None else named
         candidates = range(self.n_pos) if named is None else named
-        active = [p for p in candidates if self._value((place, checkpoint, component, p))]
+        active = [p for p in candidates if self._value(place, checkpoint, component, p)]
         # "all" means what is there, so its features need not be at every position named
-        means_all = ALL in edit.names
-        if not active and not means_all and edit.amount != 1:
-            where = "anywhere" if named is None else f"at position {', '.join(map(str, named))}"
-            raise UserError(
-                f"{feature_name(checkpoint, component)} (feature {component} of checkpoint "
-                f"{checkpoint}) is not active {where}, so a factor changes nothing: "
-                f"{self._hint(checkpoint, named)}."
-            )
-        return active
-
-    def _hint(self, checkpoint: int, positions: Sequence[int] | None) -> str:
-        active = {f for c, f, p in self.active if c == checkpoint and p in (positions or ())}
-        if not active:
-            return "give inject= with an activation, or features that are active there"
-        names = ", ".join(feature_name(checkpoint, f) for f in sorted(active)[:12])
-        return f"give inject= with an activation, or one that is active there ({names})"
+        if active or ALL in edit.names or edit.amount == 1:
+            return active
+        where = "anywhere" if named is None else f"at position {', '.join(map(str, named))}"
+        there = {f for c, f, p in self.active if c == checkpoint and p in (named or ())}
+        names = ", ".join(feature_name(checkpoint, f) for f in sorted(there)[:12])
+        others = (
+            f"one that is active there ({names})" if there else "features that are active there"
+        )
+        raise UserError(
+            f"{feature_name(checkpoint, component)} (feature {component} of checkpoint "
+            f"{checkpoint}) is not active {where}, so a factor changes nothing: give inject= with an "
+            f"activation, or {others}."
+        )
 
 
 def changed_vectors(
     changes: Iterable[Changed], layer: int, dictionaries: DictionarySet, parts: Decomposition
 ) -> Tensor:
     """(n_pos, d_model): how the stream that a head's query or key side reads moves."""
-    run = parts.run
-    moved = torch.zeros_like(run.residual[layer])
-    for changed in changes:
-        step = changed.after - changed.before
-        moved[changed.position] += step * like(_vector(changed, layer, dictionaries, parts), moved)
+    moved, checkpoint = torch.zeros_like(parts.run.residual[layer]), parts.at(layer)
+    for c in changes:
+        if isinstance(c.component, str):
+            kind = KINDS.index(c.component)
+            group = next(group for group in checkpoint.groups if group.kind == kind)
+            vectors = checkpoint.of(group, slice(c.position, c.position + 1))
+        else:
+            dictionary = dictionaries.by_checkpoint[c.checkpoint]
+            vectors = dictionary.vectors(layer, torch.tensor([c.component]))
+        moved[c.position] += (c.after - c.before) * like(vectors[0], moved)
     return moved
-
-
-def _vector(
-    changed: Changed, layer: int, dictionaries: DictionarySet, parts: Decomposition
-) -> Tensor:
-    if not isinstance(changed.component, str):
-        dictionary = dictionaries.by_checkpoint[changed.checkpoint]
-        return dictionary.vectors(layer, torch.tensor([changed.component]))[0]
-    checkpoint = parts.at(layer)
-    kind = KINDS.index(changed.component)
-    group = next(group for group in checkpoint.groups if group.kind == kind)
-    return checkpoint.of(group, slice(changed.position, changed.position + 1))[0]
 
 
 def activations(parts: Decomposition) -> dict[tuple[int, int, int], float]:

@@ -21,7 +21,7 @@ from circuit_tracer_qk.steering.options import Freeze, Norms, SteeringOptions
 from circuit_tracer_qk.steering.resolve import Changed
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SteeredRun:
     """One forward pass with an intervention, and what to compare it with.
 
@@ -51,7 +51,7 @@ class SteeredRun:
       controls  2 with other features, 2 with other heads
     """
 
-    edits: tuple[Edit, ...]
+    edits: tuple[Edit, ...] = ()
     changes: dict[tuple[int, int, str], tuple[Changed, ...]]
     outputs: dict[Head, tuple[float, ...]]
     options: SteeringOptions
@@ -59,25 +59,23 @@ class SteeredRun:
     logits: Tensor
     patterns: Mapping[Head, Tensor]
     scores: Mapping[Head, Tensor]
-    controls: tuple[SteeredRun, ...]
-    head_controls: tuple[SteeredRun, ...]
-    notes: tuple[str, ...]
+    controls: tuple[SteeredRun, ...] = ()
+    head_controls: tuple[SteeredRun, ...] = ()
+    notes: tuple[str, ...] = ()
     _clean: SteeredRun | None
     _tokenizer: Any
 
     def __repr__(self) -> str:
         end = "".join(self.token_strings[-4:])
         edits = [str(edit.resolved) for edit in self.edits] or ["nothing, or a control"]
-        return "\n".join(
-            [
-                f"SteeredRun of {len(self.token_strings)} tokens, to {end!r}",
-                *_rows("edited", edits),
-                f"  clean     {_likeliest(self.clean)}",
-                f"  steered   {_likeliest(self)}",
-                f"  controls  {len(self.controls)} with other features, "
-                f"{len(self.head_controls)} with other heads",
-            ]
-        )
+        lines = [
+            f"SteeredRun of {len(self.token_strings)} tokens, to {end!r}",
+            *_rows("edited", edits),
+            f"  clean     {_likeliest(self.clean)}",
+            f"  steered   {_likeliest(self)}",
+            _controls_line(self),
+        ]
+        return "\n".join(lines)
 
     @property
     def freeze(self) -> Freeze:
@@ -132,12 +130,9 @@ class SteeredRun:
             UserError: text that is not one token, or an id out of range.
         """
         i = self.token_id(token)
-        return Effect(
-            self.clean.probability(i),
-            self.probability(i),
-            Spread.of([run.probability(i) for run in self.controls]),
-            Spread.of([run.probability(i) for run in self.head_controls]),
-        )
+        features = Spread.of([run.probability(i) for run in self.controls])
+        heads = Spread.of([run.probability(i) for run in self.head_controls])
+        return Effect(self.clean.probability(i), self.probability(i), features, heads)
 
 
 class HeadMaps(Mapping[Head, Tensor]):
@@ -247,15 +242,13 @@ class Generation(NamedTuple):
     options: SteeringOptions
 
     def __repr__(self) -> str:
-        return "\n".join(
-            [
-                f"Generation of {len(self.steered.tokens)} tokens",
-                f"  clean     {self.clean.text!r}",
-                f"  steered   {self.steered.text!r}",
-                f"  controls  {len(self.controls)} with other features, "
-                f"{len(self.head_controls)} with other heads",
-            ]
-        )
+        lines = [
+            f"Generation of {len(self.steered.tokens)} tokens",
+            f"  clean     {self.clean.text!r}",
+            f"  steered   {self.steered.text!r}",
+            _controls_line(self),
+        ]
+        return "\n".join(lines)
 
 
 class Swept(NamedTuple):
@@ -320,6 +313,11 @@ class HeadCurve(NamedTuple):
 
 def _likeliest(run: SteeredRun) -> str:
     return ", ".join(f"{token!r} {p:.3f}" for token, _, p in run.top(3))
+
+
+def _controls_line(result: SteeredRun | Generation) -> str:
+    features, heads = len(result.controls), len(result.head_controls)
+    return f"  controls  {features} with other features, {heads} with other heads"
 
 
 def _rows(title: str, texts: Sequence[str], most: int = 3) -> list[str]:

@@ -23,7 +23,7 @@ from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.supported import read_blocks
 from circuit_tracer_qk.steering.controls import Controls, matched
-from circuit_tracer_qk.steering.edits import Edit, QKEdit, listed_edits
+from circuit_tracer_qk.steering.edits import Edit, Edits, QKEdit, listed_edits
 from circuit_tracer_qk.steering.hooks import Pass, Steered
 from circuit_tracer_qk.steering.options import DEFAULTS, Freeze, Norms, SteeringOptions
 from circuit_tracer_qk.steering.resolve import Intervention, resolve
@@ -33,7 +33,7 @@ from circuit_tracer_qk.steering.results import Continued, Generation, HeadMaps, 
 def steer(
     model: ResidualModel,
     prompt: str | Tensor | list[int],
-    edits: Edit | Iterable[Edit],
+    edits: Edits,
     *,
     freeze: Freeze = DEFAULTS.freeze,
     norms: Norms = DEFAULTS.norms,
@@ -71,15 +71,14 @@ def steer(
     >>> round(run.clean.probability(" Sally"), 3), round(run.probability(" Sally"), 3)
     (0.998, 0.01)
     """
-    return Session(model, prompt).steer(
-        edits, freeze=freeze, norms=norms, controls=controls, seed=seed, verbose=verbose
-    )
+    options = {"freeze": freeze, "norms": norms, "controls": controls, "seed": seed}
+    return Session(model, prompt).steer(edits, verbose=verbose, **options)
 
 
 def generate(
     model: ResidualModel,
     prompt: str | Tensor | list[int],
-    edits: Edit | Iterable[Edit],
+    edits: Edits,
     max_new_tokens: int = 20,
     *,
     freeze: Freeze = DEFAULTS.freeze,
@@ -115,22 +114,15 @@ def generate(
     >>> ctqk.generate(ctqk.load_model(device="cpu"), prompt, edit, 3, controls=1).clean.text
     ' Sally baked a'
     """
-    return Session(model, prompt).generate(
-        edits,
-        max_new_tokens,
-        freeze=freeze,
-        norms=norms,
-        controls=controls,
-        seed=seed,
-        cached=cached,
-        stop=stop,
-    )
+    options = {"freeze": freeze, "norms": norms, "controls": controls, "seed": seed}
+    session = Session(model, prompt)
+    return session.generate(edits, max_new_tokens, cached=cached, stop=stop, **options)
 
 
 def sweep(
     model: ResidualModel,
     prompt: str | Tensor | list[int],
-    edits: Edit | Iterable[Edit],
+    edits: Edits,
     factors: Iterable[float],
     *,
     freeze: Freeze = DEFAULTS.freeze,
@@ -162,9 +154,8 @@ def sweep(
     >>> [round(effect.after, 3) for effect in swept.effects(" Sally")]
     [0.998, 0.01]
     """
-    return Session(model, prompt).sweep(
-        edits, factors, freeze=freeze, norms=norms, controls=controls, seed=seed, verbose=verbose
-    )
+    options = {"freeze": freeze, "norms": norms, "controls": controls, "seed": seed}
+    return Session(model, prompt).sweep(edits, factors, verbose=verbose, **options)
 
 
 class Session:
@@ -189,7 +180,7 @@ class Session:
     @exactly
     def steer(
         self,
-        edits: Edit | Iterable[Edit],
+        edits: Edits,
         *,
         verbose: bool = False,
         before_run: Callable[[], object] | None = None,
@@ -206,24 +197,19 @@ class Session:
         controls = self._matched(intervention, checked)
         start = min((layer for layer, _ in steered), default=0)
 
-        def run(
-            intervention: Intervention,
-            clean: SteeredRun | None,
-            *,
-            edits: tuple[Edit, ...] = (),
-            controls: tuple[SteeredRun, ...] = (),
-            head_controls: tuple[SteeredRun, ...] = (),
-            notes: tuple[str, ...] = (),
-        ) -> SteeredRun:
+        def run(intervention: Intervention, clean: SteeredRun | None) -> SteeredRun:
             if before_run is not None:
                 before_run()
             forward = engine.run(intervention, sorted(steered.union(intervention.heads)), start)
 
             def again(head: Head) -> Pass:
-                return self._layer_again(engine, intervention, head)
+                (layer, number), n_heads = head, self.parts.run.pattern.shape[1]
+                if layer not in range(self.parts.run.n_layers) or number not in range(n_heads):
+                    raise KeyError(head_name(head))
+                # all heads of its layer, in a pass from the prompt's tokens
+                return engine.run(intervention, [(layer, h) for h in range(n_heads)])
 
             return SteeredRun(
-                edits=edits,
                 changes={(p.layer, p.head, p.side): c for p, c in intervention.changes.items()},
                 outputs=intervention.outputs,
                 options=checked,
@@ -231,22 +217,16 @@ class Session:
                 logits=forward.logits,
                 patterns=HeadMaps("patterns", forward, again),
                 scores=HeadMaps("scores", forward, again),
-                controls=controls,
-                head_controls=head_controls,
-                notes=notes,
                 _clean=clean,
                 _tokenizer=self.model.tokenizer,
             )
 
         clean = run(Intervention(), None)
-        bar = tqdm(
-            [*controls.features, *controls.heads], "controls", disable=not verbose, leave=False
-        )
-        control_runs = tuple(run(control, clean) for control in bar)
-        n = len(controls.features)
-        return run(
-            intervention,
-            clean,
+        every = [*controls.features, *controls.heads]
+        bar = tqdm(every, "controls", disable=not verbose, leave=False)
+        control_runs, n = tuple(run(control, clean) for control in bar), len(controls.features)
+        return replace(
+            run(intervention, clean),
             edits=listed,
             controls=control_runs[:n],
             head_controls=control_runs[n:],
@@ -254,12 +234,7 @@ class Session:
         )
 
     def sweep(
-        self,
-        edits: Edit | Iterable[Edit],
-        factors: Iterable[float],
-        *,
-        verbose: bool = False,
-        **options: Any,
+        self, edits: Edits, factors: Iterable[float], *, verbose: bool = False, **options: Any
     ) -> Swept:
         """As :func:`sweep`, on this prompt."""
         listed, factors = listed_edits(edits), list(factors)
@@ -272,7 +247,7 @@ class Session:
     @exactly
     def generate(
         self,
-        edits: Edit | Iterable[Edit],
+        edits: Edits,
         max_new_tokens: int = 20,
         *,
         cached: bool = True,
@@ -296,16 +271,12 @@ class Session:
             ids = engine.generate(intervention, max_new_tokens, cached, end)[n_pos:].tolist()
             return Continued(ids, self._decode(ids))
 
-        return Generation(
-            continued(intervention),
-            continued(Intervention()),
-            tuple(continued(control) for control in matching.features),
-            tuple(continued(control) for control in matching.heads),
-            tuple(matching.notes),
-            checked,
-        )
+        features = tuple(continued(control) for control in matching.features)
+        heads = tuple(continued(control) for control in matching.heads)
+        steered, clean = continued(intervention), continued(Intervention())
+        return Generation(steered, clean, features, heads, tuple(matching.notes), checked)
 
-    def resolve(self, edits: Edit | Iterable[Edit]) -> Intervention:
+    def resolve(self, edits: Edits) -> Intervention:
         """What edits come to on this prompt.
 
         Raises:
@@ -319,9 +290,8 @@ class Session:
         Raises:
             UserError: more tokens than the context holds.
         """
-        heads = self.heads
+        heads, n_pos, n_ctx = self.heads, self.parts.run.n_pos + more, self.model.cfg.n_ctx
         if more:
-            n_pos, n_ctx = self.parts.run.n_pos + more, self.model.cfg.n_ctx
             if n_pos > n_ctx:
                 raise UserError(
                     f"{more} more tokens make {n_pos}, and the model's context is {n_ctx}: "
@@ -333,14 +303,6 @@ class Session:
     def _matched(self, intervention: Intervention, options: SteeringOptions) -> Controls:
         dictionaries = self.model.dictionaries
         return matched(intervention, dictionaries, self.parts, options.controls, options.seed)
-
-    def _layer_again(self, engine: Steered, intervention: Intervention, head: Head) -> Pass:
-        """The same pass, with all heads of another head's layer watched."""
-        (layer, number), run = head, self.parts.run
-        n_heads = run.pattern.shape[1]
-        if layer not in range(run.n_layers) or number not in range(n_heads):
-            raise KeyError(head_name(head))
-        return engine.run(intervention, [(layer, h) for h in range(n_heads)])
 
 
 def at_factor(edit: Edit, factor: float) -> Edit:

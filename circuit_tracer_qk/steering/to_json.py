@@ -24,19 +24,24 @@ def run_document(
     Raises:
         UserError: a token that is none.
     """
-    ids = [run.token_id(t) for t in tokens] or _leading(run)
+    leading = dict.fromkeys([run.clean.top(1)[0][1], run.top(1)[0][1]])
+    ids = [run.token_id(t) for t in tokens] or list(leading)
     queries = list(queries) or [len(run.token_strings) - 1]
     return {
         "prompt_tokens": run.token_strings,
         **run.options.conditions,
         "edits": [_edit(edit) for edit in run.edits],
-        "changes": _changes(run),
+        "changes": [
+            {"head": head_name((layer, head)), "side": side, **c._asdict(), "name": c.name}
+            for (layer, head, side), changes in run.changes.items()
+            for c in changes
+        ],
         "outputs": [
             {"head": head_name(head), "factors": list(factors)}
             for head, factors in run.outputs.items()
         ],
-        "clean": {"top": _predictions(run.clean, top)},
-        "steered": {"top": _predictions(run, top)},
+        "clean": {"top": run.clean.top(top)},
+        "steered": {"top": run.top(top)},
         "tokens": [
             {
                 "token": run.token_text(i),
@@ -65,36 +70,18 @@ def run_document(
     }
 
 
-def _leading(run: SteeredRun) -> list[int]:
-    return list(dict.fromkeys([run.clean.top(1)[0][1], run.top(1)[0][1]]))
-
-
-def _predictions(run: SteeredRun, n: int) -> list[list[Any]]:
-    return [[token, i, p] for token, i, p in run.top(n)]
-
-
 def _control(control: SteeredRun, ids: Sequence[int]) -> dict[str, Any]:
+    heads = {(layer, head) for layer, head, _ in control.changes} | set(control.outputs)
     changes = [change for changes in control.changes.values() for change in changes]
     edited = {(c.checkpoint, c.component, c.position): c.name for c in changes}
     # errors and biases, which have no index, last
     order = sorted(edited, key=lambda c: (c[0], isinstance(c[1], str), *c[1:]))
     return {
-        "heads": [
-            head_name(h)
-            for h in sorted({(c[0], c[1]) for c in control.changes} | set(control.outputs))
-        ],
+        "heads": [head_name(head) for head in sorted(heads)],
         "features": order,
         "names": [edited[component] for component in order],
         "probabilities": [control.probability(i) for i in ids],
     }
-
-
-def _changes(run: SteeredRun) -> list[dict[str, Any]]:
-    return [
-        {"head": head_name((layer, head)), "side": side, **change._asdict(), "name": change.name}
-        for (layer, head, side), changes in run.changes.items()
-        for change in changes
-    ]
 
 
 def _spread(spread: Spread) -> dict[str, Any] | None:

@@ -130,7 +130,7 @@ def test_peaks_are_those_of_brute_force(
     """Every feature: the k largest peaks, the windows around them, and the count."""
     k = 5
     corpus = Corpus.of(TEXTS, model, CONTEXT, batch)
-    found = collect(model, corpus, [1, 4], k, tmp_path / "part", lambda done: False)
+    found = collect(model, corpus, [1, 4], k, tmp_path / "part")
     for c, peaks in found.items():
         chunks, acts = brute_force(model, c)
         assert [chunk.tolist() for chunk in corpus.chunks] == chunks
@@ -194,7 +194,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options: dict[str, Any] = {"context": CONTEXT, "batch": 2, "examples": 2}
     build_features(model, TEXTS, whole, **options)
-    monkeypatch.setattr(feature_examples, "SAVED_EVERY", -1.0)  # after every batch
+    monkeypatch.setattr(feature_collection, "SAVED_EVERY", -1.0)  # after every batch
     streams, runs = feature_collection.read_streams, []
 
     def counted(*arguments: Any) -> Any:
@@ -239,13 +239,13 @@ from pathlib import Path
 import json, torch
 torch.set_num_threads(1)
 where, folder, saes, model, texts = sys.argv[1:]
-f.SAVED_EVERY = -1.0
+feature_collection.SAVED_EVERY = -1.0
 module, name, at = {"reading": (feature_collection, "read_streams", 5), "writing": (f, "label_of", 700)}[where]
 plain, calls = getattr(module, name), []
 def killed(*args):
     calls.append(1)
     if len(calls) == at:
-        Path(folder, "..features.part.0.tmp").write_bytes(b"torn")
+        Path(folder, "..features.part.0123456789abcdef.tmp").write_bytes(b"torn")
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*args)
 setattr(module, name, killed)
@@ -319,7 +319,7 @@ def test_other_work_is_not_taken_for_this(
     tmp_path: Path, model: ctqk.ResidualModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A work file of other texts or options starts over."""
-    monkeypatch.setattr(feature_examples, "SAVED_EVERY", -1.0)
+    monkeypatch.setattr(feature_collection, "SAVED_EVERY", -1.0)
     monkeypatch.setattr(feature_examples, "feature_records", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_features(model, TEXTS[:3], tmp_path)

@@ -27,7 +27,7 @@ from circuit_tracer_qk.attribution.residual import model as residual_model
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.cli.prompts import engines, worker
 from circuit_tracer_qk.cli.prompts.lines import Request, read_prompts
-from circuit_tracer_qk.cli.prompts.progress import FOLDER
+from circuit_tracer_qk.cli.prompts.progress import FOLDER, Marks
 from circuit_tracer_qk.frontend.saving import Saver
 from circuit_tracer_qk.frontend.server import next_free_port
 from circuit_tracer_qk.graph_files import index as listing
@@ -390,7 +390,7 @@ def test_one_prompt_that_breaks_the_program_is_told_and_the_others_done(
 ):
     real = worker.ResidualMaker.make
 
-    def broken(self: Any, request: Any, args: Any) -> worker.Made:
+    def broken(self: Any, request: Any, args: Any) -> worker.Outcome:
         if request.slug == "bob":
             raise RuntimeError("CUDA out of memory.\nTried to allocate")
         return real(self, request, args)
@@ -582,12 +582,11 @@ def test_processes(tmp_path: Path):
 
 
 def test_a_machine_with_another_folder_of_that_name_is_refused(tmp_path: Path):
-    args = Namespace(graph_file_dir=str(tmp_path), graph_output_path=None, verbose=False)
-    plan = worker.Plan(args, "", str(tmp_path), "the other machine's")
-    requests = [Request(1, "a", "a")]
-    process = engines.in_processes(
-        partial(worker.set_up_worker, plan, "x"), worker.work, requests, 1
-    )
+    marks, requests = Marks(str(tmp_path), None, ""), [Request(1, "a", "a")]
+    marks.prepare(requests)
+    (marks.folder / "id").write_text("the other machine's")
+    set_up = partial(worker.set_up_worker, Namespace(verbose=False), marks, str(tmp_path), "x")
+    process = engines.in_processes(set_up, worker.work, requests, 1)
     with pytest.raises(ctqk.UserError, match="is not the folder that it is here"):
         list(process)
 

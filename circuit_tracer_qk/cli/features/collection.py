@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import write_atomically
+from circuit_tracer_qk.base.files import remove_temporaries, write_atomically
 from circuit_tracer_qk.model.run import alone, contraction_dtype
 
 BEFORE, AFTER = 10, 4
 WINDOW = BEFORE + 1 + AFTER
+SAVED_EVERY = 30.0  # seconds between two writings of the work so far
 
 
 @dataclass
@@ -152,7 +155,6 @@ def collect(
     checkpoints: Sequence[int],
     k: int,
     progress: Path,
-    save_when: Callable[[int], bool],
 ) -> dict[int, Peaks]:
     """checkpoint -> the k strongest windows of each of its features.
 
@@ -162,13 +164,12 @@ def collect(
         checkpoints: which dictionaries.
         k: windows a feature.
         progress: the file in which the work is kept; if it is there and of this work, it goes on.
-        save_when: after how many batches it is written.
     """
     known = model.dictionaries.by_checkpoint
     fingerprint = fingerprint_of(model, corpus, checkpoints, k)
-    for torn in progress.parent.glob(f".{progress.name}.*.tmp"):  # of a run that was killed
-        torn.unlink(missing_ok=True)
+    remove_temporaries(progress.parent, [progress.name])  # of a run that was killed
     peaks_of, done = _resumed(progress, fingerprint)
+    written = time.monotonic()
     for c in checkpoints:
         peaks_of.setdefault(c, Peaks.none(len(known[c].b_enc), k))
     batches = corpus.batches()
@@ -180,8 +181,10 @@ def collect(
             acts = known[c].encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
             peaks_of[c].add(acts * counted[..., None], numbers.start)
         bar.update(1)
-        if i + 1 == len(batches) or save_when(i + 1):  # what follows takes its time too
+        # at the end too: what follows takes its time
+        if i + 1 == len(batches) or time.monotonic() - written > SAVED_EVERY:
             write_atomically(progress, _packed(peaks_of, fingerprint, i + 1))
+            written = time.monotonic()
     bar.close()
     return peaks_of
 
@@ -215,15 +218,8 @@ def fingerprint_of(model: ResidualModel, corpus: Corpus, checkpoints: Sequence[i
     """Differs where the result would: of weights, numbers spread over each of them are read."""
     digest = hashlib.sha256()
     weights = list(model.transformer.parameters())
-    facts: list[Any] = [
-        list(checkpoints),
-        k,
-        corpus.batch,
-        BEFORE,
-        AFTER,
-        str(model.zero_positions),
-    ]
-    facts += [str(model.cfg), str(model.transformer.W_E.device)]
+    facts: list[Any] = [list(checkpoints), k, corpus.batch, BEFORE, AFTER]
+    facts += [str(model.zero_positions), str(model.cfg), str(model.transformer.W_E.device)]
     for c in checkpoints:
         dictionary = model.dictionaries.by_checkpoint[c]
         weights += [value for value in vars(dictionary).values() if isinstance(value, Tensor)]
@@ -258,11 +254,10 @@ def _resumed(path: Path, fingerprint: str) -> tuple[dict[int, Peaks], int]:
             said = file.metadata() or {}
             if said.get("fingerprint") != fingerprint:
                 return {}, 0
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            parts: dict[int, dict[str, Any]] = defaultdict(dict)
+            for name in file.keys():
+                c, _, field = name.partition(".")
+                parts[int(c)][field] = file.get_tensor(name).clone()
     except (SafetensorError, OSError):
         return {}, 0
-    parts: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        c, _, field = name.partition(".")
-        parts.setdefault(int(c), {})[field] = tensor
     return {c: Peaks(**fields) for c, fields in parts.items()}, int(said["done"])

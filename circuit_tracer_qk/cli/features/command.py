@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="describe only these dictionaries (hook_resid_post of layer l is l + 1); with --force "
         "the descriptions of others stay",
     )
-    add("--no-logits", action="store_true", help="leave out promoted and suppressed tokens")
+    add(
+        "--no-logits",
+        dest="logits",
+        action="store_false",
+        help="leave out promoted and suppressed tokens",
+    )
     add("--force", action="store_true", help="replace descriptions that are there")
 
 
@@ -61,10 +66,8 @@ def run(args: argparse.Namespace) -> None:
     """
     checkpoints = _numbers(args.checkpoints)
     texts = read_texts(Path(args.texts).expanduser())
-    if args.max_texts is not None:
-        if args.max_texts < 1:
-            raise UserError(f"--max-texts is {args.max_texts}: it must be at least 1.")
-        texts = texts[: args.max_texts]
+    arguments.check_least(args, "--max-texts")
+    texts = texts[: args.max_texts]
 
     from circuit_tracer_qk.cli.features.examples import build_features, check_sizes, check_target
 
@@ -72,23 +75,15 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         args.output = check_target(args.output, args.force)
     model = load_model(args)
+    names = ("examples", "context", "batch", "logits", "force")
+    options = {name: getattr(args, name) for name in names}
     with silence_stdout():
-        built = build_features(
-            model,
-            texts,
-            args.output,
-            examples=args.examples,
-            context=args.context,
-            batch=args.batch,
-            checkpoints=checkpoints,
-            logits=not args.no_logits,
-            force=args.force,
-        )
+        built = build_features(model, texts, args.output, checkpoints=checkpoints, **options)
     fired = (
         f"{built.n_alive} of {built.n_features} features fired in {built.n_positions} tokens of "
     )
-    fired += f"{len(texts)} texts; features.zip and labels.json written to {built.folder}"
-    show([fired])
+    written = f"{len(texts)} texts; features.zip and labels.json written to {built.folder}"
+    show([fired + written])
 
 
 def _numbers(text: str | None) -> list[int] | None:

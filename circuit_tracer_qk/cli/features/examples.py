@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +37,6 @@ from circuit_tracer_qk.dictionaries.features import (
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import contraction_dtype
 
-SAVED_EVERY = 30.0  # seconds between two writings of the work so far
 LOGITS = 10
 _AT_A_TIME = 512  # features whose windows are held as Python's numbers
 _PIECE = 2**26  # logits held together
@@ -125,29 +123,17 @@ def build_features(
     target = check_target(_target(model.dictionaries, folder), force)
     context = min(context, model.cfg.n_ctx)
     corpus = Corpus.of(texts, model, context, batch)
-    progress, last = target / ".features.part", time.monotonic()
-
-    def save_when(done: int) -> bool:
-        nonlocal last
-        late = time.monotonic() - last > SAVED_EVERY
-        last = time.monotonic() if late else last
-        return late
-
-    peaks_of = collect(model, corpus, every, 2 * examples, progress, save_when)
-    tokenizer = host.decoder(model.tokenizer, model.cfg.d_vocab)
-    decode = cache(lambda token: tokenizer.decode(token))
+    progress = target / ".features.part"
+    peaks_of = collect(model, corpus, every, 2 * examples, progress)
+    decode = cache(host.decoder(model.tokenizer, model.cfg.d_vocab).decode)
     total = sum(len(peaks.count) for peaks in peaks_of.values())
-
-    def described() -> Iterator[tuple[int, dict[str, Any]]]:
-        with tqdm(
-            total=total, desc="Describing features", leave=False, delay=2, disable=None
-        ) as bar:
-            for c, peaks in peaks_of.items():
-                for record in feature_records(model, corpus, c, peaks, examples, decode, logits):
-                    yield c, record
-                    bar.update(1)
-
-    _write(target, model.dictionaries, described(), every)
+    described = (
+        (c, record)
+        for c, peaks in peaks_of.items()
+        for record in feature_records(model, corpus, c, peaks, examples, decode, logits)
+    )
+    bar = tqdm(described, "Describing features", total, leave=False, delay=2, disable=None)
+    _write(target, model.dictionaries, bar, every)
     progress.unlink(missing_ok=True)
     alive = sum(int((peaks.count > 0).sum()) for peaks in peaks_of.values())
     return Built(target, total, alive, corpus.n_positions(model.zero_positions))
@@ -194,7 +180,7 @@ def _target(dictionaries: DictionarySet, folder: str | Path | None) -> Path:
 def _write(
     target: Path,
     dictionaries: DictionarySet,
-    described: Iterator[tuple[int, dict[str, Any]]],
+    described: Iterable[tuple[int, dict[str, Any]]],
     checkpoints: Sequence[int],
 ) -> None:
     """Put ``features.zip`` and ``labels.json`` in their places, whole.
@@ -274,13 +260,12 @@ def feature_records(
         part = slice(start, start + _AT_A_TIME)
         for i, windows in enumerate(_windows(corpus, peaks, part), start):
             shown = _examples(windows, examples, decode)
+            quantile = {"quantile_name": "Top activations", "examples": shown}
             yield {
                 "transcoder_id": model.dictionaries.scan,
                 "index": i,
                 "label": label_of(windows, decode),
-                "examples_quantiles": [{"quantile_name": "Top activations", "examples": shown}]
-                if shown
-                else [],
+                "examples_quantiles": [quantile] if shown else [],
                 "top_logits": [decode(t) for t in tops[i]],
                 "bottom_logits": [decode(t) for t in bottoms[i]],
                 "act_min": 0,
@@ -305,8 +290,7 @@ def _promoted(model: ResidualModel, checkpoint: int) -> tuple[list[list[int]], l
     gain = getattr(transformer.ln_final, "w", None)
     n, d_dict = min(LOGITS, W_U.shape[1]), len(dictionary.b_enc)
     rows = max(1, _PIECE // W_U.shape[1])
-    tops: list[list[int]] = []
-    bottoms: list[list[int]] = []
+    tops, bottoms = [], []
     for start in range(0, d_dict, rows):
         features = torch.arange(start, min(start + rows, d_dict), device="cpu")
         vectors = like(dictionary.vectors(site, features), W_U)
@@ -333,9 +317,8 @@ def _windows(corpus: Corpus, peaks: Peaks, features: slice) -> Iterator[list[Win
             first = max(position - BEFORE, 0)
             ids = corpus.chunks[chunk][first : position + AFTER + 1].tolist()
             skipped = first - (position - BEFORE)  # what lies before the chunk
-            windows.append(
-                Window(value, ids, around[skipped : skipped + len(ids)], position - first)
-            )
+            around = around[skipped : skipped + len(ids)]
+            windows.append(Window(value, ids, around, position - first))
         yield windows
 
 
@@ -366,9 +349,8 @@ def label_of(windows: Sequence[Window], decode: Callable[[int], str]) -> str:
         return ""
     ranked = sorted(share.items(), key=lambda item: (-item[1], item[0]))
     names = [f'"{decode(token)}"' for token, _ in ranked[:3]]
-    if ranked[0][1] >= 0.7 * sum(share.values()):
-        return names[0]
-    return f"many: {', '.join(names)}"
+    clear = ranked[0][1] >= 0.7 * sum(share.values())
+    return names[0] if clear else f"many: {', '.join(names)}"
 
 
 def _rounded(value: float) -> float:

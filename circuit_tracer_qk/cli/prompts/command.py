@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,9 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names
+from circuit_tracer_qk.cli.arguments import check_least
 from circuit_tracer_qk.cli.prompts import engines, worker
-from circuit_tracer_qk.cli.prompts.progress import work_of
-from circuit_tracer_qk.cli.prompts.worker import Outcome, Plan
+from circuit_tracer_qk.cli.prompts.progress import Marks, Outcome, work_of
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 
 if TYPE_CHECKING:
@@ -76,12 +77,13 @@ def wanted(args: argparse.Namespace) -> bool:
             "the following arguments are required: -p/--prompt, or --prompts for a file of them; "
             "see `circuit-tracer-qk attribute --help`"
         )
-    for flag, given in (
-        ("--workers", args.workers is not None),
-        ("--engine", args.engine != "local"),
-        ("--force", args.force),
-    ):
-        if given:
+    given = {
+        "--workers": args.workers is not None,
+        "--engine": args.engine != "local",
+        "--force": args.force,
+    }
+    for flag, is_given in given.items():
+        if is_given:
             raise UserError(
                 f"{flag} is for a file of prompts: give --prompts FILE, or leave it out."
             )
@@ -110,12 +112,9 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.server and pages is None:
         raise UserError("--server needs --graph_file_dir: give it too.")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers is {args.workers}: it must be at least 1.")
-    for name, least in (("max_n_logits", 1), ("max_feature_nodes", 0), ("batch_size", 1)):
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}: it must be at least {least}.")
+    check_least(args, "--workers")
+    for flag, least in (("--max_n_logits", 1), ("--max_feature_nodes", 0), ("--batch_size", 1)):
+        check_least(args, flag, least)
     if args.slug is not None or args.np_model is not None:
         check_names("x" if args.slug is None else args.slug, args.np_model)
     engines.check(args.engine)
@@ -141,27 +140,33 @@ def run(args: argparse.Namespace, program: str) -> UserError | None:
     report = _Report(program, path, len(requests) + len(bad))
     for line, problem in bad:
         report.failed(line, problem)
-    plan = _plan(args)
-    marks = plan.marks()
-    listing = None if marks.pages is None else _Listing(marks.pages)
+    arguments = {k: v for k, v in vars(args).items() if k not in IRRELEVANT}
+    outputs = [Path(p) for p in (args.graph_file_dir, args.graph_output_path) if p]
+    work = work_of(arguments, (args.model, args.dictionaries, args.transcoder_set), outputs)
+    marks = Marks(args.graph_file_dir, args.graph_output_path, work)
+    listing = _Listing(marks.pages)
     left: list[Request] = []
     for request in requests:
         listed = None if args.force else marks.find(request)
         if listed is None:
             left.append(request)
-        elif listing is not None:
+        else:
             listing.repair(listed)
     report.finished = len(requests) - len(left)
     try:
         if left:
-            plan = Plan(plan.args, plan.work, plan.home, marks.prepare(left))
-            _do(plan, left, report, listing)
+            marks.prepare(left)
+            bar = tqdm(total=len(left), desc="Prompts", leave=False, delay=2, disable=None)
+            with bar, closing(_results(args, marks, left, program)) as results:
+                for request, outcome in results:
+                    bar.update()
+                    report.add(request, outcome, marks.pages)
+                    listing.add(outcome.listed)
     except KeyboardInterrupt:
         report.interrupted()
         raise
     finally:
-        if listing is not None:
-            listing.write()
+        listing.write()
     report.end()
     if args.transcoder_set is not None and args.qk and marks.pages is None and report.done:
         print(
@@ -172,43 +177,30 @@ def run(args: argparse.Namespace, program: str) -> UserError | None:
     return report.failure()
 
 
-def _plan(args: argparse.Namespace) -> Plan:
-    arguments = {k: v for k, v in vars(args).items() if k not in IRRELEVANT}
-    outputs = [Path(p) for p in (args.graph_file_dir, args.graph_output_path) if p]
-    refs = (args.model, args.dictionaries, args.transcoder_set)
-    return Plan(args, work_of(arguments, refs, outputs), os.getcwd())
-
-
-def _do(plan: Plan, requests: list[Request], report: _Report, listing: _Listing | None) -> None:
-    """Share out the prompts and keep account of them."""
-    args = plan.args
-    if args.engine == "local" and (args.workers or 1) == 1:
-        results = engines.in_this_process(partial(worker.set_up, plan), worker.work, requests)
+def _results(
+    args: argparse.Namespace, marks: Marks, requests: list[Request], program: str
+) -> Generator[tuple[Request, Outcome], None, None]:
+    """Every prompt with what came of it, as they are done."""
+    set_up = partial(worker.set_up_worker, args, marks, os.getcwd(), program)
+    if args.engine == "ray":
+        results = engines.on_ray(set_up, worker.work, requests, args.workers)
+    elif args.workers in (None, 1):
+        set_up = partial(worker.set_up, args, marks)
+        results = engines.in_this_process(set_up, worker.work, requests)
     else:
-        set_up = partial(worker.set_up_worker, plan, report.program)
-        results = engines.run(args.engine, set_up, worker.work, requests, args.workers)
-    bar = tqdm(total=len(requests), desc="Prompts", leave=False, delay=2, disable=None)
-    with bar, closing(results):
+        results = engines.in_processes(set_up, worker.work, requests, args.workers)
+    with closing(results):
         for request, outcome in results:
-            bar.update()
-            if isinstance(outcome, engines.Lost):
-                outcome = Outcome("", None, outcome.reason, [])
-            for warning in outcome.warnings:
-                report.warned(request, warning)
-            if outcome.listed is not None and listing is not None:
-                listing.add(outcome.listed)
-            if outcome.problem:
-                report.failed(request.line, outcome.problem, request.slug)
-            else:
-                report.did(outcome.said)
+            lost = isinstance(outcome, engines.Lost)
+            yield request, Outcome(problem=outcome.reason) if lost else outcome
 
 
 class _Listing:
     """The list of graphs, written by this process alone, now and then: it names every graph."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known = {g.get("slug"): g for g in read_listing(folder)["graphs"]}
+    def __init__(self, folder: Path | None) -> None:
+        graphs = [] if folder is None else read_listing(folder)["graphs"]
+        self._folder, self._known = folder, {graph.get("slug"): graph for graph in graphs}
         self._new: dict[str, dict[str, Any]] = {}
         self._written = time.monotonic()
 
@@ -217,15 +209,16 @@ class _Listing:
         if listed and self._known.get(listed["slug"]) != listed:
             self._new[listed["slug"]] = listed
 
-    def add(self, listed: dict[str, Any]) -> None:
-        """Name a graph."""
-        self._new[listed["slug"]] = listed
+    def add(self, listed: dict[str, Any] | None) -> None:
+        """Name a graph, if there are graph files."""
+        if listed is not None:
+            self._new[listed["slug"]] = listed
         if time.monotonic() - self._written > LISTED_EVERY:
             self.write()
 
     def write(self) -> None:
         """Name all on the disk."""
-        if self._new:
+        if self._folder is not None and self._new:
             add_to_listing(self._folder, self._new.values())
         self._new, self._written = {}, time.monotonic()
 
@@ -239,24 +232,25 @@ class _Report:
         self._failed: list[int] = []
         self._warned: set[str] = set()
 
-    def did(self, said: str) -> None:
-        """A prompt is done."""
+    def add(self, request: Request, outcome: Outcome, pages: Path | None) -> None:
+        """A prompt is done, or failed."""
+        for warning in outcome.warnings:
+            if warning in self._warned:  # what holds of other prompts too is said once
+                continue
+            self._warned.add(warning)
+            self._say(f"warning: line {request.line} ({request.slug}): {warning}")
+        if outcome.problem:
+            return self.failed(request.line, outcome.problem, f" ({request.slug})")
         self.done += 1
-        tqdm.write(said)
+        files = [f"graph written to {outcome.saved[0]}"] if outcome.saved else []
+        files += [f"graph files written to {pages}/{request.slug}.json"] if outcome.pages else []
+        tqdm.write(", ".join(files))
         sys.stdout.flush()
 
-    def failed(self, line: int, problem: str, slug: str = "") -> None:
+    def failed(self, line: int, problem: str, name: str = "") -> None:
         """A line failed."""
         self._failed.append(line)
-        name = f" ({slug})" if slug else ""
         self._say(f"line {line}{name} failed: {problem}")
-
-    def warned(self, request: Request, warning: str) -> None:
-        """Something about a prompt that was done; what holds of others too is said once."""
-        if warning in self._warned:
-            return
-        self._warned.add(warning)
-        self._say(f"warning: line {request.line} ({request.slug}): {warning}")
 
     def _say(self, text: str) -> None:
         tqdm.write(f"{self.program}: {' '.join(text.split())}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Work shared out: in this process, among processes of this machine, or over a Ray cluster.
 
-Every engine takes the same three things: ``setup``, which makes what a worker keeps; ``work``, which
-does one item with it; and the items. Each item comes back with its result, in the order in which
-they are done. Functions and items must be ones that pickle can name.
+Every engine takes the same three things: ``setup()``, which makes what a worker keeps; ``work``,
+which does one item with it, ``work(state, item)``; and the items. Each item comes back with its
+result, in the order in which they are done. Functions and items must be ones that pickle can name.
 
 A worker that dies takes one item with it, which another one tries again, once. ``UserError`` from
 ``setup`` or ``work`` ends everything.
@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import threading
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -25,9 +24,13 @@ from typing import Any, NamedTuple, TypeVar
 from circuit_tracer_qk.base.errors import UserError
 
 Item = TypeVar("Item")
+Seat = TypeVar("Seat", "_Process", "_Actor")
+Setup = Callable[[], Any]
+Work = Callable[[Any, Any], Any]
 Reply = tuple[str, Any]
 Results = Generator[tuple[Item, Any], None, None]
-"""Every item with its result, as they are done; what is closed early leaves no worker behind."""
+"""Every item with its result, or with :class:`Lost`, as they are done; what is closed early leaves no
+worker behind."""
 
 ENGINES = ("local", "ray")
 DONE, STOP = "done", "stop"
@@ -44,37 +47,7 @@ class Died(Exception):
     """A worker is no more."""
 
 
-def run(
-    engine: str,
-    setup: Callable[[], Any],
-    work: Callable[[Any, Item], Any],
-    items: Sequence[Item],
-    workers: int | None,
-) -> Results[Item]:
-    """Share out work that needs processes of its own.
-
-    Args:
-        engine: one of ``ENGINES``.
-        setup: () -> state.
-        work: (state, item) -> result.
-        items: what to do.
-        workers: how many; None for one on this machine, or what a Ray cluster has room for.
-
-    Yields:
-        Every item with its result, or with :class:`Lost`.
-
-    Raises:
-        UserError: the engine cannot be had, no worker is left, or what setup or work raised.
-    """
-    if engine == "ray":
-        yield from on_ray(setup, work, items, workers)
-    else:
-        yield from in_processes(setup, work, items, workers or 1)
-
-
-def in_this_process(
-    setup: Callable[[], Any], work: Callable[[Any, Item], Any], items: Iterable[Item]
-) -> Results[Item]:
+def in_this_process(setup: Setup, work: Work, items: Iterable[Item]) -> Results[Item]:
     """One item after the other, here."""
     state = setup()
     for item in items:
@@ -82,45 +55,16 @@ def in_this_process(
 
 
 # Seats --------------------------------------------------------------------------------------------
-
-
-class _Seat(ABC):
-    """A place for one worker at a time. It owes a reply from its start on, and after every item."""
-
-    number: int | None = None
-    """Of the item in work."""
-
-    @abstractmethod
-    def start(self) -> None:
-        """Put a new worker here."""
-
-    @abstractmethod
-    def give(self, item: Any) -> None:
-        """Let the worker do an item.
-
-        Raises:
-            Died: it is no more.
-        """
-
-    @abstractmethod
-    def take(self) -> Reply:
-        """The worker's reply, which is there.
-
-        Raises:
-            Died: it is no more.
-        """
-
-    @abstractmethod
-    def leave(self) -> None:
-        """Send the worker, which has nothing to do, away; do not wait for it."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """No worker is here afterwards, whatever it is doing."""
+#
+# A seat is a place for one worker at a time, which owes a reply from its start on, and after every
+# item. ``start()`` puts a new worker there; ``give(item)`` lets it do an item; ``take()`` is its
+# reply, which is there. Both raise Died where the worker is no more. ``leave()`` sends a worker that
+# has nothing to do away, without waiting for it. After ``stop()`` no worker is there, whatever it was
+# doing. ``number`` is that of the item in work.
 
 
 def _share_out(
-    items: Sequence[Item], seats: Sequence[_Seat], replied: Callable[[list[Any]], list[Any]]
+    items: Sequence[Item], seats: Sequence[Seat], replied: Callable[[list[Seat]], list[Seat]]
 ) -> Results[Item]:
     """Give items to seats until all are done.
 
@@ -129,13 +73,13 @@ def _share_out(
         seats: where, not started yet.
         replied: those of some seats that have replied, at least one of them.
     """
-    left, died, taken = deque(range(len(items))), set(), list(seats)
+    left, died, working = deque(range(len(items))), set(), list(seats)
     reason = ""
     try:
-        for seat in taken:
+        for seat in working:
             seat.start()
-        while taken:
-            for seat in replied(taken):
+        while working:
+            for seat in replied(working):
                 done: list[tuple[Item, Any]] = []
                 try:
                     kind, value = seat.take()
@@ -148,21 +92,22 @@ def _share_out(
                         seat.number = left.popleft()
                         seat.give(items[seat.number])
                     else:
-                        taken.remove(seat)
+                        working.remove(seat)
                         seat.leave()
                 except Died as death:
                     reason, number, seat.number = str(death), seat.number, None
                     if number is None:  # before its first item: another one would fare no better
-                        taken.remove(seat)
-                    elif number in died:
+                        working.remove(seat)
+                        continue
+                    if number in died:
                         done.append((items[number], Lost(reason)))
                     else:
                         died.add(number)
                         left.append(number)
-                    if number is not None and left:
+                    if left:
                         seat.start()
-                    elif number is not None:
-                        taken.remove(seat)
+                    else:
+                        working.remove(seat)
                 yield from done
     finally:
         for seat in seats:
@@ -177,12 +122,7 @@ def _share_out(
 # Processes of this machine ------------------------------------------------------------------------
 
 
-def in_processes(
-    setup: Callable[[], Any],
-    work: Callable[[Any, Item], Any],
-    items: Sequence[Item],
-    workers: int,
-) -> Results[Item]:
+def in_processes(setup: Setup, work: Work, items: Sequence[Item], workers: int) -> Results[Item]:
     """Share out among new processes, each with its part of the cores and a GPU if there are some.
 
     None of them outlives this one: where it is killed, they end with the item in work.
@@ -197,10 +137,11 @@ def in_processes(
     yield from _share_out(items, seats, replied)
 
 
-class _Process(_Seat):
+class _Process:
     """A process with a pipe of its own, whose end says that the process on the other side died."""
 
     pipe: Connection
+    number: int | None = None
 
     def __init__(self, *arguments: Any) -> None:
         self._arguments, self._process = arguments, None
@@ -263,13 +204,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(
-    pipe: Connection,
-    setup: Callable[[], Any],
-    work: Callable[[Any, Any], Any],
-    place: int,
-    workers: int,
-) -> None:
+def _serve(pipe: Connection, setup: Setup, work: Work, place: int, workers: int) -> None:
     """A worker's whole life, in its own process."""
     import torch
     from tqdm import tqdm
@@ -332,18 +267,12 @@ def check(engine: str) -> None:
         )
 
 
-def on_ray(
-    setup: Callable[[], Any],
-    work: Callable[[Any, Item], Any],
-    items: Sequence[Item],
-    workers: int | None,
-) -> Results[Item]:
+def on_ray(setup: Setup, work: Work, items: Sequence[Item], workers: int | None) -> Results[Item]:
     """Share out over the machines of a Ray cluster: the one at ``RAY_ADDRESS`` or that ``ray start``
     made here, else one of this machine alone, for the time of the work.
 
     One worker a GPU, or a machine where there are none, unless their number is given.
     """
-    check("ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to its makers
     import logging
 
@@ -385,7 +314,7 @@ def on_ray(
 class _Worker:
     """What lives in an actor's process."""
 
-    def set_up(self, setup: Callable[[], Any], work: Callable[..., Any], share: int) -> Reply:
+    def set_up(self, setup: Setup, work: Work, share: int) -> Reply:
         import torch
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))  # which Ray set to one
@@ -397,10 +326,11 @@ class _Worker:
         return _reply(lambda: self._work(self._state, item))
 
 
-class _Actor(_Seat):
+class _Actor:
     """An actor of Ray's, which may be on any machine."""
 
     reference: Any = None
+    number: int | None = None
 
     def __init__(self, ray: Any, needs: dict[str, Any], *arguments: Any) -> None:
         self._ray, self._needs, self._arguments, self._actor = ray, needs, arguments, None

@@ -93,9 +93,9 @@ def read_prompts(path: Path, prefix: str | None = None) -> tuple[list[Request], 
                 raise UserError(f"the slug {request.slug!r} is line {named[request.slug]}'s")
         except UserError as error:
             bad.append(BadLine(number, str(error).rstrip(".")))
-            continue
-        named[request.slug] = number
-        requests.append(request)
+        else:
+            named[request.slug] = number
+            requests.append(request)
     if not requests and not bad:
         raise UserError(
             f'{path} has no prompts in it: give one JSON object a line, {{"prompt": "..."}}.'

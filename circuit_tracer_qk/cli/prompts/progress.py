@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,25 @@ KINDS = frozenset(".safetensors .json .yaml .yml .npz .pt .pth .bin .model .txt 
 """The files of models and dictionaries, by suffix; features' examples are not asked."""
 
 
+@dataclass
+class Outcome:
+    """What came of one prompt.
+
+    Attributes:
+        pages: its files in the folder of the graph files.
+        saved: its files in the folder of the ``.pt`` files.
+        listed: what the list of graphs should say; None without graph files.
+        problem: why it failed; "" where it did not.
+        warnings: what to know about it.
+    """
+
+    pages: list[Path] = field(default_factory=list)
+    saved: list[Path] = field(default_factory=list)
+    listed: dict[str, Any] | None = None
+    problem: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
 class Marks:
     """The marks of a run's prompts, in a hidden folder beside their files.
 
@@ -40,10 +60,13 @@ class Marks:
         work: of :func:`work_of`.
     """
 
-    def __init__(self, pages: Path | None, saved: Path | None, work: str) -> None:
-        home = pages or saved
-        assert home is not None
-        self.pages, self.saved, self.folder, self._work = pages, saved, home / FOLDER, work
+    def __init__(self, pages: str | None, saved: str | None, work: str) -> None:
+        self.pages = Path(pages) if pages else None
+        self.saved = Path(saved) if saved else None
+        folders = {"pages": self.pages, "saved": self.saved}
+        self._folders = {name: folder for name, folder in folders.items() if folder is not None}
+        self.folder, self._work = Path(pages or saved or "", FOLDER), work
+        self._id = ""
         self._sizes: dict[Path, dict[str, int]] = {}
 
     def _digest(self, request: Request) -> str:
@@ -61,28 +84,17 @@ class Marks:
         """
         self._path(request).unlink(missing_ok=True)
 
-    def write(
-        self,
-        request: Request,
-        pages: Iterable[Path],
-        saved: Iterable[Path],
-        listed: dict[str, Any] | None,
-    ) -> None:
+    def write(self, request: Request, outcome: Outcome) -> None:
         """Mark a prompt as finished.
-
-        Args:
-            request: the prompt.
-            pages, saved: its files in either folder.
-            listed: what the list of graphs says of it.
 
         Raises:
             UserError: the mark cannot be written.
         """
-        mark = {"work": self._digest(request), "listed": listed}
-        for name, folder, files in (("pages", self.pages, pages), ("saved", self.saved, saved)):
-            if folder is not None:
-                sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
-                mark[name] = dict(sorted(sizes.items()))
+        mark = {"work": self._digest(request), "listed": outcome.listed}
+        for name, folder in self._folders.items():
+            files = getattr(outcome, name)
+            sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
+            mark[name] = dict(sorted(sizes.items()))
         if self.pages is not None:
             data = (self.pages / f"{request.slug}.json").read_bytes()
             tail = data[max(0, data.find(b'"nodes":')) :]
@@ -99,15 +111,14 @@ class Marks:
             mark = json.loads(self._path(request).read_bytes())
             if mark["work"] != self._digest(request):
                 return None
-            for folder, files in ((self.pages, mark.get("pages")), (self.saved, mark.get("saved"))):
-                if folder is None:
-                    continue
+            for kind, folder in self._folders.items():
+                files = mark.get(kind)
                 if not files:
                     return None
                 for name, size in files.items():
-                    size_now = self._size(folder / name)
-                    page = folder == self.pages and name == f"{request.slug}.json"
-                    if size_now != size and not (page and _ends_with(folder / name, *mark["tail"])):
+                    page = kind == "pages" and name == f"{request.slug}.json"
+                    whole = self._size(folder / name) == size
+                    if not whole and not (page and _ends_with(folder / name, *mark["tail"])):
                         return None
             return mark["listed"] or {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -125,30 +136,28 @@ class Marks:
             self._sizes[path.parent] = sizes
         return self._sizes[path.parent].get(path.name)
 
-    def prepare(self, requests: Iterable[Request]) -> str:
+    def prepare(self, requests: Iterable[Request]) -> None:
         """Make the folders and remove what killed runs left of prompts that will be done now.
 
-        Returns:
-            The folder's name for itself: another machine that finds it there shares the folder.
+        The folder gets a name for itself: another machine that finds it there shares the folder.
 
         Raises:
             UserError: a folder cannot be made or written to.
         """
-        names = {
-            f"{r.slug}{end}" for r in requests for end in (".json", ".pt", ".pt.qk.safetensors")
-        }
-        for folder in (self.pages, self.saved, self.folder):
-            if folder is not None:
-                remove_temporaries(check_folder(folder), names)
+        ends = (".json", ".pt", ".pt.qk.safetensors")
+        names = {f"{request.slug}{end}" for request in requests for end in ends}
+        for folder in (*self._folders.values(), self.folder):
+            remove_temporaries(check_folder(folder), names)
         path = self.folder / "id"
         if not path.is_file():
             write_atomically(path, secrets.token_hex(16).encode())
-        return path.read_text(encoding="ascii")
+        self._id = path.read_text(encoding="ascii")
+        self._sizes.clear()  # a worker needs none
 
-    def here(self, name: str) -> bool:
-        """Whether this is the folder that :meth:`prepare` named."""
+    def here(self) -> bool:
+        """Whether this machine has the folder that was prepared."""
         with contextlib.suppress(OSError, ValueError):
-            return (self.folder / "id").read_text(encoding="ascii") == name
+            return (self.folder / "id").read_text(encoding="ascii") == self._id
         return False
 
 
@@ -174,12 +183,9 @@ def work_of(arguments: dict[str, Any], refs: Iterable[str | None], outputs: Iter
     """
     places = [path.resolve() for path in outputs]
     facts: list[Any] = [__version__, arguments]
-    try:
+    with contextlib.suppress(PackageNotFoundError):  # a tree that is only on the path
         facts.append(version("circuit-tracer"))
-    except PackageNotFoundError:  # a tree that is only on the path
-        pass
-    for ref in refs:
-        facts.append([ref, _files_of(ref, places) if ref is not None else []])
+    facts += [[ref, [] if ref is None else _files_of(ref, places)] for ref in refs]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -194,7 +200,7 @@ def _files_of(ref: str, outputs: list[Path]) -> list[Any]:
     else:
         return []
     root = root.resolve()
-    stamps = [*_stamps(root, outputs)]
+    stamps = _stamps(root, outputs)
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         model = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))["model_name"]
         if Path(model).is_dir():  # the model that is taken where none is named
