@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import circuit_tracer_qk
-from circuit_tracer_qk.base.files import check_names
+from circuit_tracer_qk.base.files import check_names, companion_of
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.loading import check_graph, explain_saved_graph
 from circuit_tracer_qk.cli.output import show, silence_stdout
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     from circuit_tracer_qk.attribution.residual.store import beside
 
-    residual = beside(path).is_file()  # such a graph brings all that it needs
+    residual = companion_of(path, beside(path)).is_file()  # such a graph brings all that it needs
     graph = circuit_tracer_qk.load_graph(path) if residual else explain_saved_graph(args, path)
     with silence_stdout():
         page = circuit_tracer_qk.create_graph_files(

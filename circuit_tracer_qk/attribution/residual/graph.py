@@ -38,7 +38,7 @@ from circuit_tracer_qk.attribution.residual.store import Record, beside, load_re
 from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
 from circuit_tracer_qk.attribution.text import heads_text, shapes
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import write_together
+from circuit_tracer_qk.base.files import companion_of, write_pair
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
 
@@ -203,7 +203,12 @@ class ResidualGraph(ExplainedGraph):
         stock = io.BytesIO()
         host.save_stock(self, stock)
         record = record_bytes(self.record, _fingerprint(self))
-        write_together({beside(path): record, Path(path): stock.getbuffer()})
+
+        def write(companion: Path) -> memoryview:
+            companion.write_bytes(record)
+            return stock.getbuffer()
+
+        write_pair(Path(path), beside(path), write)
 
     def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
         return ResidualBatches(self.scores).batches(places)
@@ -514,7 +519,7 @@ def load_graph(path: str | Path, device: str | torch.device = "cpu") -> Residual
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
-    record, fingerprint = load_record(beside(path), device)
+    record, fingerprint = load_record(companion_of(path, beside(path)), device)
     try:
         arguments = host.load_stock(path, device)
     except Exception as error:  # a damaged pickle raises nearly anything

@@ -166,8 +166,6 @@ def collect(
     """
     known = model.dictionaries.by_checkpoint
     fingerprint = fingerprint_of(model, corpus, checkpoints, k)
-    for torn in progress.parent.glob(f".{progress.name}.*.tmp"):  # of a run that was killed
-        torn.unlink(missing_ok=True)
     peaks_of, done = _resumed(progress, fingerprint)
     for c in checkpoints:
         peaks_of.setdefault(c, Peaks.none(len(known[c].b_enc), k))

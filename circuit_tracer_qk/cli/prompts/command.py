@@ -154,7 +154,7 @@ def run(args: argparse.Namespace, program: str) -> UserError | None:
     report.finished = len(requests) - len(left)
     try:
         if left:
-            plan = Plan(plan.args, plan.work, plan.home, marks.prepare(left))
+            plan = Plan(plan.args, plan.work, plan.home, marks.prepare())
             _do(plan, left, report, listing)
     except KeyboardInterrupt:
         report.interrupted()

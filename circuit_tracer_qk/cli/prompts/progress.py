@@ -125,8 +125,8 @@ class Marks:
             self._sizes[path.parent] = sizes
         return self._sizes[path.parent].get(path.name)
 
-    def prepare(self, requests: Iterable[Request]) -> str:
-        """Make the folders and remove what killed runs left of prompts that will be done now.
+    def prepare(self) -> str:
+        """Make the folders and remove what killed runs left in them.
 
         Returns:
             The folder's name for itself: another machine that finds it there shares the folder.
@@ -134,12 +134,9 @@ class Marks:
         Raises:
             UserError: a folder cannot be made or written to.
         """
-        names = {
-            f"{r.slug}{end}" for r in requests for end in (".json", ".pt", ".pt.qk.safetensors")
-        }
         for folder in (self.pages, self.saved, self.folder):
             if folder is not None:
-                remove_temporaries(check_folder(folder), names)
+                remove_temporaries(check_folder(folder))
         path = self.folder / "id"
         if not path.is_file():
             write_atomically(path, secrets.token_hex(16).encode())

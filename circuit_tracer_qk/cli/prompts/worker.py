@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import socket
 import sys
 import warnings
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import LISTING, put_in_place, temporary_for
+from circuit_tracer_qk.base.files import LISTING, put_in_place, workplace
 from circuit_tracer_qk.cli.loading import torch_dtype
 from circuit_tracer_qk.cli.output import log_output, silence_stdout
 from circuit_tracer_qk.cli.prompts.progress import Marks
@@ -176,42 +175,45 @@ class TranscoderMaker(Maker):
         pages, saved = self.marks.pages, self.marks.saved
         # written aside: the command lists its graph, and does not write its .pt in one step, in
         # which it notes the file's name
-        page = None if pages is None else temporary_for(pages / f"{request.slug}.json")
-        graph = None if saved is None else temporary_for(saved / f"{request.slug}.pt")
-        args.graph_file_dir = None if page is None else str(page)
-        args.slug = None if page is None else request.slug  # which it takes together
-        args.graph_output_path = None if graph is None else str(graph / f"{request.slug}.pt")
-        flags = flags_of("attribute", args, leave_out=OURS)
         moved: dict[Path, Path] = {}
         made = Made([], [], None)
-        try:
+        with ExitStack() as asides:
+            page, graph = (
+                None if target is None else asides.enter_context(workplace(target)) / "files"
+                for target in (
+                    pages and pages / f"{request.slug}.json",
+                    saved and saved / f"{request.slug}.pt",
+                )
+            )
+            args.graph_file_dir = None if page is None else str(page)
+            args.slug = None if page is None else request.slug  # which it takes together
+            args.graph_output_path = None if graph is None else str(graph / f"{request.slug}.pt")
+            flags = flags_of("attribute", args, leave_out=OURS)
             if graph is not None:
                 graph.mkdir()
-            with explaining(args.qk and page is not None, args.np_model) as run, self._kept():
-                run_command(["attribute", *flags])
+            try:
+                with explaining(args.qk and page is not None, args.np_model) as run, self._kept():
+                    run_command(["attribute", *flags])
+            except SystemExit as error:
+                raise CannotLoad(
+                    "circuit-tracer's own command refuses these flags: try them with -p and one "
+                    "prompt."
+                ) from error
             if graph is not None and saved is not None:
                 moved[graph / f"{request.slug}.pt"] = saved / f"{request.slug}.pt"
                 made = made._replace(saved=list(moved.values()))
             if page is not None and pages is not None:
                 [listed] = json.loads((page / LISTING).read_bytes())["graphs"]
-                files = [
-                    f for f in sorted(page.rglob("[!.]*")) if f.is_file() and f.name != LISTING
-                ]
+                files = [f for f in page.rglob("[!.]*") if f.is_file() and f.name != LISTING]
+                # the graph's file names the others: it comes last
+                files.sort(key=lambda file: (file.parent == page, file))
                 inside = {file: pages / file.relative_to(page) for file in files}
                 made = made._replace(pages=list(inside.values()), listed=listed)
                 moved |= inside
             put_in_place(moved)
-            if pages is not None:
-                kept = [file.relative_to(pages).as_posix() for file in made.pages]
-                remove_others(pages, request.slug, kept)
-        except SystemExit as error:
-            raise CannotLoad(
-                "circuit-tracer's own command refuses these flags: try them with -p and one prompt."
-            ) from error
-        finally:
-            for aside in (page, graph):
-                if aside is not None:
-                    shutil.rmtree(aside, ignore_errors=True)
+        if pages is not None:
+            kept = [file.relative_to(pages).as_posix() for file in made.pages]
+            remove_others(pages, request.slug, kept)
         if run.problem is not None:
             problem = f"these files are circuit-tracer's own, without heads: {run.problem}"
             return made._replace(problem=problem)
