@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 from circuit_tracer_qk.base.errors import UserError
 
@@ -112,7 +112,7 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def _locked(path: Path, mode: str) -> BinaryIO | None:
+def _locked(path: Path, mode: str) -> IO[Any] | None:
     """Open and lock a file until it is closed; None where another process has it, or removes it.
 
     Raises:
