@@ -160,7 +160,7 @@ def write_target(path: str | Path) -> Path:
     """
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     else:
         if stat.S_ISDIR(mode):
