@@ -241,7 +241,7 @@ def test_one_whole_state_is_there_whatever_happens(
     if name in ("attribute", "demo", "augment", "sidecars") and first == "nothing":
         states.append(None)
     for at in places(
-        end.changes[:-1] if end.changes[-1] == "" else end.changes,
+        end.changes,
         bool(request.config.getoption("--all")),
     ):
         start()

@@ -54,8 +54,8 @@ def run(command: Callable[[], int], folder: Path, fault: str = "", at: int = -1)
     with open(reading, "rb") as file:
         said = file.read().decode()
     _, status = os.waitpid(child, 0)
-    changes, _, err = said.partition("\n\n")
-    return End(os.waitstatus_to_exitcode(status), changes.split("\n"), err)
+    changes, _, err = said.partition("\0")
+    return End(os.waitstatus_to_exitcode(status), changes.split(), err)
 
 
 def _child(command: Callable[[], int], folder: Path, fault: str, at: int, writing: int) -> None:
@@ -84,5 +84,5 @@ def _child(command: Callable[[], int], folder: Path, fault: str, at: int, writin
     except BaseException as error:
         err.write(f"{type(error).__name__}: {error}")
     finally:
-        os.write(writing, b"\n" + err.getvalue().encode()[:60_000])
+        os.write(writing, b"\0" + err.getvalue().encode()[:60_000])
         os._exit(status)
