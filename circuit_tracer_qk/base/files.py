@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 from circuit_tracer_qk.base.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be removed: that says the same
+    fcntl = None
 
 LISTING = "graph-metadata.json"
 """The file in which circuit-tracer lists a folder's graphs."""
@@ -20,28 +28,146 @@ LISTING = "graph-metadata.json"
 WAITING = 8
 """How many files' ways to the disk are waited for at once."""
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp")
-_NAME = 100  # characters of a name that its temporary keeps: names have an end
+_NAME = 100  # characters of a name that its workplace keeps: names have an end
+_WORKPLACE = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_STAGED = re.compile(r"[0-9a-f]{64}")
+_LOCK = "lock"
 
 
-def temporary_for(path: Path) -> Path:
-    """A new name beside a file, for what will take its place."""
-    return path.with_name(f".{path.name[:_NAME]}.{secrets.token_hex(8)}.tmp")
+# Workplaces ---------------------------------------------------------------------------------------
 
 
-def remove_temporaries(folder: Path, names: Collection[str]) -> None:
-    """Remove what killed runs left behind of some files of a folder, which nobody writes now."""
-    wanted = {name[:_NAME] for name in names}
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            match = _TEMPORARY.fullmatch(entry.name)
-            if match is None or match["name"] not in wanted:
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
+@contextlib.contextmanager
+def workplace(target: Path, decides: Path | None = None) -> Iterator[Path]:
+    """A new hidden folder beside a target, for what will take its place; removed at the end.
+
+    A process that was killed leaves it behind. The next one that writes to the same folder removes
+    it: a file in it is locked for as long as its process lives.
+
+    Args:
+        target: what will be replaced.
+        decides: the file whose companion it is, if there is one.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    remove_temporaries(target.parent)
+    with contextlib.ExitStack() as stack:
+        lock = None
+        while lock is None:  # only where another process removed it before it was locked
+            folder = target.with_name(f".{target.name[:_NAME]}.{secrets.token_hex(8)}.tmp")
+            folder.mkdir(mode=0o700)
+            stack.callback(_leave, folder, decides)
+            lock = _locked(folder / _LOCK, "xb")
+        stack.enter_context(lock)
+        yield folder
+
+
+def _leave(folder: Path, decides: Path | None) -> None:
+    """Remove a workplace, but for a companion in it whose deciding file is in place."""
+    staged = [path.name for path in _entries(folder) if _STAGED.fullmatch(path.name)]
+    if decides is not None and staged and _digest_of(decides) in staged:
+        return
+    with contextlib.suppress(OSError):
+        _remove(folder)
+
+
+def remove_temporaries(folder: Path, stale: str | None = None) -> None:
+    """Remove what processes that are no more left behind in a folder.
+
+    Args:
+        folder: where they wrote.
+        stale: the name of a companion that has its plain name: others that wait to become it go
+            too. Those that wait for other names stay, they may be needed.
+    """
+    for path in _entries(folder):
+        if _WORKPLACE.fullmatch(path.name) is None or path.is_symlink():
+            continue
+        waits = any(_STAGED.fullmatch(inside.name) for inside in _entries(path))
+        if waits and (stale is None or not _is_workplace_of(path, stale)):
+            continue
+        with contextlib.suppress(OSError):  # not ours to remove, or of a process that lives
+            if not (path / _LOCK).exists():
+                path.rmdir()  # killed before it was locked
+            elif fcntl is None:
+                (path / _LOCK).unlink()
+                _remove(path)
+            elif (lock := _locked(path / _LOCK, "rb+")) is not None:
+                with lock:
+                    _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a workplace, its lock last: without it, it is empty.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for path in _entries(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+    (folder / _LOCK).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _locked(path: Path, mode: str) -> IO[Any] | None:
+    """Open and lock a file until it is closed; None where another process has it, or removes it.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    try:
+        file = open(path, mode)
+    except FileNotFoundError:
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks: written without, and never removed
+        if mode != "xb":
+            file.close()
+            return None
+    if not path.exists():
+        file.close()
+        return None
+    return file
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where that cannot be known."""
+    with contextlib.suppress(OSError):
+        return [folder / name for name in os.listdir(folder)]
+    return []
+
+
+def _is_workplace_of(folder: Path, name: str) -> bool:
+    return folder.name[1:-21] == name[:_NAME]
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def write_target(path: str | Path) -> Path:
+    """The file that writing to a path replaces or makes: what a link leads to, there or not.
+
+    Raises:
+        OSError: it is no regular file, or links lead in a circle.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    else:
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return Path(os.path.realpath(path))
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -54,38 +180,97 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def write_together(files: Mapping[Path, bytes | memoryview]) -> None:
-    """Replace files that belong together: all are on the disk before the first takes its place.
+    """Replace files: all are on the disk before the first takes its place, in their order.
 
-    The bytes go to temporary files beside their targets, to the disk, and then into their places.
+    A file that names others comes after them. Two of which neither names the other are for
+    :func:`write_pair`. Links are followed, a file keeps its mode and where possible its owner.
 
     Raises:
-        UserError: a file cannot be written; names it and the reason, and nothing has changed.
+        UserError: a file cannot be written; names it and the reason, and what has changed.
     """
-    temporaries = {path: temporary_for(path) for path in files}
-    path = next(iter(files))
+    placed, path = 0, next(iter(files))
     try:
-        for path, temporary in temporaries.items():
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "it is a folder")
-            with open(temporary, "xb") as file:
-                file.write(files[path])
-        # many are waited for at once: the disk takes in several together
-        with ThreadPoolExecutor(min(len(files), WAITING)) as pool:
-            waits = [(path, pool.submit(_to_disk, at)) for path, at in temporaries.items()]
-            for path, wait in waits:
-                wait.result()
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+        targets: dict[Path, Path] = {}
+        for path in files:
+            targets[path] = write_target(path)
+        with contextlib.ExitStack() as stack:
+            folders: dict[int, Path] = {}  # a file is only moved within its device
+            temporaries: dict[Path, Path] = {}
+            for number, (path, target) in reversed([*enumerate(targets.items())]):
+                device = target.parent.stat().st_dev
+                if device not in folders:
+                    folders[device] = stack.enter_context(workplace(target))
+                temporaries[path] = folders[device] / str(number)
+            for path, data in files.items():
+                with open(temporaries[path], "xb") as file:
+                    file.write(data)
+            # many are waited for at once: the disk takes in several together
+            with ThreadPoolExecutor(min(len(files), WAITING)) as pool:
+                waits = [(path, pool.submit(_to_disk, temporaries[path])) for path in files]
+                for path, wait in waits:
+                    wait.result()
+            for path, target in targets.items():
+                _replace(temporaries[path], target)
+                placed += 1
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{path} cannot be written ({reason}); what stood there before is unchanged: free "
-            "the disk or choose another folder."
-        ) from error
-    finally:
-        for temporary in temporaries.values():
-            with contextlib.suppress(OSError):  # only there if something failed
-                temporary.unlink()
+        raise _not_written(path, error, placed) from error
+
+
+def write_pair(path: Path, companion: Path, write: Callable[[Path], bytes | memoryview]) -> None:
+    """Replace two files that belong together: at every instant one whole pair can be read.
+
+    The companion waits under the digest of the deciding file's new bytes, in a workplace. When the
+    deciding file takes its place, this one is the companion that :func:`companion_of` finds; then
+    it gets its plain name.
+
+    Args:
+        path: the file that decides.
+        companion: the other one.
+        write: writes the companion to where it is told, and returns the bytes of the deciding file.
+
+    Raises:
+        UserError: a file cannot be written; names it and the reason, and what has changed.
+    """
+    decided, named = False, path
+    try:
+        target = write_target(path)
+        named, plain = companion, write_target(companion)
+        settled = companion_of(path, companion)
+        if settled != companion:
+            os.replace(settled, plain)
+        remove_temporaries(plain.parent, stale=plain.name)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(workplace(plain, decides=target))
+            waiting, new = folder / "0", folder / "1"
+            if target.parent.stat().st_dev != plain.parent.stat().st_dev:
+                new = stack.enter_context(workplace(target)) / "1"
+            data = write(waiting)
+            _to_disk(waiting)
+            _keep_mode(waiting, plain)
+            named = path
+            new.write_bytes(data)
+            _to_disk(new)
+            staged = folder / hashlib.sha256(data).hexdigest()
+            os.replace(waiting, staged)
+            _replace(new, target)
+            decided, named = True, companion
+            os.replace(staged, plain)
+    except OSError as error:
+        raise _not_written(named, error, decided) from error
+
+
+def companion_of(path: str | Path, companion: Path) -> Path:
+    """Where the companion of a deciding file lies: after a kill, not yet under its plain name."""
+    plain = Path(os.path.realpath(companion))
+    staged = [
+        file
+        for folder in _entries(plain.parent)
+        if _WORKPLACE.fullmatch(folder.name) and _is_workplace_of(folder, plain.name)
+        for file in _entries(folder)
+        if _STAGED.fullmatch(file.name)
+    ]
+    digest = _digest_of(Path(path)) if staged else None
+    return next((file for file in staged if file.name == digest), companion)
 
 
 def put_in_place(files: Mapping[Path, Path]) -> None:
@@ -95,26 +280,86 @@ def put_in_place(files: Mapping[Path, Path]) -> None:
         files: temporary file -> what it becomes, on the same file system.
 
     Raises:
-        UserError: a file cannot be written; names it and the reason.
+        UserError: a file cannot be written; names it and the reason, and what has changed.
     """
-    path = next(iter(files.values()))
+    placed, path = 0, next(iter(files.values()))
     try:
+        targets: dict[Path, Path] = {}
         for source, path in files.items():
+            targets[source] = write_target(path)
             _to_disk(source)
         for source, path in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, path)
+            targets[source].parent.mkdir(parents=True, exist_ok=True)
+            _replace(source, targets[source])
+            placed += 1
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{path} cannot be written ({reason}): free the disk or choose another folder."
-        ) from error
+        raise _not_written(path, error, placed) from error
+
+
+def put_folder_in_place(folder: Path, target: Path) -> None:
+    """Move a finished folder to a name that is free: all in it is on the disk before.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _to_disk(path)
+    os.rename(folder, target)
+
+
+def _not_written(path: Path, error: OSError, placed: int) -> UserError:
+    """What to say of a file that cannot be written.
+
+    Args:
+        placed: how many others are in their places already.
+    """
+    before = "what stood there before is unchanged"
+    if placed:
+        before = f"{placed} of the files that go with it are in their places, each of them whole"
+    return UserError(
+        f"{path} cannot be written ({error.strerror or error}); {before}: free the disk or choose "
+        "another folder."
+    )
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Put a file in the place of another."""
+    _keep_mode(temporary, target)
+    os.replace(temporary, target)
+
+
+def _keep_mode(temporary: Path, target: Path) -> None:
+    """Give a file the mode of the one that it replaces, and where possible its owner."""
+    try:
+        old = os.stat(target)
+    except FileNotFoundError:
+        return
+    new = os.stat(temporary)
+    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+        with contextlib.suppress(OSError):
+            os.chown(temporary, old.st_uid, old.st_gid)
+    if old.st_mode != new.st_mode:
+        os.chmod(temporary, stat.S_IMODE(old.st_mode))
 
 
 def _to_disk(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def _digest_of(path: Path) -> str | None:
+    """The SHA-256 of a file; None where it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while data := file.read(1 << 20):
+            digest.update(data)
+        return digest.hexdigest()
+    return None
+
+
+# Names --------------------------------------------------------------------------------------------
 
 
 def check_folder(path: str | Path) -> Path:

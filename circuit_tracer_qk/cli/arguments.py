@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import write_target
 from circuit_tracer_qk.host.cli import DTYPES
 
 PROGRAM = "circuit-tracer-qk"
@@ -167,4 +168,11 @@ def check_file(path: Path, flag: str) -> None:
     """Refuse a file that cannot be written; ``flag`` is the one that names it."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give {flag} the name of a file.")
-    check_writable(path.parent)
+    try:
+        target = write_target(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{path} cannot be written to ({reason}): give {flag} the name of a file."
+        ) from error
+    check_writable(target.parent)

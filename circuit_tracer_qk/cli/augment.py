@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import circuit_tracer_qk
-from circuit_tracer_qk.base.files import check_names
+from circuit_tracer_qk.base.files import check_names, companion_of
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.loading import check_graph, explain_saved_graph, files_options
 from circuit_tracer_qk.cli.output import show, silence_stdout
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
     from circuit_tracer_qk.attribution.residual.store import beside
 
-    residual = beside(path).is_file()  # such a graph brings all that it needs
+    residual = companion_of(path, beside(path)).is_file()  # such a graph brings all that it needs
     if residual:
         graph = circuit_tracer_qk.load_graph(path, trust=args.trust)
     else:

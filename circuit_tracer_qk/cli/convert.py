@@ -7,6 +7,7 @@ from pathlib import Path
 
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import remove_temporaries
 from circuit_tracer_qk.cli.arguments import SET_FORMS
 from circuit_tracer_qk.cli.output import show, silence_stdout
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do it."""
+    remove_temporaries(Path(args.destination).expanduser().parent)
     if Path(args.destination).exists():
         raise UserError(f"{args.destination} exists already: name a new folder.")
 

@@ -11,6 +11,7 @@ from math import isqrt
 from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import companion_of
 
 FEATURE_BYTES = 16 << 20
 """How long one feature's JSON may be."""
@@ -35,6 +36,11 @@ def indexed_feature(index: int) -> tuple[int, int]:
     diagonal = (isqrt(8 * index + 1) - 1) // 2
     feature = index - diagonal * (diagonal + 1) // 2
     return diagonal - feature + 1, feature
+
+
+def archive_of(folder: Path) -> Path:
+    """Where the examples lie that belong to a folder's labels."""
+    return companion_of(folder / "labels.json", folder / "features.zip")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,7 @@ class FeatureExamples:
 
     @cached_property
     def _archive(self) -> zipfile.ZipFile | None:
-        path = self.folder / "features.zip"
+        path = archive_of(self.folder)
         return open_archive(path) if path.is_file() else None
 
 

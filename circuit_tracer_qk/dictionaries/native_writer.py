@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,16 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import put_folder_in_place, workplace
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, WCC, Dictionary
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
+from circuit_tracer_qk.dictionaries.features import archive_of
 
 
 def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
@@ -39,23 +41,23 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
         raise UserError(f"{target} exists already: name a new folder.")
     shift = 1 if dictionaries.hook == RESID_POST else 0
     config = _config(dictionaries, shift)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    layers = sorted(dictionaries.by_checkpoint.items())
+    bar = tqdm(layers, "Writing dictionaries", leave=False, delay=2, disable=None)
     try:
-        part.mkdir(parents=True)
-        layers = sorted(dictionaries.by_checkpoint.items())
-        bar = tqdm(layers, "Writing dictionaries", leave=False, delay=2, disable=None)
-        for checkpoint, dictionary in bar:
-            _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
-        _copy_features(dictionaries, part, shift)
-        (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
-        part.rename(target)
-    except OSError as error:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with workplace(target) as aside:
+            part = aside / "set"
+            part.mkdir()
+            for checkpoint, dictionary in bar:
+                _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
+            _copy_features(dictionaries, part, shift)
+            (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+            put_folder_in_place(part, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{target} cannot be written ({error.strerror or error}): free the disk or choose "
-            "another folder."
+            f"{target} cannot be written ({reason}): free the disk or choose another folder."
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # only there if something failed
     return target
 
 
@@ -113,8 +115,8 @@ def _copy_features(dictionaries: DictionarySet, folder: Path, shift: int) -> Non
     if any(label for names in labels.values() for label in names):
         (folder / "labels.json").write_text(json.dumps(labels), "utf-8")
     source = dictionaries.folder
-    if source is not None and (source / "features.zip").is_file():
-        shutil.copyfile(source / "features.zip", folder / "features.zip")
+    if source is not None and archive_of(source).is_file():
+        shutil.copyfile(archive_of(source), folder / "features.zip")
     if source is not None and (source / "features").is_dir():
         shutil.copytree(source / "features", folder / "features")
 

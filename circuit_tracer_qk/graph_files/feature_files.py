@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
-from circuit_tracer_qk.base.files import check_folder, write_together
+from circuit_tracer_qk.base.files import check_folder, remove_temporaries, write_together
 from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.dictionaries.features import FeatureExamples, feature_index
 from circuit_tracer_qk.host import graph as host
@@ -42,7 +42,7 @@ def write_features(
     Raises:
         UserError: a file that cannot be written; every other is whole.
     """
-    check_folder(folder)
+    remove_temporaries(check_folder(folder))
     written = []
     examples = stored_examples(graph)
     existing = {entry.name for entry in os.scandir(folder)}

@@ -25,6 +25,7 @@ from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
 from circuit_tracer_qk.attribution.residual.store import beside
 from circuit_tracer_qk.attribution.transcoder.graph import check_model, explain_graph
+from circuit_tracer_qk.base.files import companion_of
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host
@@ -103,7 +104,9 @@ def _create_graph_files(original: Callable[..., Any]) -> Callable[..., Any]:
         given = graph_files_arguments(original, args, options)
         graph = given.pop("graph_or_path")
         is_ours = isinstance(graph, ExplainedGraph)
-        if not is_ours and not (isinstance(graph, str | Path) and beside(graph).is_file()):
+        if not is_ours and not (
+            isinstance(graph, str | Path) and companion_of(graph, beside(graph)).is_file()
+        ):
             return original(*args, **options)
         path = export.create_graph_files(graph, **given, qk=qk)
         if is_ours:

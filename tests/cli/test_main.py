@@ -175,6 +175,7 @@ OUT = ("-d", "dictionaries", "-p", "x")
         (("attribute", *OUT, "--slug", "a", "--graph_file_dir", "g", "--np-model", "a/b"), "'a/b'"),
         (("attribute", *OUT, "-o", "."), "is a folder"),
         (("attribute", *OUT, "-o", "file/graph.pt"), "file cannot be written to (Not a directory)"),
+        (("attribute", *OUT, "-o", "/dev/null"), "/dev/null cannot be written to (it is no regular file)"),
         (("attribute", *OUT, "--slug", "a", "--graph_file_dir", "file/g"), "file/g cannot be written to"),
         (("attribute", *OUT, "-o", "g.pt", "--node_threshold", "2"), "--node_threshold is 2.0"),
         (("attribute", *OUT, "-o", "g.pt", "--dtype", "int8"), "invalid choice: 'int8'"),

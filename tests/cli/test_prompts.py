@@ -24,6 +24,7 @@ from tiny_transcoders import make_set
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.residual import model as residual_model
+from circuit_tracer_qk.base.files import workplace
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.cli.prompts import engines, worker
 from circuit_tracer_qk.cli.prompts.lines import Request, read_prompts
@@ -348,18 +349,16 @@ def test_what_the_page_saved_stays(run: Run, again: Again):
 
 
 def test_what_killed_runs_left_is_removed(again: Again):
-    left = [
-        again.pages / ".sally.json.0123456789abcdef.tmp",
-        again.saved / ".sally.pt.qk.safetensors.0123456789abcdef.tmp",
-        again.pages / FOLDER / ".sally.json.0123456789abcdef.tmp",
-    ]
-    kept = again.pages / ".other.json.0123456789abcdef.tmp"
-    for path in (*left, kept):
-        path.write_text("half")
-    (again.saved / ".sally.pt.0123456789abcdef.tmp").mkdir()
+    folders = (again.pages, again.saved, again.pages / FOLDER)
+    for folder in folders:
+        left = folder / ".sally.json.0123456789abcdef.tmp"
+        left.mkdir()
+        for name in ("lock", "0"):
+            (left / name).write_text("half")
     (again.pages / FOLDER / "sally.json").unlink()
-    assert again.redone() == ["sally"]
-    assert [p for p in again.pages.parent.rglob("*.tmp")] == [kept]
+    with workplace(again.pages / "other.json") as kept:
+        assert again.redone() == ["sally"]
+        assert [p for p in again.pages.parent.rglob("*.tmp")] == [kept]
 
 
 def test_bad_lines_do_not_stop_the_others(run: Run, tmp_path: Path, loads: list[Any]):

@@ -36,7 +36,7 @@ from circuit_tracer_qk.attribution.residual.store import Record, beside, load_re
 from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
 from circuit_tracer_qk.attribution.text import heads_text, shapes
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import write_together
+from circuit_tracer_qk.base.files import companion_of, write_pair
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
 
@@ -197,7 +197,12 @@ class ResidualGraph(ExplainedGraph):
         stock = io.BytesIO()
         host.save_stock(self, stock)
         record = record_bytes(self.record, host.graph_digest(self))
-        write_together({beside(path): record, Path(path): stock.getbuffer()})
+
+        def write(companion: Path) -> memoryview:
+            companion.write_bytes(record)
+            return stock.getbuffer()
+
+        write_pair(Path(path), beside(path), write)
 
     def batches(self, places: Iterable[Place]) -> Iterator[Batch]:
         return ResidualBatches(self.scores).batches(places)
@@ -380,7 +385,7 @@ def load_graph(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
-    record, facts = load_record(beside(path), device)
+    record, facts = load_record(companion_of(path, beside(path)), device)
     graph = ResidualGraph(record, **host.load_stock(path, device, trust))
     if facts.checked:
         same = host.graph_digest(graph) == facts.graph

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import remove_temporaries, write_atomically
+from circuit_tracer_qk.base.files import write_atomically
 from circuit_tracer_qk.model.run import alone, contraction_dtype
 
 BEFORE, AFTER = 10, 4
@@ -167,7 +167,6 @@ def collect(
     """
     known = model.dictionaries.by_checkpoint
     fingerprint = fingerprint_of(model, corpus, checkpoints, k)
-    remove_temporaries(progress.parent, [progress.name])  # of a run that was killed
     peaks_of, done = _resumed(progress, fingerprint)
     written = time.monotonic()
     for c in checkpoints:

@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -22,7 +20,7 @@ from tqdm import tqdm
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import check_folder, write_atomically
+from circuit_tracer_qk.base.files import check_folder, write_pair
 from circuit_tracer_qk.cli.features.collection import AFTER, BEFORE, Corpus, Peaks, collect
 from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries.dictionary import like
@@ -192,9 +190,10 @@ def _write(
     Raises:
         UserError: they cannot be written, or what is there cannot be read.
     """
-    archive, part = target / "features.zip", target / ".features.zip.part"
+    archive = target / "features.zip"
     labels = _other_labels(target / "labels.json", dictionaries, checkpoints)
-    try:
+
+    def write(part: Path) -> bytes:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as out:
             if archive.exists():
                 with open_archive(archive) as old:
@@ -210,21 +209,10 @@ def _write(
                 if index is not None:
                     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
                     out.writestr(_entry(f"{index}.json"), text)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
         ordered = dict(sorted(labels.items(), key=lambda item: (len(item[0]), item[0])))
-        named = json.dumps(ordered, ensure_ascii=False, indent=0) + "\n"
-        write_atomically(target / "labels.json", named.encode())
-        os.replace(part, archive)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{archive} cannot be written ({reason}): free the disk or choose another folder; "
-            "what was read of the corpus is kept."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # only there if something failed
-            part.unlink()
+        return (json.dumps(ordered, ensure_ascii=False, indent=0) + "\n").encode()
+
+    write_pair(target / "labels.json", archive, write)
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

@@ -155,7 +155,7 @@ def run(args: argparse.Namespace, program: str) -> UserError | None:
     report.finished = len(requests) - len(left)
     try:
         if left:
-            marks.prepare(left)
+            marks.prepare()
             bar = tqdm(total=len(left), desc="Prompts", leave=False, delay=2, disable=None)
             with bar, closing(_results(args, marks, left, program)) as results:
                 for request, outcome in results:

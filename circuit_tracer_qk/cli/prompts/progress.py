@@ -136,18 +136,16 @@ class Marks:
             self._sizes[path.parent] = sizes
         return self._sizes[path.parent].get(path.name)
 
-    def prepare(self, requests: Iterable[Request]) -> None:
-        """Make the folders and remove what killed runs left of prompts that will be done now.
+    def prepare(self) -> None:
+        """Make the folders and remove what killed runs left in them.
 
         The folder gets a name for itself: another machine that finds it there shares the folder.
 
         Raises:
             UserError: a folder cannot be made or written to.
         """
-        ends = (".json", ".pt", ".pt.qk.safetensors")
-        names = {f"{request.slug}{end}" for request in requests for end in ends}
         for folder in (*self._folders.values(), self.folder):
-            remove_temporaries(check_folder(folder), names)
+            remove_temporaries(check_folder(folder))
         path = self.folder / "id"
         if not path.is_file():
             write_atomically(path, secrets.token_hex(16).encode())

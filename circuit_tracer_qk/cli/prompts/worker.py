@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import socket
 import sys
 import warnings
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import LISTING, put_in_place, temporary_for
+from circuit_tracer_qk.base.files import LISTING, put_in_place, workplace
 from circuit_tracer_qk.cli.loading import attribute_prompt, files_options, torch_dtype
 from circuit_tracer_qk.cli.output import log_output, silence_stdout
 from circuit_tracer_qk.cli.prompts.progress import Marks, Outcome
@@ -103,39 +102,40 @@ class TranscoderMaker(Maker):
         pages, saved, name = self.marks.pages, self.marks.saved, f"{request.slug}.pt"
         # written aside: the command lists its graph, and does not write its .pt in one step, in
         # which it notes the file's name
-        page = pages and temporary_for(pages / f"{request.slug}.json")
-        graph = saved and temporary_for(saved / name)
-        args.graph_file_dir, args.slug = page and str(page), page and request.slug  # taken together
-        args.graph_output_path = graph and str(graph / name)
-        flags = flags_of("attribute", args, leave_out=OURS)
         moved: dict[Path, Path] = {}
         outcome = Outcome()
-        try:
+        with ExitStack() as asides:
+            page, graph = (
+                target and asides.enter_context(workplace(target)) / "files"
+                for target in (pages and pages / f"{request.slug}.json", saved and saved / name)
+            )
+            args.graph_file_dir, args.slug = page and str(page), page and request.slug  # together
+            args.graph_output_path = graph and str(graph / name)
+            flags = flags_of("attribute", args, leave_out=OURS)
             if graph is not None:
                 graph.mkdir()
-            with explaining(args.qk and page is not None, args.np_model) as run, self._kept():
-                run_command(["attribute", *flags])
+            try:
+                with explaining(args.qk and page is not None, args.np_model) as run, self._kept():
+                    run_command(["attribute", *flags])
+            except SystemExit as error:
+                raise CannotLoad(
+                    "circuit-tracer's own command refuses these flags: try them with -p and one "
+                    "prompt."
+                ) from error
             if graph and saved:
                 outcome.saved = [saved / name]
                 moved[graph / name] = saved / name
             if page and pages:
                 [outcome.listed] = json.loads((page / LISTING).read_bytes())["graphs"]
-                files = [
-                    f for f in sorted(page.rglob("[!.]*")) if f.is_file() and f.name != LISTING
-                ]
+                files = [f for f in page.rglob("[!.]*") if f.is_file() and f.name != LISTING]
+                # the graph's file names the others: it comes last
+                files.sort(key=lambda file: (file.parent == page, file))
                 outcome.pages = [pages / file.relative_to(page) for file in files]
                 moved |= zip(files, outcome.pages, strict=True)
             put_in_place(moved)
-            if pages is not None:
-                kept = [file.relative_to(pages).as_posix() for file in outcome.pages]
-                remove_others(pages, request.slug, kept)
-        except SystemExit as error:
-            raise CannotLoad(
-                "circuit-tracer's own command refuses these flags: try them with -p and one prompt."
-            ) from error
-        finally:
-            for aside in filter(None, (page, graph)):
-                shutil.rmtree(aside, ignore_errors=True)
+        if pages is not None:
+            kept = [file.relative_to(pages).as_posix() for file in outcome.pages]
+            remove_others(pages, request.slug, kept)
         if run.problem is not None:
             outcome.problem = f"these files are circuit-tracer's own, without heads: {run.problem}"
         return outcome
