@@ -44,7 +44,8 @@ class Component(NamedTuple):
     def __repr__(self) -> str:
         parts = [self.name, f"@{self.position}"]
         if self.label not in ("", self.kind):
-            parts.append(f'"{one_line(self.label, LABEL_WIDTH)}"')
+            blank = " " if self.label.startswith(" ") else ""  # a part of a token
+            parts.append(f'"{blank}{one_line(self.label, LABEL_WIDTH)}"')
         if self.activation is not None:
             parts.append(f"{self.activation:.4g}")
         return f"Component({' '.join(parts)})"

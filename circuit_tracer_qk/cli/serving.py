@@ -72,10 +72,8 @@ def serve(
     )
     try:
         if is_public(args.host):
-            port = server.url.rpartition(":")[2]  # of --port 0
-            warning = (
-                f"everyone who reaches port {port} of this machine can read and save the graphs"
-            )
+            at = server.url.rpartition(":")[2]  # of --port 0
+            warning = f"everyone who reaches port {at} of this machine can read and save the graphs"
             print(f"warning: {warning}", file=sys.stderr)
         show([f"open {server.url}{page}   (Ctrl+C ends)"])
         while True:

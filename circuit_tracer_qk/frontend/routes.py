@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from circuit_tracer_qk.base.errors import UserError
@@ -16,6 +17,7 @@ from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.frontend.answers import Refusal, not_found
 from circuit_tracer_qk.frontend.page import INDEX, Page
+from circuit_tracer_qk.frontend.saving import digest_of
 from circuit_tracer_qk.frontend.static import ASSET_KINDS, Content, Folder, made
 from circuit_tracer_qk.frontend.turns import IsGone, Turns
 
@@ -192,8 +194,10 @@ class Site:
     def _in_memory(self, slug: str, query: str) -> tuple[Live, str]:
         """The graphs in memory, and a query without the digest of the graph that it is about.
 
+        A query without a digest is about the graph that the file on disk holds.
+
         Raises:
-            Refusal: no graph of this name is in memory, or another one is than the query says.
+            Refusal: no graph of this name is in memory, or another one than asked about.
         """
         if self.live is None or slug not in self.live.digests:
             raise Refusal(
@@ -201,14 +205,21 @@ class Site:
             )
         fields = query.split("&")
         asked = [field.removeprefix("digest=") for field in fields if field.startswith("digest=")]
-        if asked != [self.live.digests[slug]]:
+        if (asked or [self._written_digest(slug)]) != [self.live.digests[slug]]:
             raise Refusal(
                 HTTPStatus.CONFLICT,
-                f"the graph {slug} in this server's memory is another one than the request is "
-                "about, or the request does not say which one it is about (digest=): reload the "
-                "page to see what was written to the graph's file.",
+                f"the graph {slug} in this server's memory is another one than the request or the "
+                "file on disk is about: reload the page to see what was written to the file.",
             )
         return self.live, "&".join(field for field in fields if not field.startswith("digest="))
+
+    def _written_digest(self, slug: str) -> Any:
+        """Which graph the file on disk is of; None where it does not say."""
+        data = self.data.find([f"{slug}.json"]).read()
+        try:
+            return digest_of(json.loads(data))
+        except (ValueError, RecursionError):
+            return None
 
     def _examples(self, scan: str, name: str) -> Content:
         """Examples of a feature without a file."""

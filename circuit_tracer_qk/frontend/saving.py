@@ -109,7 +109,7 @@ def _with_parameters(data: bytes, saved: _Saved) -> bytes:
     try:
         document = _parsed(data)
         if isinstance(document, dict):
-            if saved.digest not in (ANY, _digest(document)):
+            if saved.digest not in (ANY, digest_of(document)):
                 raise Refusal(
                     HTTPStatus.CONFLICT,
                     "not saved: the graph's file was replaced by another graph since the page "
@@ -127,7 +127,7 @@ def _with_parameters(data: bytes, saved: _Saved) -> bytes:
     )
 
 
-def _digest(document: dict[str, Any]) -> Any:
+def digest_of(document: Any) -> Any:
     """Which graph a file is of; None where it does not say."""
     try:
         return document["metadata"]["info"]["digest"]

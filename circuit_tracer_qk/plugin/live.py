@@ -73,9 +73,13 @@ class LiveGraphs:
         """The graphs that can be asked."""
         return tuple(self._graphs)
 
-    @cached_property
+    @property
     def digests(self) -> dict[str, str]:
         """slug -> which graph it is, as its file says in ``metadata.info.digest``."""
+        return self._digests
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
         return {slug: host.graph_digest(graph) for slug, graph in self._graphs.items()}
 
     @property

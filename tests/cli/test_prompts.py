@@ -582,7 +582,7 @@ def test_processes(tmp_path: Path):
 
 def test_a_machine_with_another_folder_of_that_name_is_refused(tmp_path: Path):
     marks, requests = Marks(str(tmp_path), None, ""), [Request(1, "a", "a")]
-    marks.prepare(requests)
+    marks.prepare()
     (marks.folder / "id").write_text("the other machine's")
     set_up = partial(worker.set_up_worker, Namespace(verbose=False), marks, str(tmp_path), "x")
     process = engines.in_processes(set_up, worker.work, requests, 1)

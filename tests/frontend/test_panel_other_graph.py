@@ -32,7 +32,7 @@ def model() -> ctqk.ResidualModel:
 
 
 @pytest.fixture(scope="module")
-def graph(model) -> ctqk.ResidualGraph:
+def graph(model: ctqk.ResidualModel) -> ctqk.ResidualGraph:
     return ctqk.attribute(PROMPT, model)
 
 
@@ -86,7 +86,9 @@ def test_demo_of_another_prompt_into_the_same_folder(watch: Watch, demo_x, capsy
     assert ask(running, f"/qk/table/{SLUG}?digest={before}&{table}").status == 200
     demo(served.folder, OTHER_PROMPT)
     document = written(served)
-    answer = ask(running, f"/qk/table/{SLUG}?digest={document['qk']['digest']}&{table}")
+    answer = ask(
+        running, f"/qk/table/{SLUG}?digest={document['metadata']['info']['digest']}&{table}"
+    )
     assert answer.status == 409 and "another one" in answer.json["error"]
     page = watch.page
     asked: list[str] = []

@@ -285,6 +285,14 @@ def test_a_request_about_another_graph_of_this_name_is_refused(site, given):
         assert answer.status == 409 and "memory is another one" in answer.json["error"]
 
 
+def test_without_a_digest_the_file_on_disk_says_what_is_asked_about(site, data_dir):
+    table = "/qk/table/sally?layer=1&head=2&query=9&key=4"
+    path = data_dir / "sally.json"
+    for digest, status in (DIGEST, 200), (OTHER_DIGEST, 409):
+        path.write_text(json.dumps(GRAPH | {"metadata": {"info": {"digest": digest}}}))
+        assert ask(site, table).status == status
+
+
 def test_live_examples_stand_in_for_files(site, start):
     assert ask(site, "/graph_data/scan/7.json").json == {"index": 7}
     assert ask(site, "/graph_data/scan/12.json").json == {"scan": "scan", "index": 12}
@@ -631,9 +639,10 @@ def test_save_takes_what_the_page_sends(site, data_dir):
 def test_a_file_of_another_graph_is_not_saved_into(site, data_dir, digest):
     """The page shows one graph, and its file holds another one by now."""
     path = data_dir / "sally.json"
-    path.write_text(json.dumps(GRAPH | ({} if digest is None else {"qk": {"digest": digest}})))
+    info = {} if digest is None else {"info": {"digest": digest}}
+    path.write_text(json.dumps(GRAPH | {"metadata": info}))
     before = path.read_bytes()
-    others = [{"digest": OTHER_DIGEST}, {"digest": [1]}, {} if digest else {"digest": DIGEST}]
+    others = [{"digest": OTHER_DIGEST}, {"digest": [1]}, {"digest": None if digest else DIGEST}]
     for other in others:
         answer = save(site, NEW, more=other)
         assert answer.status == 409 and "replaced by another graph" in answer.json["error"]

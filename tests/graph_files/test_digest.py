@@ -29,7 +29,7 @@ def model() -> ctqk.ResidualModel:
 
 
 @pytest.fixture(scope="module")
-def graph(model) -> ctqk.ResidualGraph:
+def graph(model: ctqk.ResidualModel) -> ctqk.ResidualGraph:
     return ctqk.attribute(PROMPT, model, max_feature_nodes=60)
 
 

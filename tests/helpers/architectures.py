@@ -188,8 +188,10 @@ def save_neox(folder: Path, pad: str | None = None) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     inner.train_from_iterator(["the cat sat on the mat and the dog sat on the cat " * 3], trainer)
-    special = {} if pad is None else {"pad_token": pad}
-    GPTNeoXTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+    tokenizer = GPTNeoXTokenizerFast(tokenizer_object=inner)
+    if pad is not None:
+        tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder)
 
 
 def _scale(

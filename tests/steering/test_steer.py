@@ -506,7 +506,8 @@ def test_any_heads_pattern_can_be_asked_for(gemma: Case) -> None:
 
 def test_a_head_is_asked_for_by_its_name_too(gemma: Case) -> None:
     run = ctqk.steer(gemma.model, gemma.ids, ctqk.HeadEdit("L1H0", factor=0), controls=0)
-    for maps in (run.patterns, run.scores):
+    both: list[Any] = [run.patterns, run.scores]  # any key may be asked for
+    for maps in both:
         for written in ("L1H0", (1, 0), torch.tensor([1, 0])):
             assert written in maps and torch.equal(maps[written], maps[1, 0])
             assert maps.get(written) is maps[1, 0]

@@ -174,7 +174,7 @@ class ResidualGraph(ExplainedGraph):
         return QK(self.record.parts, self.record.heads, self.record.names)
 
     @cached_property
-    def nodes(self) -> Nodes:
+    def _nodes(self) -> Nodes:
         """What the nodes stand for."""
         return Nodes(self)
 
@@ -274,7 +274,7 @@ class ResidualGraph(ExplainedGraph):
         >>> edges.layer.tolist(), tuple(edges.parts.total.shape)
         ([1, 1], (2, 8))
         """
-        heads, nodes = self.record.heads, self.nodes
+        heads, nodes = self.record.heads, self._nodes
         target, source = self.target_nodes(targets), self.source_nodes(sources)
         own, writes = nodes.read_own(target), nodes.checkpoint[target]
         read = torch.where(own, writes, writes - 1)  # the checkpoint whose components are sources
@@ -332,7 +332,7 @@ class ResidualGraph(ExplainedGraph):
         check_count(n)
         check_count(1 if budget is None else budget, "budget")
         heads, parts = self.record.heads, self.record.parts
-        nodes, target = self.nodes, self.target_nodes(_indices(targets))
+        nodes, target = self._nodes, self.target_nodes(_indices(targets))
         for node in target[nodes.read_own(target)].tolist():
             raise UserError(
                 f"node {node} is a logit that reads its own checkpoint: no head is in between; ask "

@@ -20,6 +20,7 @@ from helpers.random_dictionaries import POST, PRE, write_sae, write_wcc
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.qk import Place
+from circuit_tracer_qk.attribution.residual.nodes import Nodes
 from circuit_tracer_qk.attribution.residual.qk import QK
 
 
@@ -320,7 +321,7 @@ def test_the_strongest_head_loadings_are_those_of_all(name: str, kind: str, tmp_
     for i, target in enumerate(targets):
         at, layer = graph.record.parts, int(found.layer[i])
         sources = at.tokens if layer == 0 else at.at(layer)
-        nodes = graph.nodes.of(sources)
+        nodes = Nodes(graph).of(sources)
         known = [
             n for n in nodes.tolist() if n >= 0 and graph.positions[n] <= graph.positions[target]
         ]
