@@ -119,7 +119,9 @@ def test_a_page_that_was_open_before_keeps_its_own_graph(watch: Watch, demo_x, g
     assert (served.folder / f"{SLUG}.json").read_bytes() == before
 
 
-def test_a_page_is_told_when_the_server_is_another_one_by_now(watch: Watch, demo_x, model, capsys):
+def test_a_page_is_told_when_the_server_is_another_one_by_now(
+    watch: Watch, demo_x, model: ctqk.ResidualModel, capsys
+):
     running, served = demo_x
     page = watch.page
     page.goto(served.address(qk=place_of(served.document["qk"]["attributions"][0])))
