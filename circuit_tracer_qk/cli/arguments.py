@@ -8,6 +8,7 @@ from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_target
+from circuit_tracer_qk.base.selection import CIRCUIT_TRACER, SELECTIONS
 from circuit_tracer_qk.host.cli import DTYPES
 
 PROGRAM = "circuit-tracer-qk"
@@ -73,6 +74,17 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     """``-p``."""
     parser.add_argument(
         "-p", "--prompt", help=f"the prompt (default on the miniature: {DEMO_PROMPT!r})"
+    )
+
+
+def add_select(parser: argparse.ArgumentParser) -> None:
+    """``--select``."""
+    parser.add_argument(
+        "--select",
+        choices=SELECTIONS,
+        default=CIRCUIT_TRACER,
+        help="with -d, how nodes are chosen: by circuit-tracer's influence, which errors share, or "
+        f"by influence that features and tokens share among themselves (default: {CIRCUIT_TRACER})",
     )
 
 

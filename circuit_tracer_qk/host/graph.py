@@ -24,6 +24,7 @@ from circuit_tracer.graph import (
     PruneResult,
     compute_edge_influence,
     compute_graph_scores,
+    compute_node_influence,
     prune_graph,
 )
 from torch import Tensor
@@ -73,12 +74,34 @@ def _float32_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def prune(graph: Graph, node_threshold: float, edge_threshold: float) -> PruneResult:
-    """circuit-tracer's pruning: masks of the nodes and edges kept, and cumulative influence."""
+def prune(
+    graph: Graph, node_threshold: float, edge_threshold: float, adjacency: Tensor | None = None
+) -> PruneResult:
+    """circuit-tracer's pruning: masks of the nodes and edges kept, and cumulative influence.
+
+    Args:
+        graph: any graph.
+        node_threshold, edge_threshold: share of influence kept.
+        adjacency: edges between the same nodes, in place of the graph's own.
+    """
+    if adjacency is not None:
+        graph = Graph(**arguments_of(graph) | {"adjacency_matrix": adjacency})
     with _float32_by_default():
         return prune_graph(
             graph=graph, node_threshold=node_threshold, edge_threshold=edge_threshold
         )
+
+
+def node_influence(graph: Graph, adjacency: Tensor | None = None) -> Tensor:
+    """(n_nodes,) of every node on the logits, which begin with their probabilities.
+
+    Args:
+        graph: any graph.
+        adjacency: edges between the same nodes, in place of the graph's own.
+    """
+    edges = graph.adjacency_matrix if adjacency is None else adjacency
+    weights = _logit_weights(graph)
+    return compute_node_influence(edges, weights) + weights
 
 
 def graph_scores(graph: Graph) -> tuple[float, float]:
@@ -89,9 +112,14 @@ def graph_scores(graph: Graph) -> tuple[float, float]:
 
 def edge_influence(graph: Graph) -> Tensor:
     """(n_nodes, n_nodes) share of what reaches the logits that runs through each edge."""
+    return compute_edge_influence(graph.adjacency_matrix, _logit_weights(graph))
+
+
+def _logit_weights(graph: Graph) -> Tensor:
+    """(n_nodes,) probabilities of the logits, 0 elsewhere."""
     weights = graph.adjacency_matrix.new_zeros(len(graph.adjacency_matrix))
     weights[-len(graph.logit_targets) :] = graph.logit_probabilities.to(weights)
-    return compute_edge_influence(graph.adjacency_matrix, weights)
+    return weights
 
 
 def tokenize(
@@ -622,6 +650,7 @@ __all__ = [
     "load_stock",
     "logit_targets",
     "named_scan",
+    "node_influence",
     "prompt_ids",
     "prune",
     "save_stock",
