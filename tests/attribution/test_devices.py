@@ -30,7 +30,8 @@ ON_THE_CPU = {
     ("graph", "decode"),  # ids of a model without a tokenizer, as text
     ("graph", "tokenize"),  # moved when it is known to be good
     ("load", "run"),  # Hugging Face's model, which stays there
-    ("resolve", "_vector"),  # an index, moved to where the decoder lies
+    ("conversion", "fill"),  # weights, which are converted there and then moved
+    ("resolve", "changed_vectors"),  # an index, moved to where the decoder lies
 }
 
 

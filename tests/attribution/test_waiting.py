@@ -89,8 +89,8 @@ def test_edges_wait_only_before_the_loop(name: str, kind: str, tmp_path: Path) -
     sweep = Sweep(case.model.transformer, parts, heads, directions, False, 64, False)
     weights = torch.full((len(directions),), 0.1)
     found: set[tuple[str, str]] = set()
+    every = sweep.subset()
     with torch.no_grad(), Asks(found), Waits(found):
-        every = sweep.subset()
         for checkpoint in range(1, parts.run.n_layers):
             for rows in sweep.feature_rows([checkpoint], every, lambda rows: rows):
                 assert rows.weights.numel()
@@ -100,7 +100,7 @@ def test_edges_wait_only_before_the_loop(name: str, kind: str, tmp_path: Path) -
     with torch.no_grad(), Asks(found), Waits(found):
         selected = sweep.select(weights, sweep.n_features // 2)
         sweep.fill(selected)
-    assert found - before == {("influence", "some")}
+    assert found - before == {("influence", "subset")}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])

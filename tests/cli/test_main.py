@@ -257,7 +257,7 @@ def test_start_server(run, tmp_path, monkeypatch, flags, public, online):
     result = run("start-server", "--graph_file_dir", tmp_path, "--port", port, *flags)
     assert result.status == cli.DONE
     assert result.out == f"open http://127.0.0.1:{port}   (Ctrl+C ends)\n"
-    known = {"live": [], "steerable": []}
+    known = {"live": {}, "steerable": []}
     assert configs == [{**known, "online": online, "version": ctqk.__version__}]
     warning = f"warning: everyone who reaches port {port} of this machine can read and save"
     assert result.err.startswith(warning) if public else result.err == ""

@@ -117,7 +117,7 @@ def test_what_cannot_be_explained_afterwards_leaves_the_stock_files(
     def refuse(graph: object, model: object) -> None:
         raise ctqk.UserError("our sweeps give other edges")
 
-    monkeypatch.setattr(explaining, "explain_graph", refuse)
+    monkeypatch.setattr(explaining.transcoder, "explain_graph", refuse)
     files = ["--slug", "s", "--graph_file_dir", tmp_path / "graphs", "-o", tmp_path / "g.pt"]
     done = run("attribute", "-t", transcoders, "-p", "I met Aunt Sally", *files)
     assert done.status == cli.MISTAKE

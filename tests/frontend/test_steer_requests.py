@@ -90,6 +90,7 @@ def test_an_answer_is_what_steer_says(site, model, graph, query, edit, options):
     answer = steer(site, query + "&query=13")
     assert answer.status == 200
     document = answer.json
+    assert re.fullmatch("[0-9a-f]{64}", document.pop("digest"))
     run = ctqk.steer(model, graph.input_tokens, edit, **options)
     for row in document["attention"]:
         head = parse_head(row["head"])

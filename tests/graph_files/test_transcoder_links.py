@@ -183,7 +183,7 @@ def test_without_qk_and_with_a_list_of_transcoders(written: Written, tmp_path: P
     )
     document = strict(path.read_bytes())
     jsonschema.Draft202012Validator(SCHEMA).validate(document)
-    assert document["qk"]["attributions"] == [] and "digest" in document["qk"]
+    assert "qk" not in document and "digest" in document["metadata"]["info"]
     assert any(link["delivered_by"] for link in document["links"])
     assert document["metadata"]["transcoder_list"] == ["org/a", "org/b"]
     assert document["metadata"]["scan"].startswith("custom-")
