@@ -59,32 +59,50 @@ def prune(graph: ExplainedGraph, node_threshold: float, edge_threshold: float) -
         node_threshold, edge_threshold: share of influence kept, as in circuit-tracer.
     """
     size = graph.adjacency_matrix.abs().sum(1)
-    if graph.select == EXPLAINED:
-        return _prune_explained(graph, node_threshold, edge_threshold, size)
-    kept = host.prune(graph, node_threshold, edge_threshold)
-    return Pruned(*kept, host.node_influence(graph), size)
-
-
-def _prune_explained(
-    graph: ExplainedGraph, node_threshold: float, edge_threshold: float, size: Tensor
-) -> Pruned:
-    """circuit-tracer's pruning of the graph without its errors, and the errors by their size."""
-    whole, errors = graph.adjacency_matrix, slice(*graph.first_indices()[:2])
-    without = whole.clone()
-    without[:, errors] = 0
-    nodes, edges, cumulative = host.prune(graph, node_threshold, edge_threshold, without)
+    without = _without_errors(graph)
+    kept = host.prune(graph, node_threshold, edge_threshold, without)
     influence = host.node_influence(graph, without)
+    if graph.select == EXPLAINED:
+        return _with_errors(graph, kept, influence, size)
+    return Pruned(*kept, influence, size)
+
+
+def edge_influence(graph: ExplainedGraph) -> Float[Tensor, "n_nodes n_nodes"]:
+    """What runs through each edge of the influence on the logits, by the graph's rule.
+
+    An edge's share of all |edges| into its target, times the target's influence.
+    """
+    size = graph.adjacency_matrix.abs()
+    influence = host.node_influence(graph, _without_errors(graph))
+    return size * (influence / size.sum(1).clamp_min(1e-10))[:, None]
+
+
+def _without_errors(graph: ExplainedGraph) -> Tensor | None:
+    """The adjacency without errors as sources, where the graph's rule is explained influence."""
+    if graph.select != EXPLAINED:
+        return None
+    without = graph.adjacency_matrix.clone()
+    without[:, slice(*graph.first_indices()[:2])] = 0
+    return without
+
+
+def _with_errors(
+    graph: ExplainedGraph, kept: host.PruneResult, influence: Tensor, size: Tensor
+) -> Pruned:
+    """The pruned graph without its errors, and the errors by their size."""
+    whole, errors = graph.adjacency_matrix, slice(*graph.first_indices()[:2])
+    nodes, edges, cumulative = kept
     per_size = influence / size.clamp_min(1e-10)  # influence of an edge of size 1 into each target
     of_errors = whole[:, errors].abs() * per_size[:, None]
     influence[errors] = of_errors.sum(0)
 
     features = slice(0, errors.start)
-    kept = influence[features][nodes[features]]
+    likely = influence[features][nodes[features]]
     targets, sources = edges.nonzero(as_tuple=True)
     links = whole[targets, sources].abs() * per_size[targets]
-    if len(kept) and len(links):
+    if len(likely) and len(links):
         edges[:, errors] = (of_errors >= links.min()) & (of_errors > 0)
-        edges[:, errors] &= (influence[errors] >= kept.min()) & nodes[:, None]
+        edges[:, errors] &= (influence[errors] >= likely.min()) & nodes[:, None]
         nodes[errors] = edges[:, errors].any(0)
     ranked = torch.cat([influence[features], influence[errors.stop : -len(graph.logit_targets)]])
     cumulative[errors] = _share_from(ranked, influence[errors])

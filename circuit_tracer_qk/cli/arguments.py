@@ -8,7 +8,7 @@ from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_target
-from circuit_tracer_qk.base.selection import CIRCUIT_TRACER, SELECTIONS
+from circuit_tracer_qk.base.selection import SELECTIONS
 from circuit_tracer_qk.host.cli import DTYPES
 
 PROGRAM = "circuit-tracer-qk"
@@ -82,9 +82,8 @@ def add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--select",
         choices=SELECTIONS,
-        default=CIRCUIT_TRACER,
-        help="with -d, how nodes are chosen: by circuit-tracer's influence, which errors share, or "
-        f"by influence that features and tokens share among themselves (default: {CIRCUIT_TRACER})",
+        help="with -d, how nodes are chosen: by the influence that features and tokens share among "
+        "themselves (explained, the default), or by circuit-tracer's, of which errors take a share",
     )
 
 

@@ -169,7 +169,7 @@ def _check_sets(args: argparse.Namespace) -> None:
             f"--dtype {args.dtype} is for -d: the installed circuit-tracer, which runs with -t, "
             f"takes {', '.join(dtypes)}."
         )
-    if args.select != CIRCUIT_TRACER:
+    if args.select not in (None, CIRCUIT_TRACER):
         raise UserError(
             f"--select {args.select} is for -d: circuit-tracer chooses the nodes of transcoder "
             "graphs; leave it out."

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.columns import column_values
 from circuit_tracer_qk.attribution.component import Component
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.pruning import edge_influence, error_share
 from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.feature_names import checkpoint_name, feature_name
 from circuit_tracer_qk.base.one_line import one_line
 from circuit_tracer_qk.cli import highlights
-from circuit_tracer_qk.host.graph import edge_influence, graph_scores
+from circuit_tracer_qk.host.graph import graph_scores
 
 WIDTH = 100
 LOOKED = 0.1
@@ -321,6 +323,13 @@ def _carried(residual: float, mlp: float, heads: Tensor, most: int = 3) -> str:
     return "  ".join(parts)
 
 
+def error_line(graph: ExplainedGraph) -> str:
+    """How much of the influence errors take, and where most."""
+    errors = error_share(graph)
+    most = ", ".join(f"L{layer} {percent(share)}" for layer, share in errors.by_layer[:3])
+    return f"errors take {percent(errors.share)} of the influence on the answer (most: {most})"
+
+
 def carrier_lines(ranked: Sequence[Carrier], title: str, top: int) -> list[str]:
     """The heads that carried edges between two positions."""
     if not ranked:
@@ -357,6 +366,7 @@ def story_lines(graph: ResidualGraph, decode: Callable[[int], str]) -> list[str]
     summary = [
         f"attribution graph: {nodes}; replacement score {replacement:.2f}, completeness "
         f"{completeness:.2f}",
+        error_line(graph),
         "influence below: the share of what reaches the logits that runs through an edge or head",
     ]
     sections = [

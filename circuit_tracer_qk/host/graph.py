@@ -22,7 +22,6 @@ from circuit_tracer.frontend.graph_models import Metadata, Model, Node, QParams
 from circuit_tracer.graph import (
     Graph,
     PruneResult,
-    compute_edge_influence,
     compute_graph_scores,
     compute_node_influence,
     prune_graph,
@@ -108,11 +107,6 @@ def graph_scores(graph: Graph) -> tuple[float, float]:
     """circuit-tracer's replacement and completeness score."""
     with _float32_by_default():
         return compute_graph_scores(graph=graph)
-
-
-def edge_influence(graph: Graph) -> Tensor:
-    """(n_nodes, n_nodes) share of what reaches the logits that runs through each edge."""
-    return compute_edge_influence(graph.adjacency_matrix, _logit_weights(graph))
 
 
 def _logit_weights(graph: Graph) -> Tensor:
@@ -641,7 +635,6 @@ __all__ = [
     "arguments_of",
     "attribute_transcoders",
     "decoder",
-    "edge_influence",
     "graph_arguments",
     "graph_digest",
     "graph_scan",

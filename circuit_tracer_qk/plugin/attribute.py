@@ -12,7 +12,7 @@ from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.attribution.transcoder import graph as transcoder
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.selection import CIRCUIT_TRACER
+from circuit_tracer_qk.base.selection import CIRCUIT_TRACER, EXPLAINED
 from circuit_tracer_qk.host import graph as host
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class AttributeOptions(TypedDict, total=False):
     verbose: bool
     update_interval: int
     qk: bool
-    select: str
+    select: str | None
 
 
 @overload
@@ -59,7 +59,7 @@ def attribute(
     verbose: bool = False,
     update_interval: int = 4,
     qk: bool = True,
-    select: str = CIRCUIT_TRACER,
+    select: str | None = None,
 ) -> host.Graph:
     """Attribute a prompt's logits to features, with heads (paper, "Head loadings").
 
@@ -77,10 +77,10 @@ def attribute(
         update_interval: accepted as in ``circuit_tracer.attribute``; influence is one exact sweep
             here, so no ranking needs updating.
         qk: explain circuit-tracer's own graphs; a residual graph always knows its heads.
-        select: how features are chosen, here and for the graph's files: by circuit-tracer's
-            influence, which errors share, or "explained": by influence shared out over features
-            and tokens only, which reaches further down (attribution/README.md, "Which nodes").
-            Transcoder graphs keep circuit-tracer's.
+        select: how features are chosen, here and for the graph's files: "explained" (the default
+            of residual graphs), by influence shared out over features and tokens only, or
+            "circuit-tracer", by its influence, of which errors take their share
+            (attribution/README.md, "Which nodes"). Transcoder graphs are always circuit-tracer's.
 
     Returns:
         A genuine ``circuit_tracer.Graph``, edges in model units; the sum of a target's edges over features, decoder
@@ -102,8 +102,8 @@ def attribute(
         "verbose": verbose,
     }
     if isinstance(model, ResidualModel) or not hasattr(model, "transcoders"):
-        return attribute_residual(prompt, model, **shared, select=select)
-    if select != CIRCUIT_TRACER:
+        return attribute_residual(prompt, model, **shared, select=select or EXPLAINED)
+    if select not in (None, CIRCUIT_TRACER):
         raise UserError(
             f"select is {select!r}, and circuit-tracer chooses the nodes of transcoder graphs: leave "
             "select out."

@@ -16,7 +16,7 @@ from circuit_tracer_qk.attribution.residual.qk import QK
 from circuit_tracer_qk.attribution.residual.store import Record
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
-from circuit_tracer_qk.base.selection import CIRCUIT_TRACER, SELECTIONS
+from circuit_tracer_qk.base.selection import EXPLAINED, SELECTIONS
 from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.host import graph as host
@@ -106,7 +106,7 @@ def attribute_residual(
     batch_size: int = 512,
     max_feature_nodes: int | None = None,
     verbose: bool = False,
-    select: str = CIRCUIT_TRACER,
+    select: str = EXPLAINED,
 ) -> ResidualGraph:
     """The residual graph of a prompt; arguments as in :func:`circuit_tracer_qk.attribute`.
 
