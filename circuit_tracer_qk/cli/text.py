@@ -309,24 +309,27 @@ def edge_lines(
         names = f"{node_name(graph, source)} -> {node_name(graph, target)}"
         line = f"  {percent(influence):>9}  {edge.weight:+8.3f}  {block:>5}  "
         lines.append(line + one_line(names, WIDTH - len(line)))
-        lines.append(" " * 11 + "= " + _carried(edge.residual, edge.mlp, edge.heads.total))
+        lines += _carried(edge.residual, edge.mlp, edge.heads.total)
     return lines
 
 
-def _carried(residual: float, mlp: float, heads: Tensor, most: int = 3) -> str:
+def _carried(residual: float, mlp: float, heads: Tensor, most: int = 3) -> list[str]:
     order = heads.abs().argsort(descending=True).tolist()
     parts = [f"{name} {part:+.3f}" for name, part in (("residual", residual), ("MLP", mlp)) if part]
     parts += [f"H{h} {float(heads[h]):+.3f}" for h in order[:most] if float(heads[h])]
     rest = order[most:]
     if rest and bool(heads[rest].any()):
         parts.append(f"{count(len(rest), 'other head')} {float(heads[rest].sum()):+.3f}")
-    return "  ".join(parts)
+    first, *more = wrap(parts, indent=" " * 13) or [""]
+    return [f"{' ' * 11}= {first.strip()}".rstrip(), *more]
 
 
 def error_line(graph: ExplainedGraph) -> str:
     """How much of the influence errors take, and where most."""
     errors = error_share(graph)
-    most = ", ".join(f"L{layer} {percent(share)}" for layer, share in errors.by_layer[:3])
+    most = ", ".join(
+        f"{checkpoint_name(layer + 1)} {percent(share)}" for layer, share in errors.by_layer[:3]
+    )
     return f"errors take {percent(errors.share)} of the influence on the answer (most: {most})"
 
 

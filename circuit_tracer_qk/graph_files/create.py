@@ -15,6 +15,7 @@ from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.pruning import ErrorShare, error_share
 from circuit_tracer_qk.attribution.residual.graph import load_graph
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.feature_names import checkpoint_name
 from circuit_tracer_qk.base.files import check_folder, check_names, write_together
 from circuit_tracer_qk.base.json_text import (
     Encoded,
@@ -245,7 +246,9 @@ def _warn_of_errors(graph: ExplainedGraph, errors: ErrorShare, n_links: int, n_t
     """Say why a file says little, and what to do."""
     if n_tables and errors.share < MOSTLY_ERRORS:
         return
-    largest = ", ".join(f"L{layer} {share:.0%}" for layer, share in errors.by_layer[:3])
+    largest = ", ".join(
+        f"{checkpoint_name(layer + 1)} {share:.0%}" for layer, share in errors.by_layer[:3]
+    )
     tables = f"{n_tables or 'no'} QK table{'s' * (n_tables != 1)}"
     another = (
         ""

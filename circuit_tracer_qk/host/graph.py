@@ -84,11 +84,18 @@ def prune(
         adjacency: edges between the same nodes, in place of the graph's own.
     """
     if adjacency is not None:
-        graph = Graph(**arguments_of(graph) | {"adjacency_matrix": adjacency})
+        graph = with_edges(graph, adjacency)
     with _float32_by_default():
         return prune_graph(
             graph=graph, node_threshold=node_threshold, edge_threshold=edge_threshold
         )
+
+
+def with_edges(graph: Graph, adjacency: Tensor) -> Graph:
+    """A graph of the same nodes with other edges."""
+    arguments = arguments_of(graph)
+    arguments["adjacency_matrix"] = adjacency
+    return Graph(**arguments)
 
 
 def node_influence(graph: Graph, adjacency: Tensor | None = None) -> Tensor:
@@ -652,4 +659,5 @@ __all__ = [
     "transcoder_biases",
     "transcoder_hooks",
     "transcoder_nodes",
+    "with_edges",
 ]

@@ -133,7 +133,7 @@ def test_a_file_that_says_little_says_why(tmp_path: Path) -> None:
     for dictionary in case.model.dictionaries.by_checkpoint.values():
         for decoder in dictionary.decoders.values():
             decoder.mul_(1e-4)  # they explain next to nothing
-    poor = ctqk.attribute(case.ids, case.model, max_n_logits=1)
+    poor = ctqk.attribute(case.ids, case.model, max_n_logits=1, select="circuit-tracer")
     with pytest.warns(UserWarning, match=r"errors take \d+% of the influence.*--select explained"):
         ctqk.create_graph_files(poor, "poor", tmp_path / "files")
 
