@@ -28,7 +28,7 @@ class Carrier(NamedTuple):
         attention: the head's pattern, summed over the pairs of positions of these edges.
 
     >>> ctqk.carriers(graph, query=14, key=6)[0]
-    Carrier(L1H2: influence 0.051, along 0.85, attention 1.000)
+    Carrier(L1H2: influence 0.127, along 0.85, attention 1.000)
     """
 
     layer: int
@@ -66,7 +66,7 @@ def carriers(
         UserError: nothing to choose by, an index that does not exist, or a graph of transcoders.
 
     >>> [(c.layer, c.head, round(c.influence, 2)) for c in ctqk.carriers(graph, query=14, key=6)[:2]]
-    [(1, 2, 0.05), (1, 7, 0.05)]
+    [(1, 2, 0.13), (1, 7, 0.12)]
     """
     if not isinstance(graph, ResidualGraph):
         raise UserError(
