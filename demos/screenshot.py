@@ -18,10 +18,10 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 import circuit_tracer_qk as ctqk
+from circuit_tracer_qk.attribution.pruning import edge_influence
 from circuit_tracer_qk.cli import highlights
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.frontend import server
-from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.plugin.live import LiveGraphs
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     model = ctqk.load_model()
     graph = ctqk.attribute(PROMPT, model)
-    influence = host.edge_influence(graph)
+    influence = edge_influence(graph)
     look = highlights.first_look(graph, influence)
     answer = model.tokenizer.decode([highlights.predictions(graph, 1)[0][0]]).strip()
     with tempfile.TemporaryDirectory() as folder:

@@ -61,6 +61,10 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
       tokens ? `from ${utilQk.tokenName(data, tokens[0])} to ${utilQk.tokenName(data, tokens[1])}` :
       node ? `into ${utilQk.nodeGlyph(node)} ${utilQk.nodeTitle(data, node)} ${utilQk.nodeLabel(node)} (${utilQk.tokenName(data, node.ctx_idx)})` : '')
 
+    if (!tokens && node?.qk_error_share != null) titleSel.append('span.qk-share')
+      .at({'data-qk': 'error-share', title: 'Errors’ share of the sum of |edges| into this node, edges that this file leaves out included.'})
+      .text(` · errors: ${utilQk.percent(node.qk_error_share, 1)} of what it reads`)
+
     var all = qk.data.edges(qk.state)
     var words = filterSel.property('value').trim().toLowerCase()
     var found = words ? all.filter(d => searchText(d).includes(words)) : all
@@ -68,7 +72,8 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
     qk.shownEdges = shown
 
     listSel.html('')
-    if (!tokens && !node) return listSel.append('div.qk-state').text('Click a node of the graph: its inputs appear here, with the heads that carried them.')
+    if (!tokens && !node) return listSel.append('div.qk-state')
+      .text('Click a node of the graph: its inputs appear here, with the heads that carried them.' + errorText())
     if (!all.length) return listSel.append('div.qk-state').text(tokens ?
       'No edge of this graph runs between these tokens.' : 'This node has no inputs in this graph: tokens and errors are where the graph begins.')
     if (!found.length) return listSel.append('div.qk-state').text('No edge matches the filter.')
@@ -109,6 +114,14 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
     if (rest.length) listSel.append('div.qk-more')
       .text(`… ${rest.length} smaller edges, together ${utilQk.signed(d3.sum(rest, d => d.link.weight), nDigits)}: filter to see them`)
     markSelected()
+  }
+
+  // How much of what reaches the answer begins at errors
+  function errorText(){
+    var {share, layers} = data.qk?.error_share || {}
+    if (share == null) return ''
+    var most = layers.slice(0, 3).map(([layer, d]) => `L${layer} ${utilQk.percent(d, 1)}`).join(', ')
+    return ` Errors take ${utilQk.percent(share, 1)} of the influence on the answer (most: ${most}).`
   }
 
   // The heads of an edge that sum to it; of a transcoder link those that delivered it

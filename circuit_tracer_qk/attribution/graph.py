@@ -17,6 +17,7 @@ from circuit_tracer_qk.attribution.links import Kept, Links
 from circuit_tracer_qk.attribution.qk import Place, QKRow, QKTable, Scores
 from circuit_tracer_qk.attribution.text import summarize_graph
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.selection import CIRCUIT_TRACER
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.run import FrozenRun
 
@@ -40,6 +41,8 @@ class ExplainedGraph(host.Graph, ABC):
         neuronpedia: checkpoint -> Neuronpedia's id of its dictionary, such as "gpt2-small/3-res-jb".
         feature_hook: "resid_pre" where each dictionary was trained at the input of the block after
             its layer.
+        select: the rule by which its nodes were chosen, and are for its file: "circuit-tracer" or
+            "explained".
 
     >>> graph.kind, graph.n_pos, graph.n_features, graph.token_strings[6]
     ('residual', 15, 680, ' Sally')
@@ -52,6 +55,7 @@ class ExplainedGraph(host.Graph, ABC):
     dictionary_folder: str | None = None
     neuronpedia: Mapping[int, str] = MappingProxyType({})
     feature_hook: str | None = None
+    select: str = CIRCUIT_TRACER
 
     @property
     @abstractmethod

@@ -24,12 +24,17 @@ class Kept(NamedTuple):
         nodes: by index in adjacency order.
         sources, targets: (n_links,) node indices, links in the adjacency's row order.
         weights: (n_links,) float64.
+        influence: (n_links,) float64, the influence on the logits that runs through each: its
+            share of all |edges| into its target, times the target's influence.
+        error_share: (n_nodes,) of all |edges| into each node of the whole graph, errors' share.
     """
 
     nodes: dict[int, host.Node]
     sources: Tensor
     targets: Tensor
     weights: Tensor
+    influence: Tensor
+    error_share: Tensor
 
 
 class Links(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_target
+from circuit_tracer_qk.base.selection import SELECTIONS
 from circuit_tracer_qk.host.cli import DTYPES
 
 PROGRAM = "circuit-tracer-qk"
@@ -73,6 +74,16 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     """``-p``."""
     parser.add_argument(
         "-p", "--prompt", help=f"the prompt (default on the miniature: {DEMO_PROMPT!r})"
+    )
+
+
+def add_select(parser: argparse.ArgumentParser) -> None:
+    """``--select``."""
+    parser.add_argument(
+        "--select",
+        choices=SELECTIONS,
+        help="with -d, how nodes are chosen: by the influence that features and tokens share among "
+        "themselves (explained, the default), or by circuit-tracer's, of which errors take a share",
     )
 
 

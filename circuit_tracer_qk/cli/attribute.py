@@ -10,6 +10,7 @@ from pathlib import Path
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LISTING, check_folder, check_names
+from circuit_tracer_qk.base.selection import CIRCUIT_TRACER
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.arguments import PROGRAM
 from circuit_tracer_qk.cli.loading import attribute_prompt, files_options, load_model
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="Write QK attributions and head loadings into the graph files (default: True).",
     )
+    arguments.add_select(parser)
     arguments.add_np_model(parser)
     prompts.add_arguments(parser)
     arguments.add_serving(parser)
@@ -166,6 +168,11 @@ def _check_sets(args: argparse.Namespace) -> None:
         raise UserError(
             f"--dtype {args.dtype} is for -d: the installed circuit-tracer, which runs with -t, "
             f"takes {', '.join(dtypes)}."
+        )
+    if args.select not in (None, CIRCUIT_TRACER):
+        raise UserError(
+            f"--select {args.select} is for -d: circuit-tracer chooses the nodes of transcoder "
+            "graphs; leave it out."
         )
     backend = getattr(args, "backend", "transformerlens")
     if args.qk and backend != "transformerlens":

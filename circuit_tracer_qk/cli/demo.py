@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("-o", "--output", default="./ctqk-demo", help="graph folder (default: ./ctqk-demo)")
     add("--no-serve", action="store_true", help="end after writing the graph files")
+    arguments.add_select(parser)
     arguments.add_dtype(parser)
     arguments.add_serving(parser, port="port, or the next free one")
     parser.set_defaults(model=None)  # the bundled one
@@ -52,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
     dictionaries = SETS.get(args.dictionaries) or args.dictionaries
     model = load_model(args, MINIATURES[dictionaries])  # itself, whatever the current folder holds
     with silence_stdout():
-        graph = circuit_tracer_qk.attribute(args.prompt, model, verbose=args.verbose)
+        graph = circuit_tracer_qk.attribute(
+            args.prompt, model, verbose=args.verbose, select=args.select
+        )
 
     from circuit_tracer_qk.cli import text
 

@@ -59,7 +59,10 @@ def load_prompt_and_model(
 
 def attribute_prompt(args: argparse.Namespace, model: ResidualModel) -> ResidualGraph:
     """The graph of ``-p`` with the flags of ``attribute``."""
-    names = ("max_n_logits", "desired_logit_prob", "batch_size", "max_feature_nodes", "verbose")
+    names = (
+        *("max_n_logits", "desired_logit_prob", "batch_size", "max_feature_nodes"),
+        *("verbose", "select"),
+    )
     options = {name: getattr(args, name) for name in names}
     with silence_stdout():
         return circuit_tracer_qk.attribute(args.prompt, model, **options)

@@ -13,6 +13,8 @@ from typing import Any
 
 from circuit_tracer_qk.base.errors import UserError
 
+WARNINGS = ("ReconstructionWarning", "UncheckedWarning", "ErrorShareWarning")
+
 
 @contextlib.contextmanager
 def log_output(program: str, verbose: bool) -> Iterator[None]:
@@ -32,13 +34,17 @@ def log_output(program: str, verbose: bool) -> Iterator[None]:
         else:
             warnings.simplefilter("ignore")
             logging.disable(logging.CRITICAL)
-        for ours in ("FVU above 1", "holds no digests"):  # a number may be meaningless
+        for ours in (
+            "FVU above 1",
+            "holds no digests",
+            "errors take",
+        ):  # a number may be meaningless
             warnings.filterwarnings("always", f"(?s).*{ours}")
         warnings.filterwarnings("default", ".* stands in front of the prompt")  # said once
         show = warnings.showwarning
 
         def one_line(message: Any, category: type[Warning], *rest: Any) -> None:
-            if category.__name__ in ("ReconstructionWarning", "UncheckedWarning"):
+            if category.__name__ in WARNINGS:
                 print(f"{program}: warning: {message}", file=sys.stderr)
             elif category.__name__ == "FirstTokenWarning":
                 print(f"{program}: note: {message}", file=sys.stderr)

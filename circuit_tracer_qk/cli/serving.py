@@ -54,13 +54,13 @@ def serve(
 
     live, page = None, ""
     if slug is not None and graph is not None:
+        from circuit_tracer_qk.attribution.pruning import edge_influence
         from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
         from circuit_tracer_qk.cli import highlights
-        from circuit_tracer_qk.host import graph as host
         from circuit_tracer_qk.plugin.live import LiveGraphs
 
         if isinstance(graph, ResidualGraph):
-            look = highlights.first_look(graph, host.edge_influence(graph))
+            look = highlights.first_look(graph, edge_influence(graph))
         else:
             document = json.loads(Path(folder, f"{slug}.json").read_bytes())
             look = highlights.first_transcoder_look(document)

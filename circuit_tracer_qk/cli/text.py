@@ -11,13 +11,15 @@ from torch import Tensor
 
 from circuit_tracer_qk.attribution.columns import column_values
 from circuit_tracer_qk.attribution.component import Component
+from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.pruning import edge_influence, error_share
 from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.residual.carriers import Carrier, carriers
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.feature_names import checkpoint_name, feature_name
 from circuit_tracer_qk.base.one_line import one_line
 from circuit_tracer_qk.cli import highlights
-from circuit_tracer_qk.host.graph import edge_influence, graph_scores
+from circuit_tracer_qk.host.graph import graph_scores
 
 WIDTH = 100
 LOOKED = 0.1
@@ -307,18 +309,28 @@ def edge_lines(
         names = f"{node_name(graph, source)} -> {node_name(graph, target)}"
         line = f"  {percent(influence):>9}  {edge.weight:+8.3f}  {block:>5}  "
         lines.append(line + one_line(names, WIDTH - len(line)))
-        lines.append(" " * 11 + "= " + _carried(edge.residual, edge.mlp, edge.heads.total))
+        lines += _carried(edge.residual, edge.mlp, edge.heads.total)
     return lines
 
 
-def _carried(residual: float, mlp: float, heads: Tensor, most: int = 3) -> str:
+def _carried(residual: float, mlp: float, heads: Tensor, most: int = 3) -> list[str]:
     order = heads.abs().argsort(descending=True).tolist()
     parts = [f"{name} {part:+.3f}" for name, part in (("residual", residual), ("MLP", mlp)) if part]
     parts += [f"H{h} {float(heads[h]):+.3f}" for h in order[:most] if float(heads[h])]
     rest = order[most:]
     if rest and bool(heads[rest].any()):
         parts.append(f"{count(len(rest), 'other head')} {float(heads[rest].sum()):+.3f}")
-    return "  ".join(parts)
+    first, *more = wrap(parts, indent=" " * 13) or [""]
+    return [f"{' ' * 11}= {first.strip()}".rstrip(), *more]
+
+
+def error_line(graph: ExplainedGraph) -> str:
+    """How much of the influence errors take, and where most."""
+    errors = error_share(graph)
+    most = ", ".join(
+        f"{checkpoint_name(layer + 1)} {percent(share)}" for layer, share in errors.by_layer[:3]
+    )
+    return f"errors take {percent(errors.share)} of the influence on the answer (most: {most})"
 
 
 def carrier_lines(ranked: Sequence[Carrier], title: str, top: int) -> list[str]:
@@ -357,6 +369,7 @@ def story_lines(graph: ResidualGraph, decode: Callable[[int], str]) -> list[str]
     summary = [
         f"attribution graph: {nodes}; replacement score {replacement:.2f}, completeness "
         f"{completeness:.2f}",
+        error_line(graph),
         "influence below: the share of what reaches the logits that runs through an edge or head",
     ]
     sections = [

@@ -7,16 +7,26 @@ beside it, in the folder that its ``scan`` names.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
+from circuit_tracer_qk.attribution.pruning import ErrorShare, error_share
 from circuit_tracer_qk.attribution.residual.graph import load_graph
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.feature_names import checkpoint_name
 from circuit_tracer_qk.base.files import check_folder, check_names, write_together
-from circuit_tracer_qk.base.json_text import Encoded, encode, without_collection
+from circuit_tracer_qk.base.json_text import (
+    Encoded,
+    encode,
+    rounded,
+    rounded_all,
+    without_collection,
+)
 from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.base.selection import EXPLAINED
 from circuit_tracer_qk.graph_files.feature_files import folder_name, write_features
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
 from circuit_tracer_qk.graph_files.nodes import mention_nodes, prune
@@ -35,7 +45,15 @@ from circuit_tracer_qk.graph_files.sidecars import (
 from circuit_tracer_qk.graph_files.tables import TOP_TERMS, Names
 from circuit_tracer_qk.host import graph as host
 
+MOSTLY_ERRORS = 0.9
+"""Where errors take this share of the influence, little of the graph can be in its file."""
+TARGETS = ("cross layer transcoder", "logit")
+"""Types of the nodes that have edges into them."""
 LIMITS = Limits(tables=512, size=24 << 20, terms=TOP_TERMS)
+
+
+class ErrorShareWarning(UserWarning):
+    """Errors take so much of a graph's influence that its file says little."""
 
 
 class GraphFiles(NamedTuple):
@@ -210,7 +228,40 @@ def _document(
     if limits is None:
         return document, names, None
     nodes = dict(zip(kept.nodes, document["nodes"], strict=True))
-    return document, names, select_tables(graph, links, nodes, names, limits)
+    shares = rounded_all(kept.error_share)
+    for i, node in nodes.items():
+        if node["feature_type"] in TARGETS:
+            node["qk_error_share"] = shares[i]
+    attributions = select_tables(graph, links, nodes, names, limits)
+    errors = error_share(graph)
+    attributions.facts["error_share"] = {
+        "share": rounded(errors.share),
+        "layers": [[layer, rounded(share)] for layer, share in errors.by_layer],
+    }
+    _warn_of_errors(graph, errors, len(kept.weights), len(attributions.tables))
+    return document, names, attributions
+
+
+def _warn_of_errors(graph: ExplainedGraph, errors: ErrorShare, n_links: int, n_tables: int) -> None:
+    """Say why a file says little, and what to do."""
+    if n_tables and errors.share < MOSTLY_ERRORS:
+        return
+    largest = ", ".join(
+        f"{checkpoint_name(layer + 1)} {share:.0%}" for layer, share in errors.by_layer[:3]
+    )
+    tables = f"{n_tables or 'no'} QK table{'s' * (n_tables != 1)}"
+    another = (
+        ""
+        if graph.select == EXPLAINED or graph.kind == "transcoder"
+        else ("choose nodes by explained influence (--select explained, select= in Python), ")
+    )
+    warnings.warn(
+        f"errors take {errors.share:.0%} of the influence on the logits ({largest}), and the file "
+        f"has {n_links} link{'s' * (n_links != 1)} and {tables}: {another}keep more "
+        "(node_threshold), or use dictionaries that explain more.",
+        ErrorShareWarning,
+        stacklevel=6,  # of who called create_graph_files
+    )
 
 
 def encode_files(

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from circuit_tracer_qk.attribution import pruning
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.links import Kept
 from circuit_tracer_qk.base.json_text import rounded
@@ -14,18 +15,24 @@ from circuit_tracer_qk.host import graph as host
 
 
 def prune(graph: ExplainedGraph, node_threshold: float, edge_threshold: float) -> Kept:
-    """circuit-tracer's pruning; unlinked features and errors and links of weight 0 are left out."""
-    node_mask, edge_mask, influence = host.prune(graph, node_threshold, edge_threshold)
+    """The graph's rule of pruning; unlinked features and errors and links of weight 0 are left out."""
+    pruned = pruning.prune(graph, node_threshold, edge_threshold)
+    node_mask, edge_mask = pruned.nodes, pruned.edges
     edge_mask = edge_mask & (graph.adjacency_matrix != 0) & node_mask & node_mask[:, None]
     targets, sources = edge_mask.nonzero(as_tuple=True)
     n_always = graph.n_pos + len(graph.logit_targets)  # tokens and logits stay without links too
     used = torch.zeros_like(node_mask)
     used[targets] = used[sources] = used[-n_always:] = True
+    weights = graph.adjacency_matrix[targets, sources].double()
+    errors = graph.adjacency_matrix[:, slice(*graph.first_indices()[:2])]
+    per_size = (pruned.influence / pruned.size.clamp_min(1e-10)).double()
     return Kept(
-        nodes=_nodes(graph, used.nonzero().flatten().tolist(), influence.tolist()),
+        nodes=_nodes(graph, used.nonzero().flatten().tolist(), pruned.cumulative.tolist()),
         sources=sources,
         targets=targets,
-        weights=graph.adjacency_matrix[targets, sources].double().cpu(),
+        weights=weights.cpu(),
+        influence=(weights.abs() * per_size[targets]).cpu(),
+        error_share=(errors.abs().sum(1) / pruned.size.clamp_min(1e-10)).cpu(),
     )
 
 

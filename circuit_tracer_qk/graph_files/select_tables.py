@@ -114,6 +114,7 @@ def _facts(graph: ExplainedGraph) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "schema_version": 1,
         "graph_kind": graph.kind,
+        "select": graph.select,
     }
     if graph.feature_hook is not None:
         facts["feature_hook"] = graph.feature_hook

@@ -22,8 +22,8 @@ from circuit_tracer.frontend.graph_models import Metadata, Model, Node, QParams
 from circuit_tracer.graph import (
     Graph,
     PruneResult,
-    compute_edge_influence,
     compute_graph_scores,
+    compute_node_influence,
     prune_graph,
 )
 from torch import Tensor
@@ -73,12 +73,41 @@ def _float32_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def prune(graph: Graph, node_threshold: float, edge_threshold: float) -> PruneResult:
-    """circuit-tracer's pruning: masks of the nodes and edges kept, and cumulative influence."""
+def prune(
+    graph: Graph, node_threshold: float, edge_threshold: float, adjacency: Tensor | None = None
+) -> PruneResult:
+    """circuit-tracer's pruning: masks of the nodes and edges kept, and cumulative influence.
+
+    Args:
+        graph: any graph.
+        node_threshold, edge_threshold: share of influence kept.
+        adjacency: edges between the same nodes, in place of the graph's own.
+    """
+    if adjacency is not None:
+        graph = with_edges(graph, adjacency)
     with _float32_by_default():
         return prune_graph(
             graph=graph, node_threshold=node_threshold, edge_threshold=edge_threshold
         )
+
+
+def with_edges(graph: Graph, adjacency: Tensor) -> Graph:
+    """A graph of the same nodes with other edges."""
+    arguments = arguments_of(graph)
+    arguments["adjacency_matrix"] = adjacency
+    return Graph(**arguments)
+
+
+def node_influence(graph: Graph, adjacency: Tensor | None = None) -> Tensor:
+    """(n_nodes,) of every node on the logits, which begin with their probabilities.
+
+    Args:
+        graph: any graph.
+        adjacency: edges between the same nodes, in place of the graph's own.
+    """
+    edges = graph.adjacency_matrix if adjacency is None else adjacency
+    weights = _logit_weights(graph)
+    return compute_node_influence(edges, weights) + weights
 
 
 def graph_scores(graph: Graph) -> tuple[float, float]:
@@ -87,11 +116,11 @@ def graph_scores(graph: Graph) -> tuple[float, float]:
         return compute_graph_scores(graph=graph)
 
 
-def edge_influence(graph: Graph) -> Tensor:
-    """(n_nodes, n_nodes) share of what reaches the logits that runs through each edge."""
+def _logit_weights(graph: Graph) -> Tensor:
+    """(n_nodes,) probabilities of the logits, 0 elsewhere."""
     weights = graph.adjacency_matrix.new_zeros(len(graph.adjacency_matrix))
     weights[-len(graph.logit_targets) :] = graph.logit_probabilities.to(weights)
-    return compute_edge_influence(graph.adjacency_matrix, weights)
+    return weights
 
 
 def tokenize(
@@ -613,7 +642,6 @@ __all__ = [
     "arguments_of",
     "attribute_transcoders",
     "decoder",
-    "edge_influence",
     "graph_arguments",
     "graph_digest",
     "graph_scan",
@@ -622,6 +650,7 @@ __all__ = [
     "load_stock",
     "logit_targets",
     "named_scan",
+    "node_influence",
     "prompt_ids",
     "prune",
     "save_stock",
@@ -630,4 +659,5 @@ __all__ = [
     "transcoder_biases",
     "transcoder_hooks",
     "transcoder_nodes",
+    "with_edges",
 ]

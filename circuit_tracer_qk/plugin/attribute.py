@@ -11,6 +11,8 @@ from circuit_tracer_qk.attribution.residual.attribution import attribute_residua
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.attribution.transcoder import graph as transcoder
+from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.selection import CIRCUIT_TRACER, EXPLAINED
 from circuit_tracer_qk.host import graph as host
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class AttributeOptions(TypedDict, total=False):
     verbose: bool
     update_interval: int
     qk: bool
+    select: str | None
 
 
 @overload
@@ -56,6 +59,7 @@ def attribute(
     verbose: bool = False,
     update_interval: int = 4,
     qk: bool = True,
+    select: str | None = None,
 ) -> host.Graph:
     """Attribute a prompt's logits to features, with heads (paper, "Head loadings").
 
@@ -73,6 +77,10 @@ def attribute(
         update_interval: accepted as in ``circuit_tracer.attribute``; influence is one exact sweep
             here, so no ranking needs updating.
         qk: explain circuit-tracer's own graphs; a residual graph always knows its heads.
+        select: how features are chosen, here and for the graph's files: "explained" (the default
+            of residual graphs), by influence shared out over features and tokens only, or
+            "circuit-tracer", by its influence, of which errors take their share
+            (attribution/README.md, "Which nodes"). Transcoder graphs are always circuit-tracer's.
 
     Returns:
         A genuine ``circuit_tracer.Graph``, edges in model units; the sum of a target's edges over features, decoder
@@ -94,7 +102,12 @@ def attribute(
         "verbose": verbose,
     }
     if isinstance(model, ResidualModel) or not hasattr(model, "transcoders"):
-        return attribute_residual(prompt, model, **shared)
+        return attribute_residual(prompt, model, **shared, select=select or EXPLAINED)
+    if select not in (None, CIRCUIT_TRACER):
+        raise UserError(
+            f"select is {select!r}, and circuit-tracer chooses the nodes of transcoder graphs: leave "
+            "select out."
+        )
     if qk:
         transcoder.check_model(model)  # before the work
     # circuit-tracer's backward passes need gradients, whatever the caller's mode

@@ -301,12 +301,18 @@ def test_logit_edges_use_the_demeaned_column_through_the_frozen_norm(case: Case)
         assert edge.weight == edge.residual and edge.mlp == 0 and not edge.heads.total.any()
 
 
-def test_influence_is_circuit_tracers(case: Case) -> None:
-    """One sweep equals the iterated influence of the full adjacency, and picks the same nodes."""
+@pytest.mark.parametrize("select", ["circuit-tracer", "explained"])
+def test_influence_is_circuit_tracers(case: Case, select: str) -> None:
+    """One sweep equals the iterated influence of the full adjacency, and picks the same nodes.
+
+    Explained influence is that of the adjacency without errors.
+    """
     from circuit_tracer_qk.attribution.residual.influence import Sweep
 
     g, record = case.graph, case.graph.record
     A = g.adjacency_matrix.double()
+    if select == "explained":
+        A[:, slice(*g.first_indices()[:2])] = 0
     n_logits = len(g.logit_targets)
     weights = torch.zeros(len(A), dtype=torch.float64)
     weights[-n_logits:] = g.logit_probabilities.double()
@@ -320,12 +326,15 @@ def test_influence_is_circuit_tracers(case: Case) -> None:
         record.resid_pre,
         7,
         False,
+        select,
     )
     ours = sweep.influence(g.logit_probabilities.to(record.logit_rows))
     error = float((ours.double() - theirs).abs().max() / theirs.max())
-    record_error("influence (float32)", case.name, error)
+    record_error(f"influence, {select} (float32)", case.name, error)
     assert error <= F32
-    few = ctqk.attribute(case.ids, case.model, max_n_logits=3, max_feature_nodes=30, batch_size=9)
+    few = ctqk.attribute(
+        case.ids, case.model, max_n_logits=3, max_feature_nodes=30, batch_size=9, select=select
+    )
     kept = set(few.selected_features.tolist())
     n = g.n_features
     order = theirs[:n].argsort(descending=True)

@@ -157,9 +157,9 @@ def test_files_of_edits_that_hold_none_are_refused(tmp_path: Path) -> None:
 
 def test_carriers_are_the_loadings_times_influence(graph) -> None:
     """Against edge by edge: influence of the edge times |head's part| / |edge|."""
-    from circuit_tracer_qk.host import graph as host
+    from circuit_tracer_qk.attribution.pruning import edge_influence
 
-    influence = host.edge_influence(graph)
+    influence = edge_influence(graph)
     position = graph.positions
     expected: dict[tuple[int, int], float] = {}
     for target, source in (influence > 0).nonzero().tolist():

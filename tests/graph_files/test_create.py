@@ -20,6 +20,7 @@ import torch
 from circuit_tracer.frontend import feature_models, graph_models
 from circuit_tracer.graph import prune_graph
 from helpers.architectures import prompt_ids, save_tiny
+from helpers.cases import build
 from helpers.random_dictionaries import PRE, write_sae, write_wcc
 from helpers.schema import SCHEMA, strict
 
@@ -27,6 +28,7 @@ import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.attribution.residual.graph import Edge, HeadLoadings
 from circuit_tracer_qk.base import files
 from circuit_tracer_qk.dictionaries.features import feature_index
+from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads
 
 BOB = (
@@ -188,14 +190,26 @@ def test_nodes_are_circuit_tracers(written: Written):
 
 def test_links_are_those_kept(written: Written):
     settings = written.document["metadata"]["pruning_settings"]
-    kept = prune_graph(written.graph, **settings)
+    edges, errors = written.graph.adjacency_matrix, range(*written.graph.first_indices()[:2])
+    without = edges.clone()
+    without[:, errors] = 0  # the graph's own rule, explained influence; errors come beside it
+    kept = prune_graph(host.with_edges(written.graph, without), **settings)
     mask = kept.edge_mask & kept.node_mask & kept.node_mask[:, None]
-    expected = {
-        (s, t) for t, s in (mask & (written.graph.adjacency_matrix != 0)).nonzero().tolist()
-    }
+    expected = {(s, t) for t, s in (mask & (without != 0)).nonzero().tolist()}
     links = written.document["links"]
-    assert {(written.index[k["source"]], written.index[k["target"]]) for k in links} == expected
-    assert len(links) == len(expected)
+    found = {(written.index[k["source"]], written.index[k["target"]]) for k in links}
+    assert {(s, t) for s, t in found if s not in errors} == expected
+    assert len(links) == len(found)
+
+
+def test_links_are_circuit_tracers_by_its_rule(tmp_path: Path):
+    case = build("llama", tmp_path, "sae", torch.float32)
+    graph = ctqk.attribute(case.ids, case.model, max_n_logits=2, select="circuit-tracer")
+    kept = prune_graph(graph, 0.8, 0.98)
+    mask = kept.edge_mask & kept.node_mask & kept.node_mask[:, None]
+    expected = [float(w) for w in graph.adjacency_matrix[mask & (graph.adjacency_matrix != 0)]]
+    links = strict(ctqk.create_graph_files(graph, "g", tmp_path / "files").read_bytes())["links"]
+    assert [link["weight"] for link in links] == pytest.approx(expected, rel=1e-6)
 
 
 def test_links_say_what_carried_them(written: Written):

@@ -38,9 +38,8 @@ RELIED = {
     "graph:Graph": "input_string input_tokens active_features adjacency_matrix cfg "
     "selected_features activation_values logit_targets logit_probabilities scan|scan_name "
     "vocab_size",
-    "graph:Graph.from_pt": "map_location",
-    "graph:compute_edge_influence": "",
     "graph:compute_graph_scores": "graph",
+    "graph:compute_node_influence": "",
     "graph:prune_graph": "graph node_threshold edge_threshold",
     "replacement_model:ReplacementModel.from_pretrained": "model_name transcoder_set backend "
     "device dtype",

@@ -11,10 +11,10 @@ import pytest
 
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk import UserError
+from circuit_tracer_qk.attribution.pruning import edge_influence
 from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.cli import highlights
 from circuit_tracer_qk.dictionaries.features import feature_index, indexed_feature
-from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.plugin.live import LiveGraphs
 
 SCHEMA = json.loads((ROOT / "graph.schema.json").read_bytes())
@@ -116,7 +116,7 @@ def test_many_threads_get_the_same_answers(live):
 
 
 def test_the_page_opens_at_an_edge_that_carried_the_answer(graph):
-    look = highlights.first_look(graph, host.edge_influence(graph))
+    look = highlights.first_look(graph, edge_influence(graph))
     features = graph.active_features[graph.selected_features].tolist()
     source, target = (
         features.index([int(layer), int(position), int(feature)])

@@ -16,6 +16,7 @@ from circuit_tracer_qk.attribution.residual.qk import QK
 from circuit_tracer_qk.attribution.residual.store import Record
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.base.selection import EXPLAINED, SELECTIONS
 from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.host import graph as host
@@ -105,6 +106,7 @@ def attribute_residual(
     batch_size: int = 512,
     max_feature_nodes: int | None = None,
     verbose: bool = False,
+    select: str = EXPLAINED,
 ) -> ResidualGraph:
     """The residual graph of a prompt; arguments as in :func:`circuit_tracer_qk.attribute`.
 
@@ -116,6 +118,8 @@ def attribute_residual(
     """
     if batch_size < 1 or (max_feature_nodes or 1) < 0:
         raise UserError("batch_size must be at least 1 and max_feature_nodes not negative.")
+    if select not in SELECTIONS:
+        raise UserError(f"select is {select!r}: it must be one of {', '.join(SELECTIONS)}.")
     if isinstance(model, ResidualModel):
         check_graph_set(model.dictionaries, model.cfg.n_layers)
     parts, heads = read(prompt, model)
@@ -131,7 +135,7 @@ def attribute_residual(
     directions = logit_directions(transformer, run, targets.logit_vectors)
     # counted by resid_post where checkpoint n_layers needs a slot; checkpoint 0 never does
     resid_pre = model.dictionaries.hook == RESID_PRE and run.n_layers not in parts.biases
-    sweep = Sweep(transformer, parts, heads, directions, resid_pre, batch_size, verbose)
+    sweep = Sweep(transformer, parts, heads, directions, resid_pre, batch_size, verbose, select)
     selected = sweep.select(targets.logit_probabilities.to(run.logits), max_feature_nodes or None)
     filled = sweep.fill(selected)
 
@@ -151,6 +155,7 @@ def attribute_residual(
             names=model.dictionaries.label,
             dictionary_folder=None if folder is None else str(folder),
             neuronpedia=dict(model.dictionaries.neuronpedia),
+            select=select,
         ),
         **host.graph_arguments(
             scan=model.scan,

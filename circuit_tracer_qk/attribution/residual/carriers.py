@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.head import Head
+from circuit_tracer_qk.attribution.pruning import edge_influence
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.host import graph as host
 
 
 class Carrier(NamedTuple):
@@ -28,7 +28,7 @@ class Carrier(NamedTuple):
         attention: the head's pattern, summed over the pairs of positions of these edges.
 
     >>> ctqk.carriers(graph, query=14, key=6)[0]
-    Carrier(L1H2: influence 0.051, along 0.85, attention 1.000)
+    Carrier(L1H2: influence 0.127, along 0.85, attention 1.000)
     """
 
     layer: int
@@ -57,7 +57,8 @@ def carriers(
 
     Args:
         graph: a residual graph.
-        influence: (n_nodes, n_nodes) of :func:`circuit_tracer_qk.host.graph.edge_influence`, if known.
+        influence: (n_nodes, n_nodes) of :func:`circuit_tracer_qk.attribution.pruning.edge_influence`,
+            if known.
         query, key: only edges into this position, from this position; negative ones from the end.
         node: only edges into this node (index in adjacency order).
 
@@ -65,7 +66,7 @@ def carriers(
         UserError: nothing to choose by, an index that does not exist, or a graph of transcoders.
 
     >>> [(c.layer, c.head, round(c.influence, 2)) for c in ctqk.carriers(graph, query=14, key=6)[:2]]
-    [(1, 2, 0.05), (1, 7, 0.05)]
+    [(1, 2, 0.13), (1, 7, 0.12)]
     """
     if not isinstance(graph, ResidualGraph):
         raise UserError(
@@ -77,7 +78,7 @@ def carriers(
     node = _index("node", node, len(graph.adjacency_matrix), negative=False)
     if query is None and key is None and node is None:
         raise UserError("name a query or key position, or a node, whose edges' heads are wanted.")
-    influence = host.edge_influence(graph) if influence is None else influence
+    influence = edge_influence(graph) if influence is None else influence
     position = graph.positions
     wanted = influence > 0
     if query is None or query != key:  # a position's own edges are not attention's alone

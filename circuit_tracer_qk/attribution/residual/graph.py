@@ -167,6 +167,7 @@ class ResidualGraph(ExplainedGraph):
         # error slot 0 stands for checkpoint 1, or 0 in resid_pre sets; a node's layer is one less
         self.first_error_layer = -1 if record.resid_pre else 0
         self.feature_hook = "resid_pre" if record.resid_pre else None
+        self.select = record.select
         self.bias_edges, self.position_edges = record.bias_edges, record.position_edges
 
     @cached_property

@@ -2,7 +2,8 @@
 
 Targets go by descending own checkpoint and sources are always lower, so a target's influence is
 complete when its own row is taken up; each row is normalised over all its sources. It equals
-circuit-tracer's iterated influence, for SAE and for WCC graphs (attribution/README.md, section 3).
+circuit-tracer's iterated influence, for SAE and for WCC graphs (attribution/README.md, section 3);
+explained influence leaves the errors out of the normalisation ("Which nodes", there).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from circuit_tracer_qk.attribution.residual.edges import (
     Targets,
     runs_of,
 )
+from circuit_tracer_qk.base.selection import CIRCUIT_TRACER, EXPLAINED
 from circuit_tracer_qk.base.threads import Crew
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.mlp import read_mlp
@@ -99,6 +101,7 @@ class Sweep:
         resid_pre: error slot i stands for checkpoint i rather than i + 1.
         batch_size: target rows taken at once, by all threads together.
         verbose: show progress even off a terminal.
+        select: whether influence is shared out over all sources or over what is explained.
     """
 
     def __init__(
@@ -110,9 +113,11 @@ class Sweep:
         resid_pre: bool,
         batch_size: int,
         verbose: bool,
+        select: str = CIRCUIT_TRACER,
     ) -> None:
         self.model, self.parts, self.heads, self.directions = model, parts, heads, directions
         self.batch_size = batch_size
+        self._without_errors = select == EXPLAINED
         self._shown: Any = {"delay": 2, "disable": False if verbose else None}
         self.first_slot = 0 if resid_pre else 1  # the checkpoint of error slot 0
         run = parts.run
@@ -269,7 +274,8 @@ class Sweep:
         """What targets of some influence give to their sources."""
         size = rows.weights.abs()
         for group in rows.sources.groups:
-            if self.place(group, rows.sources.checkpoint) is None:  # no node stands for them
+            no_node = self.place(group, rows.sources.checkpoint) is None
+            if no_node or (group.kind == ERROR and self._without_errors):
                 size.index_fill_(1, group.at, 0)
         return (influence / size.sum(1).clamp_min(1e-10)) @ size
 

@@ -25,7 +25,7 @@ from circuit_tracer_qk.base.json_text import (
 HEADS_LISTED, SHARE_LISTED = 8, 0.98  # a link's heads: the largest, up to this share of sum |total|
 
 _LINK = (
-    '{"source":%s,"target":%s,"weight":%.7g,"layer":%s,"residual":%.7g,"mlp":%.7g,'
+    '{"source":%s,"target":%s,"weight":%.7g,"influence":%.7g,"layer":%s,"residual":%.7g,"mlp":%.7g,'
     '"head_loadings":[HEADS],"head_loadings_rest":%.12g}'
 )
 _HEAD = "[%d,%.7g,%.7g,%.7g]"  # head, total, direct, pattern
@@ -65,6 +65,7 @@ def _links_json(edges: EdgeParts, kept: Kept) -> Encoded:
         kept.targets.tolist(),
         edges.layer.tolist(),
         rounded_all(sums),
+        kept.influence.tolist(),
         rounded_all(by_head[:, :, 1]),
         by_head.flatten(1).tolist(),
         n_listed.tolist(),
@@ -74,10 +75,10 @@ def _links_json(edges: EdgeParts, kept: Kept) -> Encoded:
     most = by_head.shape[1]
     texts = [_LINK.replace("HEADS", ",".join([_HEAD] * n)) for n in range(most + 1)]
     links = []
-    for source, target, layer, (weight, *block_parts), totals, heads, n in columns:
+    for source, target, layer, (weight, *block_parts), influence, totals, heads, n in columns:
         missing = rest(weight, (*block_parts, *totals[:n]))
         block = "null" if layer < 0 else layer
-        numbers = weight, block, *block_parts, *heads[: 4 * n], missing
+        numbers = weight, influence, block, *block_parts, *heads[: 4 * n], missing
         links.append(texts[n] % (ids[source], ids[target], *numbers))
     return Encoded(to_bytes(f"[{','.join(links)}]"))
 

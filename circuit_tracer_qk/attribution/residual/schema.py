@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
 from circuit_tracer_qk.base import digests
+from circuit_tracer_qk.base.selection import CIRCUIT_TRACER
 
 FORMAT = "circuit-tracer-qk graph, version 3"
 UNCHECKED = "circuit-tracer-qk graph, version 2"
@@ -63,6 +64,7 @@ class Facts(_Strict):
     token_strings: list[str] = Field(min_length=2)
     dictionary_folder: str | None
     neuronpedia: dict[int, str] = {}
+    select: Literal["circuit-tracer", "explained"] = CIRCUIT_TRACER
     names: list[tuple[int, int, str]]
     fingerprint: list[int] | None = Field(None, min_length=4, max_length=4)
     graph: str | None = None

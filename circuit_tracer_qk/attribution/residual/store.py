@@ -30,6 +30,7 @@ from circuit_tracer_qk.attribution.residual.schema import (
     signed,
 )
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.selection import CIRCUIT_TRACER
 from circuit_tracer_qk.model.attention import AttentionBlock
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.norm import Norm
@@ -56,6 +57,7 @@ class Record:
         names: (checkpoint, feature) -> label.
         dictionary_folder: where feature examples lie; None if nowhere.
         neuronpedia: checkpoint -> Neuronpedia's id of its dictionary, where it has one.
+        select: the rule by which the graph's nodes were chosen.
     """
 
     parts: Decomposition
@@ -69,6 +71,7 @@ class Record:
     names: Callable[[int, int], str]
     dictionary_folder: str | None
     neuronpedia: dict[int, str] = field(default_factory=dict)
+    select: str = CIRCUIT_TRACER
 
 
 def beside(path: str | Path) -> Path:
@@ -171,6 +174,7 @@ def _flatten(record: Record) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "token_strings": record.token_strings,
         "dictionary_folder": record.dictionary_folder,
         "neuronpedia": {str(c): name for c, name in record.neuronpedia.items()},
+        "select": record.select,
         "names": [[c, f, record.names(c, f)] for c, f in known],
     }
     return tensors, facts
@@ -208,6 +212,7 @@ def _rebuild(tensors: dict[str, Tensor], facts: Facts) -> Record:
         names=lambda checkpoint, feature: names.get((checkpoint, feature), ""),
         dictionary_folder=facts.dictionary_folder,
         neuronpedia=facts.neuronpedia,
+        select=facts.select,
     )
 
 

@@ -60,13 +60,14 @@ def _documents(kept: Kept, splits: Splits, pairs: Pairs) -> list[dict[str, Any]]
         kept.sources.tolist(),
         kept.targets.tolist(),
         rounded_all(kept.weights),
+        rounded_all(kept.influence),
         _blocks(kept, splits, pairs),
         _delivered(splits),
         rounded_all(splits.attention_free),
         strict=True,
     )
     links = []
-    for source, target, weight, cuts, deliveries, free in columns:
+    for source, target, weight, influence, cuts, deliveries, free in columns:
         for block in cuts:
             block["rest"] = rest(weight, [block["bypass"], *(h[1] for h in block["heads"])])
         values = [value for *_, value in deliveries]
@@ -78,6 +79,7 @@ def _documents(kept: Kept, splits: Splits, pairs: Pairs) -> list[dict[str, Any]]
                 "source": kept.nodes[source].node_id,
                 "target": kept.nodes[target].node_id,
                 "weight": weight,
+                "influence": influence,
                 "head_loadings": cuts,
                 "delivered_by": deliveries,
                 "attention_free": free,
