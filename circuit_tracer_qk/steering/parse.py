@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.json_text import unique_keys
 from circuit_tracer_qk.steering.edits import Edit, HeadEdit, QKEdit
 
 KEYS = ("side", "heads", "checkpoint", "features", "positions", "factor", "inject")
@@ -114,10 +115,12 @@ def read_edits(path: str | Path) -> list[Edit]:
         UserError: a file that cannot be read as such.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except UserError as error:  # a key that stands twice
+        raise UserError(f"{path}: {error}.") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}.") from error
     if isinstance(document, dict):
         document = document.get("edits")
