@@ -359,6 +359,32 @@ def _digest_of(path: Path) -> str | None:
     return None
 
 
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path, most: int, *, pipes: bool = False) -> bytes:
+    """The bytes of a small file that others wrote, or of what a link leads to.
+
+    Args:
+        path: the file.
+        most: how many bytes such a file may have.
+        pipes: take what a shell hands over too: ``/dev/stdin``, ``<(command)``.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is no regular file: what waits for a writer or
+            never ends is not opened.
+    """
+    mode = os.stat(path).st_mode
+    handed = pipes and stat.S_ISFIFO(mode) and Path(os.path.realpath(path)).parent.name == "fd"
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or handed):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    return data
+
+
 # Names --------------------------------------------------------------------------------------------
 
 

@@ -18,12 +18,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.validation import validate
+from circuit_tracer_qk.base.yaml_files import read_yaml
 from circuit_tracer_qk.dictionaries import catalogue
 from circuit_tracer_qk.dictionaries.dictionary import SAE
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import WILD, Files, joined
 from circuit_tracer_qk.dictionaries.layouts import LAYOUTS, Hints, Layout, assemble, native
-from circuit_tracer_qk.dictionaries.tensors import read_yaml
 
 LARGE = 2**29  # weights above which a set stays mapped into memory: 2 GB in float32
 _HUB_ID = re.compile(

@@ -1,4 +1,4 @@
-"""Reading what dictionaries are stored in: JSON, YAML, and tensors mapped into memory.
+"""Reading what dictionaries are stored in: JSON, and tensors mapped into memory.
 
 Tensors stay in their files until they are used; what is small is checked at once, the rest where
 it is used (:class:`circuit_tracer_qk.dictionaries.dictionary.Dictionary`).
@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import read_file
 
+JSON_BYTES = 2**24  # how long a JSON file beside tensors may be
 CHECKED_AT_ONCE = 2**26  # bytes of a tensor that are searched for NaN when it is opened
 
 
@@ -36,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing: fetch it again.")
     try:
-        document = json.loads(path.read_bytes(), parse_constant=_no_number)
+        document = json.loads(read_file(path, JSON_BYTES), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     except OSError as error:
@@ -62,24 +63,6 @@ def flag(path: Path, config: Mapping[str, Any], name: str, default: bool = False
     if not isinstance(value, bool):
         raise UserError(f"{path}: {name} should be true or false, found {value!r}.")
     return value
-
-
-def read_yaml(path: Path, example: str) -> dict[str, Any]:
-    """A YAML mapping; ``example`` is one line of what is expected.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        document = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible dates
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {reason}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path} should be a mapping such as `{example}`")
-    return document
 
 
 def mapped(path: Path) -> dict[str, Tensor]:

@@ -372,6 +372,21 @@ def key_value_cache(model: Any) -> Any:
     return kind.init_cache(model.cfg, model.W_E.device, batch_size=1)
 
 
+def check_layers(transcoders: Any, n_layers: int) -> None:
+    """Refuse transcoders that are not one for every layer of their model.
+
+    Raises:
+        UserError: naming the first layer that has none.
+    """
+    n = transcoders.n_layers
+    if n != n_layers:
+        problem = f"layer {n} has none" if n < n_layers else "they are another model's"
+        raise UserError(
+            f"the transcoders are of {n} layers and the model has {n_layers}: {problem}; give one "
+            "for every layer."
+        )
+
+
 class TranscoderNodes(NamedTuple):
     """A replacement model's own reading of a prompt, before any attribution.
 
@@ -641,6 +656,7 @@ __all__ = [
     "TranscoderNodes",
     "arguments_of",
     "attribute_transcoders",
+    "check_layers",
     "decoder",
     "graph_arguments",
     "graph_digest",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.model.config_fields import check_fields
 from circuit_tracer_qk.model.conversion import (
     CONVERTERS,
     build_config,
@@ -103,13 +104,19 @@ def _converted(source: Source, dtype: torch.dtype) -> HookedTransformer:
     config = read_config(source)
     architecture = architecture_of(source, config)
     if architecture in CONVERTERS:
+        check_fields(config, source.title)
+        # the same scores in float32, and rounded ones in float64
+        config.reorder_and_upcast_attn = False
         cfg = build_config(config, architecture)
         cfg.model_name, cfg.dtype = source.title, dtype
         tokenizer = read_tokenizer(source)
         cfg.tokenizer_name = None if tokenizer is None else source.path
         model = empty_model(cfg, tokenizer)
         hf_model = read_weights(source, config, dtype)
-        reference = Reference.run(hf_model, cfg)
+        try:
+            reference = Reference.run(hf_model, cfg)
+        except Exception as error:  # a field of its configuration that only running it shows
+            raise source.failure("config.json", error) from error
         state = convert_weights(hf_model, cfg, architecture)
         del hf_model
         gc.collect()

@@ -120,6 +120,7 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} is no replacement model of circuit-tracer's TransformerLens "
             'backend: load it with backend="transformerlens" to explain its heads.'
         )
+    host.check_layers(model.transcoders, model.cfg.n_layers)
     refuse_attention(model)
     refuse_shared_rotary(model)
 
