@@ -11,7 +11,7 @@ import yaml
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import read_file
 
-LONGEST = 2**20
+LONGEST = 2**18
 """How many bytes such a file may have."""
 
 MOST = 100_000
@@ -35,6 +35,7 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
                     "stand for, or give another file."
                 )
             document = None if root is None else loader.construct_document(root)
+            repr(document)  # refuses numbers of more digits than Python prints
         finally:
             loader.dispose()
     except OSError as error:

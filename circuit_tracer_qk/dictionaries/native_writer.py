@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
         UserError: the folder exists or cannot be written, or the format has no place for the set.
     """
     target = Path(folder).expanduser()
-    if target.exists():
+    if os.path.exists(target):
         raise UserError(f"{target} exists already: name a new folder.")
     shift = 1 if dictionaries.hook == RESID_POST else 0
     config = _config(dictionaries, shift)

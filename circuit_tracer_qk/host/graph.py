@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -485,7 +486,7 @@ def load_graph(path: Any, device: Any = "cpu", trust: bool = False) -> Graph:
         UserError: a file that is missing, damaged, no graph, or wants another class.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
     _check_archive(path)
     try:

@@ -148,7 +148,9 @@ def load_local_transcoders(folder: Path, **options: Any) -> tuple[Any, dict[str,
     config["transcoders"] = [f if f.startswith("hf://") else str(folder / f) for f in files]
     for layer, file in enumerate(config["transcoders"]):
         if not file.startswith("hf://") and not os.path.isfile(file):
-            raise UserError(f"{file}, layer {layer} of the transcoders, is missing: fetch it again.")
+            raise UserError(
+                f"{file}, layer {layer} of the transcoders, is missing: fetch it again."
+            )
     known = inspect.signature(hf_utils.load_transcoders).parameters
     taken = {name: value for name, value in options.items() if name in known}
     return hf_utils.load_transcoders(config, **taken), config

@@ -37,6 +37,7 @@ _FIELDS = {
 _OPTIONAL = {
     _Size: "n_inner head_dim sliding_window",
     _Number: "attn_logit_softcapping final_logit_softcapping",
+    (int, "a whole number"): "pad_token_id",
     (list[str], "a list of names"): "layer_types",
     (dict[str, Any], "an object with numbers"): "rope_scaling",
 }
@@ -57,11 +58,17 @@ def check_fields(config: Any, title: str) -> None:
     found = {name: getattr(config, name) for name in model.model_fields if hasattr(config, name)}
     validate(model, found, where)
     scaling = {
-        name: value for name, value in (found.get("rope_scaling") or {}).items() if "type" not in name
+        name: value
+        for name, value in (found.get("rope_scaling") or {}).items()
+        if "type" not in name
     }
     for name, value in scaling.items():
-        if name.endswith("factor") and not (type(value) in (int, float) and 0 < value < float("inf")):
-            raise UserError(f"{where}rope_scaling's {name} should be a number above 0, found {value!r}")
+        if name.endswith("factor") and not (
+            type(value) in (int, float) and 0 < value < float("inf")
+        ):
+            raise UserError(
+                f"{where}rope_scaling's {name} should be a number above 0, found {value!r}"
+            )
     heads, width = config.num_attention_heads, config.hidden_size
     if not found.get("head_dim") and width % heads:
         raise UserError(f"{where}hidden_size {width} is no multiple of its {heads} heads; mend it.")

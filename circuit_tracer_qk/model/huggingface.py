@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,11 +69,11 @@ class Source:
         from transformer_lens.loading_from_pretrained import get_official_model_name
 
         folder = Path(name).expanduser()
-        if folder.is_dir():
+        if os.path.isdir(folder):
             folder = folder.resolve()
             return cls(str(folder), folder.name, local=True)
         hub_id, _, revision = name.partition("@")
-        if folder.exists() or not _is_hub_id(hub_id):
+        if os.path.exists(folder) or not _is_hub_id(hub_id):
             raise UserError(
                 f"{name} is not a folder; give an existing Hugging Face folder, a hub id "
                 "org/name[@revision] or a TransformerLens name such as gpt2."

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.model.config_fields import check_fields
 from circuit_tracer_qk.model.conversion import (
     CONVERTERS,
@@ -32,6 +33,7 @@ from circuit_tracer_qk.model.conversion import (
     set_scaled_rotary,
 )
 from circuit_tracer_qk.model.huggingface import (
+    TOO_LARGE,
     Source,
     architecture_of,
     first_line,
@@ -89,14 +91,15 @@ def load_transformer(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = Source.find(str(name))
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    with _quiet(bars=not source.local), torch.no_grad():
+    full = fitting(f"the model {source.title}", TOO_LARGE)
+    with full, _quiet(bars=not source.local), torch.no_grad():
         if source.path.startswith(TRANSFORMER_LENS_ONLY):
             model = _by_transformer_lens(source, None, exact)
         else:
             model = _converted(source, exact)
         if check is not None:
             check(model)
-    return _finish(model, dtype, device)
+        return _finish(model, dtype, device)
 
 
 def _converted(source: Source, dtype: torch.dtype) -> HookedTransformer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def _load_transcoders(original: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(signature.bind(*args, **options).arguments)
         reference = given.pop("hf_ref")
         try:
-            if Path(reference).is_dir():
+            if os.path.isdir(reference):
                 return patching.load_local_transcoders(Path(reference), **given)
             return original(*args, **options)
         except UserError:
@@ -114,7 +115,7 @@ def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(signature.bind(*args, **options).arguments)
         name, backend = given["model_name"], given.get("backend", "transformerlens")
         try:
-            if Path(name).is_dir() and backend == "transformerlens":
+            if os.path.isdir(name) and backend == "transformerlens":
                 taken = {k: given[k] for k in ("dtype", "device") if k in given}
                 return patching.replacement_model(
                     load_transformer(name, **taken), given["transcoders"]

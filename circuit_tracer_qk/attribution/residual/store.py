@@ -8,6 +8,7 @@ head loading and every QK table bit for bit, without the model.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -74,11 +75,6 @@ class Record:
     select: str = CIRCUIT_TRACER
 
 
-def beside(path: str | Path) -> Path:
-    """Where the record of a graph saved at ``path`` lies: ``graph.pt.qk.safetensors``."""
-    return Path(f"{path}.qk.safetensors")
-
-
 def record_bytes(record: Record, graph: str) -> bytes:
     """A record as a safetensors file.
 
@@ -100,7 +96,7 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, Facts]:
     Raises:
         UserError: a file that is missing, damaged or of another kind.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"there is no {path}, so the graph's heads are not known: keep it beside the .pt, or "
             "make the graph again with circuit-tracer-qk; graphs of transcoders are explained by "

@@ -193,7 +193,7 @@ def _files_of(ref: str, outputs: list[Path]) -> list[Any]:
         parts = Path(text).expanduser().parts
         wild = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
         root = Path(*parts[:wild])
-        if parts[:wild] and root.exists():
+        if parts[:wild] and os.path.exists(root):
             break
     else:
         return []
@@ -201,7 +201,7 @@ def _files_of(ref: str, outputs: list[Path]) -> list[Any]:
     stamps = _stamps(root, outputs)
     with contextlib.suppress(OSError, UserError, KeyError, TypeError):
         model = read_yaml(root / "config.yaml", "model_name: gpt2")["model_name"]
-        if Path(model).is_dir():  # the model that is taken where none is named
+        if os.path.isdir(model):  # the model that is taken where none is named
             stamps += _stamps(Path(model).resolve(), outputs)
     return stamps
 
