@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.one_line import one_line
 from circuit_tracer_qk.cli import (
     attribute,
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = command_line(argv[0] if argv else "").parse_args(argv)
-        with log_output(PROGRAM, args.verbose):
+        full = fitting(f"what {args.command} works on", "give less at a time, or free memory")
+        with full, log_output(PROGRAM, args.verbose):
             COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except UserError as error:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import put_folder_in_place, workplace
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, WCC, Dictionary
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.features import archive_of
@@ -50,7 +51,9 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
             part = aside / "set"
             part.mkdir()
             for checkpoint, dictionary in bar:
-                _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
+                what = f"checkpoint {checkpoint} of {dictionaries.scan}"
+                with fitting(what, "convert it on a machine with more memory"):
+                    _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
             _copy_features(dictionaries, part, shift)
             (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
             put_folder_in_place(part, target)

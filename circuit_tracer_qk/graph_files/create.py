@@ -24,6 +24,7 @@ from circuit_tracer_qk.base.json_text import (
     rounded_all,
     without_collection,
 )
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.base.selection import EXPLAINED
@@ -137,6 +138,7 @@ def create_graph_files(
     return files.page
 
 
+@fitting("the graph's file", "lower node_threshold and edge_threshold, or leave its tables out")
 @exactly
 def write_graph_files(
     graph: ExplainedGraph | str | Path,

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.base import digests
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting, is_full
 
 
 def _accepted(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:
@@ -471,6 +472,7 @@ def load_stock(path: Any, device: Any, trust: bool = False) -> dict[str, Any]:
     return arguments_of(load_graph(path, device, trust))
 
 
+@fitting("this graph", "load it on a machine with more memory, or make a smaller one")
 def load_graph(path: Any, device: Any = "cpu", trust: bool = False) -> Graph:
     """A graph that this host, or another tree of it, saved.
 
@@ -501,6 +503,8 @@ def load_graph(path: Any, device: Any = "cpu", trust: bool = False) -> Graph:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
+        if is_full(error):
+            raise
         raise _damaged(path, error) from error
     return _graph_of(saved, path)
 

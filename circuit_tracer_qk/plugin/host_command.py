@@ -15,10 +15,11 @@ import torch
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.transcoder import graph as transcoder
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import is_full, too_large
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.host import patching
-from circuit_tracer_qk.model.huggingface import first_line
+from circuit_tracer_qk.model.huggingface import TOO_LARGE, first_line
 from circuit_tracer_qk.model.load import load_transformer
 
 
@@ -100,6 +101,8 @@ def _load_transcoders(original: Callable[..., Any]) -> Callable[..., Any]:
         except UserError:
             raise
         except Exception as error:  # hubs, files and tensors fail in any way
+            if is_full(error):
+                raise too_large(f"{reference}, a set of transcoders,", TOO_LARGE, error) from error
             raise UserError(
                 f"the transcoders {reference} cannot be loaded ({first_line(error)}): give a hub "
                 "id org/name[@revision] that can be reached, or a local folder with their files."
@@ -124,6 +127,8 @@ def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
         except UserError:
             raise
         except Exception as error:
+            if is_full(error):
+                raise too_large(f"the model {name}", TOO_LARGE, error) from error
             raise UserError(
                 f"the model {name} cannot be loaded with these transcoders ({first_line(error)}): "
                 "give with -m the model that they were made for."

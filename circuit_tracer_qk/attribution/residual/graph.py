@@ -38,6 +38,7 @@ from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
 from circuit_tracer_qk.attribution.text import heads_text, shapes
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import beside, companion_of, write_pair
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
 
@@ -365,6 +366,7 @@ class ResidualGraph(ExplainedGraph):
         return listing._replace(skipped=1 - computed / of if of else 0.0)
 
 
+@fitting("this graph", "load it on a machine with more memory, or make a smaller one")
 def load_graph(
     path: str | Path, device: str | torch.device = "cpu", *, trust: bool = False
 ) -> ResidualGraph:

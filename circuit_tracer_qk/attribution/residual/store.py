@@ -31,6 +31,7 @@ from circuit_tracer_qk.attribution.residual.schema import (
     signed,
 )
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import is_full
 from circuit_tracer_qk.base.selection import CIRCUIT_TRACER
 from circuit_tracer_qk.model.attention import AttentionBlock
 from circuit_tracer_qk.model.heads import Heads
@@ -107,6 +108,8 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, Facts]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # a damaged header raises nearly anything
+        if is_full(error):
+            raise
         raise UserError(f"{path} is damaged ({_line(error)}): make the graph again.") from error
     text = metadata.get("facts", "{}")
     kind = metadata.get("format") or _kind(text)
