@@ -67,6 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except OSError as error:  # what the system refuses and nothing within foresaw
+        if error.filename is None:  # what is printed, on a full disk: not tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        named = error.filename or "what is printed"
+        reason = error.strerror or error
+        print(
+            f"{PROGRAM}: error: {named} cannot be used ({reason}): give another.", file=sys.stderr
+        )
+        return MISTAKE
     return DONE
 
 

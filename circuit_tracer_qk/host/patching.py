@@ -120,7 +120,7 @@ def load_local_transcoders(folder: Path, **options: Any) -> tuple[Any, dict[str,
     from circuit_tracer.utils import hf_utils
 
     path = folder / "config.yaml"
-    config = read_yaml(path, "model_kind: transcoder_set")
+    config = read_yaml(path, "model_kind: transcoder_set") if os.path.exists(path) else {}
     for name in ("model_kind", "feature_input_hook", "feature_output_hook"):
         if not isinstance(config.get(name), str):
             raise UserError(
