@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -69,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except OSError as error:  # what the system refuses and nothing within foresaw
         if error.filename is None:  # what is printed, on a full disk: not tried again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        named = error.filename or "what is printed"
-        reason = error.strerror or error
-        print(
-            f"{PROGRAM}: error: {named} cannot be used ({reason}): give another.", file=sys.stderr
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        named = error.filename or "what is printed, or a temporary file,"
+        problem = (
+            f"{named} cannot be used ({error.strerror or error}): give another place, or free it"
         )
+        print(f"{PROGRAM}: error: {one_line(problem)}.", file=sys.stderr)
         return MISTAKE
     return DONE
 

@@ -77,21 +77,21 @@ def test_a_field_of_the_wrong_type_is_named(
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("name", "fields", "message"),
     [
-        ({"num_attention_heads": 5, "head_dim": None}, "hidden_size 24 is no multiple"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "rope_scaling.*factor"),
-        ({"rope_scaling": "linear"}, "config.json"),
-        ({"layer_types": ["full_attention"]}, "layer_types|layer types"),
-        ({"model_type": []}, "config.json"),
-        ({"intermediate_size": 10**12}, "does not fit into memory"),
-        ({"vocab_size": 10**12}, "does not fit into memory"),
+        ("gpt2", {"n_head": 5}, "hidden_size 24 is no multiple of its 5 heads"),
+        ("llama", {"num_attention_heads": 5}, "is no multiple of num_key_value_heads 2"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "rope_scaling.*factor"),
+        ("llama", {"rope_scaling": "linear"}, "config.json"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types|layer types"),
+        ("llama", {"model_type": []}, "config.json"),
+        ("llama", {"intermediate_size": 10**12}, "does not fit into memory"),
+        ("llama", {"vocab_size": 10**12}, "does not fit into memory"),
     ],
 )
 def test_fields_that_do_not_go_together(
-    saved: dict[str, Path], tmp_path: Path, fields: dict[str, Any], message: str
+    saved: dict[str, Path], tmp_path: Path, name: str, fields: dict[str, Any], message: str
 ):
-    name = "gemma2" if "layer_types" in fields else "llama"
     with pytest.raises(ctqk.UserError, match=message):
         load_transformer(changed(saved[name], tmp_path / "wrong", **fields), device="cpu")
 
