@@ -32,11 +32,12 @@ _FIELDS = {
     _Share: "rotary_pct",
     _Flag: "scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn "
     "use_parallel_residual attention_bias mlp_bias tie_word_embeddings",
-    _Name: "activation_function hidden_act hidden_activation",
+    _Name: "activation_function hidden_act",
 }
 _OPTIONAL = {
     _Size: "n_inner head_dim sliding_window",
     _Number: "attn_logit_softcapping final_logit_softcapping",
+    _Name: "hidden_activation",
     (int, "a whole number"): "pad_token_id",
     (list[str], "a list of names"): "layer_types",
     (dict[str, Any], "an object with numbers"): "rope_scaling",

@@ -932,5 +932,5 @@ def test_an_npz_whose_header_is_no_shape(
         for name, data in members.items():
             new.writestr(name, data)
     with pytest.raises(ctqk.UserError, match=f"{path} is truncated or no NumPy archive") as refusal:
-        ctqk.load_dictionaries(tmp_path)
+        ctqk.load_dictionaries(f"gemma-scope:{tmp_path}")
     assert "\n" not in str(refusal.value)
