@@ -121,23 +121,26 @@ def load_local_transcoders(folder: Path, **options: Any) -> tuple[Any, dict[str,
 
     path = folder / "config.yaml"
     config = read_yaml(path, "model_kind: transcoder_set") if os.path.exists(path) else {}
-    for name in ("model_kind", "feature_input_hook", "feature_output_hook"):
-        if not isinstance(config.get(name), str):
+    hooks = ("feature_input_hook", "feature_output_hook")
+    for name in ("model_kind", *hooks, "scan", "model_name"):
+        value = config.get(name)
+        names = value if isinstance(value, list) and name == "scan" else [value]
+        absent = value is None and name in ("scan", "model_name")
+        if not absent and not all(isinstance(part, str) for part in names):
             raise UserError(
                 f"{path} is no transcoder config: {name} should be a name, found "
-                f"{config.get(name)!r:.60}; a folder of transcoders has a config.yaml with "
+                f"{value!r:.60}; a folder of transcoders has a config.yaml with "
                 "model_kind, feature_input_hook and feature_output_hook, as a hub repository has."
             )
     kind = config["model_kind"]
-    config = {"repo_id": str(folder), "scan": folder.name} | config
+    config: dict[str, Any] = {"repo_id": str(folder), "scan": folder.name} | config
     config.setdefault("scan_name", config["scan"])  # in newer trees
     if kind == "cross_layer_transcoder":
         from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
 
         _n_layers(folder, "W_enc", "W_dec")
         known = inspect.signature(load_clt).parameters
-        hooks = {name: config.get(name) for name in ("feature_input_hook", "feature_output_hook")}
-        offered = options | hooks | {"scan": config["scan"], "scan_name": config["scan"]}
+        offered = options | {name: config[name] for name in (*hooks, "scan", "scan_name")}
         taken = {k: v for k, v in offered.items() if k in known}
         return load_clt(str(folder), **taken), config
     files = config.get("transcoders")

@@ -117,6 +117,7 @@ def test_a_layer_that_is_missing_is_named(run: Run, transcoders: Path, tmp_path:
         ("feature_input_hook: 3", "feature_input_hook should be a name, found 3"),
         ("feature_output_hook:", "feature_output_hook should be a name, found None"),
         ("model_kind: [a]", "model_kind should be a name"),
+        ("scan: 5", "scan should be a name, found 5"),
         ("transcoders: layer_0.safetensors", "transcoders should be a list of files"),
         ("transcoders: [layer_0.safetensors, none.safetensors]", "none.safetensors, layer 1 of"),
     ],
