@@ -58,9 +58,11 @@ def check_fields(config: Any, title: str) -> None:
     model = _model()
     found = {name: getattr(config, name) for name in model.model_fields if hasattr(config, name)}
     validate(model, found, where)
-    for name, value in (found.get("rope_scaling") or {}).items():
+    scaling = found.get("rope_scaling") or {}
+    for name in scaling.keys() & {"factor", "low_freq_factor", "high_freq_factor"}:
+        value = scaling[name]
         number = isinstance(value, int | float) and 0 < value < float("inf")
-        if name.endswith("factor") and not number:
+        if not number:
             raise UserError(
                 f"{where}rope_scaling's {name} should be a number above 0, found {value!r:.60}"
             )
