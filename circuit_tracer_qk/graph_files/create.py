@@ -262,7 +262,7 @@ def _warn_of_errors(graph: ExplainedGraph, errors: ErrorShare, n_links: int, n_t
         f"has {n_links} link{'s' * (n_links != 1)} and {tables}: {another}keep more "
         "(node_threshold), or use dictionaries that explain more.",
         ErrorShareWarning,
-        stacklevel=6,  # of who called create_graph_files
+        stacklevel=7,  # of who called create_graph_files
     )
 
 

@@ -128,7 +128,7 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, Facts]:
             f"{path} was written by an older version and holds no digests: its form was checked, "
             "its numbers cannot be; save the graph again.",
             UncheckedWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     return _rebuild(moved, facts), facts
