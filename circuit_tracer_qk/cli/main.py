@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import NoReturn
 
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.one_line import one_line
 from circuit_tracer_qk.cli import (
     attribute,
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = command_line(argv[0] if argv else "").parse_args(argv)
-        with log_output(PROGRAM, args.verbose):
+        full = fitting(f"what {args.command} works on", "give less at a time, or free memory")
+        with full, log_output(PROGRAM, args.verbose):
             COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except UserError as error:
@@ -65,6 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except OSError as error:  # what the system refuses and nothing within foresaw
+        if error.filename is None:  # what is printed, on a full disk: not tried again at the end
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        named = error.filename or "what is printed, or a temporary file,"
+        problem = (
+            f"{named} cannot be used ({error.strerror or error}): give another place, or free it"
+        )
+        print(f"{PROGRAM}: error: {one_line(problem)}.", file=sys.stderr)
+        return MISTAKE
     return DONE
 
 
