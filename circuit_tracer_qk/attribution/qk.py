@@ -24,6 +24,7 @@ from circuit_tracer_qk.attribution.blocks import block_totals, blocks_by_kind
 from circuit_tracer_qk.attribution.component import Component
 from circuit_tracer_qk.attribution.text import row_text, summarize_table
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.model.attention import KEY, QUERY
 from circuit_tracer_qk.model.heads import Heads
@@ -234,6 +235,7 @@ class Scores(ABC):
                 "so the key must be at or before the query."
             )
 
+    @fitting("this table", "make the graph of a shorter prompt, or with sparser dictionaries")
     @exactly
     def table(self, layer: int, head: int, query: int, key: int) -> QKTable:
         """The exact table of one head at one query and key position.

@@ -25,6 +25,12 @@ except ImportError:  # Windows, where an open file cannot be removed: that says 
 LISTING = "graph-metadata.json"
 """The file in which circuit-tracer lists a folder's graphs."""
 
+LONGEST_NAME = 255
+"""How many bytes the name of a file or folder may have, on most file systems."""
+
+LONGEST_SLUG = LONGEST_NAME - len(".pt.qk.safetensors")
+"""How long a slug may be: so long that every file named after it can be written."""
+
 WAITING = 8
 """How many files' ways to the disk are waited for at once."""
 
@@ -359,6 +365,35 @@ def _digest_of(path: Path) -> str | None:
     return None
 
 
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path, most: int, *, pipes: bool = False) -> bytes:
+    """The bytes of a small file that others wrote, or of what a link leads to.
+
+    Args:
+        path: the file.
+        most: how many bytes such a file may have.
+        pipes: take what a shell hands over too: ``/dev/stdin``, ``<(command)``.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is no regular file: what waits for a writer or
+            never ends is not opened.
+    """
+    mode = os.stat(path).st_mode
+    handed = pipes and stat.S_ISFIFO(mode) and Path(os.path.realpath(path)).parent.name == "fd"
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or handed):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    parts, left = [], most + 1
+    with open(path, "rb") as file:
+        while left and (part := file.read(min(left, 1 << 20))):
+            parts.append(part)
+            left -= len(part)
+    if not left:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    return b"".join(parts)
+
+
 # Names --------------------------------------------------------------------------------------------
 
 
@@ -401,12 +436,23 @@ def check_case(folder: Path, name: str) -> None:
             )
 
 
+def beside(path: str | Path) -> Path:
+    """Where the record of a graph saved at ``path`` lies: ``graph.pt.qk.safetensors``."""
+    return Path(f"{path}.qk.safetensors")
+
+
 def check_names(slug: str, np_model: str | None) -> None:
     """Refuse names that cannot stand for a graph's file, or that Neuronpedia does not take.
 
     Raises:
-        UserError: which characters are allowed.
+        UserError: which characters are allowed, or how many.
     """
+    for name, called in ((slug, "slug"), (np_model or "", "Neuronpedia model id")):
+        if len(name) > LONGEST_SLUG:
+            raise UserError(
+                f"the {called} {name[:20]!r}... has {len(name)} characters, too many for the name "
+                f"of a file: it may have {LONGEST_SLUG}."
+            )
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", slug) or slug in (".", "..", Path(LISTING).stem):
         raise UserError(
             f"the slug {slug!r} cannot name a graph: use letters, digits, '_', '.' and '-' only, "

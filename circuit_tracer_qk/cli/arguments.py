@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def check_least(args: argparse.Namespace, flag: str, least: int = 1) -> None:
 
 def check_writable(folder: Path) -> None:
     """Refuse a folder that files cannot be written to; leaves nothing behind."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     made: list[Path] = []
     try:
         for path in reversed(missing):
@@ -177,7 +178,7 @@ def check_writable(folder: Path) -> None:
 
 def check_file(path: Path, flag: str) -> None:
     """Refuse a file that cannot be written; ``flag`` is the one that names it."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder: give {flag} the name of a file.")
     try:
         target = write_target(path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import LISTING, check_folder, check_names
+from circuit_tracer_qk.base.files import LISTING, beside, check_folder, check_names
 from circuit_tracer_qk.base.selection import CIRCUIT_TRACER
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.arguments import PROGRAM
@@ -91,7 +92,7 @@ def _run_prompts(args: argparse.Namespace) -> None:
     if args.server:
         check_server(args)
     failure = prompts.run(args, PROGRAM)
-    if args.server and (Path(args.graph_file_dir) / LISTING).is_file():
+    if args.server and os.path.isfile(Path(args.graph_file_dir) / LISTING):
         serve(args, args.graph_file_dir, args.port)
     if failure is not None:
         raise failure
@@ -147,6 +148,8 @@ def _check_outputs(args: argparse.Namespace) -> tuple[str, str] | None:
         print("warning: graph files need both --slug and --graph_file_dir", file=sys.stderr)
     if args.graph_output_path is not None:
         arguments.check_file(Path(args.graph_output_path), "-o/--graph_output_path")
+        if args.transcoder_set is None:
+            arguments.check_file(beside(args.graph_output_path), "-o/--graph_output_path")
     if args.server:
         check_server(args)
     return files

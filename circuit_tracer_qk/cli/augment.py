@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import circuit_tracer_qk
-from circuit_tracer_qk.base.files import check_names, companion_of
+from circuit_tracer_qk.base.files import beside, check_names, companion_of
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.loading import check_graph, explain_saved_graph, files_options
 from circuit_tracer_qk.cli.output import show, silence_stdout
@@ -49,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
     if args.server:
         check_server(args)
 
-    from circuit_tracer_qk.attribution.residual.store import beside
-
-    residual = companion_of(path, beside(path)).is_file()  # such a graph brings all that it needs
+    residual = os.path.isfile(
+        companion_of(path, beside(path))
+    )  # such a graph brings all that it needs
     if residual:
         graph = circuit_tracer_qk.load_graph(path, trust=args.trust)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import circuit_tracer_qk
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do it."""
     remove_temporaries(Path(args.destination).expanduser().parent)
-    if Path(args.destination).exists():
+    if os.path.exists(args.destination):
         raise UserError(f"{args.destination} exists already: name a new folder.")
 
     from circuit_tracer_qk.dictionaries.native_writer import write_dictionaries

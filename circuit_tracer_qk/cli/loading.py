@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def files_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_graph(path: Path) -> None:
     """Refuse a saved graph that is not there."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
 
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.one_line import one_line
 from circuit_tracer_qk.cli import (
     attribute,
@@ -58,7 +59,8 @@ def _run(argv: list[str]) -> int:
     """Run one command, whose output can be written whatever is in it."""
     try:
         args = command_line(argv[0] if argv else "").parse_args(argv)
-        with log_output(PROGRAM, args.verbose):
+        full = fitting(f"what {args.command} works on", "give less at a time, or free memory")
+        with full, log_output(PROGRAM, args.verbose):
             COMMANDS[args.command].run(args)
         show()
     except UserError as error:
@@ -69,6 +71,13 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:  # `| head` has read enough
         discard_stdout()
         return PIPE_CLOSED
+    except OSError as error:  # what the system refuses and nothing within foresaw
+        named = error.filename or "a temporary file"
+        problem = (
+            f"{named} cannot be used ({error.strerror or error}): give another place, or free it"
+        )
+        print(f"{PROGRAM}: error: {one_line(problem)}.", file=sys.stderr)
+        return MISTAKE
     return DONE
 
 

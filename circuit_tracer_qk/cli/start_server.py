@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do it."""
-    if not (Path(args.graph_file_dir) / LISTING).is_file():
+    if not os.path.isfile(Path(args.graph_file_dir) / LISTING):
         raise UserError(
             f"{args.graph_file_dir} holds no graph files (no {LISTING}): write some with "
             "`attribute --slug NAME --graph_file_dir DIR`."

@@ -17,13 +17,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.validation import validate
+from circuit_tracer_qk.base.yaml_files import read_yaml
 from circuit_tracer_qk.dictionaries import catalogue
 from circuit_tracer_qk.dictionaries.dictionary import SAE
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import WILD, Files, joined, natural
 from circuit_tracer_qk.dictionaries.layouts import LAYOUTS, Hints, Layout, assemble, native
-from circuit_tracer_qk.dictionaries.tensors import read_yaml
 
 LARGE = 2**29  # weights above which a set stays mapped into memory: 2 GB in float32
 _HUB_ID = re.compile(
@@ -69,15 +70,17 @@ def load_dictionaries(
     >>> load_dictionaries("miniature-sae").checkpoints
     (1, 2, 3, 4)
     """
+    full = fitting(f"the set {ref}", "give lazy=True, fewer checkpoints, or a smaller set")
     try:
-        dictionaries = _find(ref, None if checkpoints is None else frozenset(checkpoints))
+        with full:
+            dictionaries = _find(ref, None if checkpoints is None else frozenset(checkpoints))
+            if dictionaries.n_weights > LARGE if lazy is None else lazy:
+                return dictionaries
+            return dictionaries.to(device, dtype)
     except (OSError, RuntimeError) as error:  # permissions, ~nobody, names beyond all length
         raise UserError(
             f"{ref} cannot be read ({getattr(error, 'strerror', 0) or error})."
         ) from error
-    if dictionaries.n_weights > LARGE if lazy is None else lazy:
-        return dictionaries
-    return dictionaries.to(device, dtype)
 
 
 def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import put_folder_in_place, workplace
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.dictionaries.dictionary import RESID_POST, WCC, Dictionary
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.features import archive_of
@@ -37,7 +39,7 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
         UserError: the folder exists or cannot be written, or the format has no place for the set.
     """
     target = Path(folder).expanduser()
-    if target.exists():
+    if os.path.exists(target):
         raise UserError(f"{target} exists already: name a new folder.")
     shift = 1 if dictionaries.hook == RESID_POST else 0
     config = _config(dictionaries, shift)
@@ -49,7 +51,9 @@ def write_dictionaries(dictionaries: DictionarySet, folder: str | Path) -> Path:
             part = aside / "set"
             part.mkdir()
             for checkpoint, dictionary in bar:
-                _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
+                what = f"checkpoint {checkpoint} of {dictionaries.scan}"
+                with fitting(what, "convert it on a machine with more memory"):
+                    _write(part, dictionaries.kind, checkpoint - shift, dictionary.folded())
             _copy_features(dictionaries, part, shift)
             (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
             put_folder_in_place(part, target)

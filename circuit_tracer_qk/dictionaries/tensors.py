@@ -1,4 +1,4 @@
-"""Reading what dictionaries are stored in: JSON, YAML, and tensors mapped into memory.
+"""Reading what dictionaries are stored in: JSON, and tensors mapped into memory.
 
 Tensors stay in their files until they are used; what is small is checked at once, the rest where
 it is used (:class:`circuit_tracer_qk.dictionaries.dictionary.Dictionary`).
@@ -13,17 +13,19 @@ from collections.abc import Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.lib import format as npy
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import read_file
+from circuit_tracer_qk.base.memory import is_full
 
+JSON_BYTES = 2**24  # how long a JSON file beside tensors may be
 CHECKED_AT_ONCE = 2**26  # bytes of a tensor that are searched for NaN when it is opened
 
 
@@ -36,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing: fetch it again.")
     try:
-        document = json.loads(path.read_bytes(), parse_constant=_no_number)
+        document = json.loads(read_file(path, JSON_BYTES), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     except OSError as error:
@@ -64,24 +66,6 @@ def flag(path: Path, config: Mapping[str, Any], name: str, default: bool = False
     return value
 
 
-def read_yaml(path: Path, example: str) -> dict[str, Any]:
-    """A YAML mapping; ``example`` is one line of what is expected.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        document = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible dates
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {reason}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path} should be a mapping such as `{example}`")
-    return document
-
-
 def mapped(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors``, ``.npz`` or ``.pt`` file, mapped into memory.
 
@@ -97,7 +81,9 @@ def mapped(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".npz":
             return _mapped_npz(path)
         return _mapped_pt(path)
-    except (SafetensorError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged archives raise nearly anything
+        if is_full(error):
+            raise
         kind = {".safetensors": "safetensors", ".npz": "NumPy archive"}.get(path.suffix, "PyTorch")
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -113,17 +99,15 @@ def _mapped_npz(path: Path) -> dict[str, Tensor]:
             name = member.filename.removesuffix(".npy")
             if member.compress_type != zipfile.ZIP_STORED:
                 with archive.open(member) as stream:
+                    _read_header(name, stream, member.file_size)
+                with archive.open(member) as stream:
                     tensors |= _tensor(name, npy.read_array(stream, allow_pickle=False))
                 continue
             # the local header's own lengths: they may differ from the directory's
             file.seek(member.header_offset + 26)
             n_name, n_extra = struct.unpack("<HH", file.read(4))
             file.seek(n_name + n_extra, 1)
-            old = npy.read_magic(file) == (1, 0)
-            read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-            if dtype.hasobject:
-                raise ValueError(f"{name} holds Python objects")
+            shape, fortran, dtype = _read_header(name, file, member.file_size)
             order = "F" if fortran else "C"
             if 0 in shape or not shape:
                 array = np.fromfile(file, dtype, prod(shape)).reshape(shape)
@@ -131,6 +115,24 @@ def _mapped_npz(path: Path) -> dict[str, Tensor]:
                 array = np.memmap(path, dtype, "c", file.tell(), shape, order)
             tensors |= _tensor(name, array)
     return tensors
+
+
+def _read_header(name: str, file: IO[bytes], n_bytes: int) -> tuple[tuple[int, ...], bool, Any]:
+    """Shape, order and dtype of a ``.npy``, checked before memory is asked for.
+
+    Raises:
+        ValueError: they are none that a file of ``n_bytes`` holds.
+    """
+    start = file.tell()
+    old = npy.read_magic(file) == (1, 0)
+    shape, fortran, dtype = (npy.read_array_header_1_0 if old else npy.read_array_header_2_0)(file)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects")
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"{name} has the shape {list(shape)}")
+    if prod(shape) * dtype.itemsize > n_bytes - (file.tell() - start):
+        raise ValueError(f"{name} has the shape {list(shape)}, and fewer numbers")
+    return shape, fortran, dtype
 
 
 def _tensor(name: str, array: np.ndarray) -> dict[str, Tensor]:

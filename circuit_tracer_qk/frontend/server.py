@@ -8,6 +8,7 @@ graph into its file (:mod:`~circuit_tracer_qk.frontend.saving`). Who may ask is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +81,15 @@ def serve(
     'http://127.0.0.1:8765'
     >>> server.stop()  # doctest: +SKIP
     """
-    folder = Path(data_dir).expanduser().resolve()
-    if not folder.is_dir():
+    folder = Path(os.path.realpath(Path(data_dir).expanduser()))
+    if not os.path.isdir(folder):
         raise UserError(
             f"the graph folder {data_dir} does not exist; write graph files there first."
         )
-    features = None if features_dir is None else Path(features_dir).expanduser().resolve()
-    if features is not None and not features.is_dir():
+    features = (
+        None if features_dir is None else Path(os.path.realpath(Path(features_dir).expanduser()))
+    )
+    if features is not None and not os.path.isdir(features):
         raise UserError(f"the folder of features {features_dir} does not exist: give another one.")
     check_port(port, host)
     assets = host_cli.assets()

@@ -24,6 +24,7 @@ from circuit_tracer_qk.base.json_text import (
     rounded_all,
     without_collection,
 )
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.base.selection import EXPLAINED
@@ -137,6 +138,7 @@ def create_graph_files(
     return files.page
 
 
+@fitting("the graph's file", "lower node_threshold and edge_threshold, or leave its tables out")
 @exactly
 def write_graph_files(
     graph: ExplainedGraph | str | Path,
@@ -261,7 +263,7 @@ def _warn_of_errors(graph: ExplainedGraph, errors: ErrorShare, n_links: int, n_t
         f"has {n_links} link{'s' * (n_links != 1)} and {tables}: {another}keep more "
         "(node_threshold), or use dictionaries that explain more.",
         ErrorShareWarning,
-        stacklevel=6,  # of who called create_graph_files
+        stacklevel=7,  # of who called create_graph_files
     )
 
 

@@ -11,7 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
-from circuit_tracer_qk.base.files import check_folder, remove_temporaries, write_together
+from circuit_tracer_qk.base import digests
+from circuit_tracer_qk.base.files import (
+    LONGEST_SLUG,
+    check_folder,
+    remove_temporaries,
+    write_together,
+)
 from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.dictionaries.features import FeatureExamples, feature_index
 from circuit_tracer_qk.host import graph as host
@@ -28,6 +34,8 @@ def folder_name(graph: ExplainedGraph, scan: str | None = None) -> str:
     """
     safe = re.sub(r"[^A-Za-z0-9_.-]", "-", (scan or host.graph_scan(graph)).replace("/", "--"))
     # its own folder also where the scan is called like one of the files beside it
+    if len(safe) > LONGEST_SLUG:
+        safe = f"{safe[:100]}-{digests.of_text(safe)[:16]}"
     return safe if safe.strip(".") and not safe.endswith(".json") else f"features-{safe}"
 
 

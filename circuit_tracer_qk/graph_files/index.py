@@ -11,10 +11,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import LISTING, write_atomically
+from circuit_tracer_qk.base.files import LISTING, read_file, write_atomically
 from circuit_tracer_qk.base.json_text import encode
 
 LOCK = f".{LISTING}.lock"
+LISTING_BYTES = 2**28  # how long such a list may be
 PATIENCE = 60.0  # seconds; a list is written in far less
 
 
@@ -26,7 +27,7 @@ def read_listing(folder: Path) -> dict[str, Any]:
     """
     path = folder / LISTING
     try:
-        listing = json.loads(path.read_bytes())
+        listing = json.loads(read_file(path, LISTING_BYTES))
         graphs = listing["graphs"]
         if not isinstance(graphs, list) or not all(isinstance(g, dict) for g in graphs):
             raise TypeError("graphs is no list of objects")
@@ -34,7 +35,7 @@ def read_listing(folder: Path) -> dict[str, Any]:
         return {"graphs": []}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}) and was left as it is: repair it, or remove it to "
             "start a new list of graphs."

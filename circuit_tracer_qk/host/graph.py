@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from circuit_tracer_qk.base import digests
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting, is_full
 
 
 def _accepted(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:
@@ -383,6 +385,21 @@ def key_value_cache(model: Any) -> Any:
     return kind.init_cache(model.cfg, model.W_E.device, batch_size=1)
 
 
+def check_layers(transcoders: Any, n_layers: int) -> None:
+    """Refuse transcoders that are not one for every layer of their model.
+
+    Raises:
+        UserError: naming the first layer that has none.
+    """
+    n = transcoders.n_layers
+    if n != n_layers:
+        problem = f"layer {n} has none" if n < n_layers else "they are another model's"
+        raise UserError(
+            f"the transcoders are of {n} layers and the model has {n_layers}: {problem}; give one "
+            "for every layer."
+        )
+
+
 class TranscoderNodes(NamedTuple):
     """A replacement model's own reading of a prompt, before any attribution.
 
@@ -466,6 +483,7 @@ def load_stock(path: Any, device: Any, trust: bool = False) -> dict[str, Any]:
     return arguments_of(load_graph(path, device, trust))
 
 
+@fitting("this graph", "load it on a machine with more memory, or make a smaller one")
 def load_graph(path: Any, device: Any = "cpu", trust: bool = False) -> Graph:
     """A graph that this host, or another tree of it, saved.
 
@@ -481,7 +499,7 @@ def load_graph(path: Any, device: Any = "cpu", trust: bool = False) -> Graph:
         UserError: a file that is missing, damaged, no graph, or wants another class.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
     _check_archive(path)
     try:
@@ -496,6 +514,8 @@ def load_graph(path: Any, device: Any = "cpu", trust: bool = False) -> Graph:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
+        if is_full(error):
+            raise
         raise _damaged(path, error) from error
     return _graph_of(saved, path)
 
@@ -652,6 +672,7 @@ __all__ = [
     "TranscoderNodes",
     "arguments_of",
     "attribute_transcoders",
+    "check_layers",
     "decoder",
     "graph_arguments",
     "graph_digest",

@@ -7,6 +7,8 @@ A replaced function is replaced in every module of circuit-tracer that holds it,
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,9 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.yaml_files import read_yaml
 from circuit_tracer_qk.host.cli import logging_kept
 
 FUNCTIONS = {
@@ -114,42 +115,75 @@ def load_local_transcoders(folder: Path, **options: Any) -> tuple[Any, dict[str,
         **options: of ``load_transcoder_from_hub``.
 
     Raises:
-        UserError: a folder without a config, or with one that names no kind.
+        UserError: a folder without a config or with one that is none, or a layer that is missing.
     """
     from circuit_tracer.utils import hf_utils
 
     path = folder / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        kind = config["model_kind"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no transcoder config ({error}): a folder of transcoders has a config.yaml "
-            "with model_kind, feature_input_hook and feature_output_hook, as a hub repository has."
-        ) from error
-    config = {"repo_id": str(folder), "scan": folder.name} | config
+    config = read_yaml(path, "model_kind: transcoder_set") if os.path.exists(path) else {}
+    hooks = ("feature_input_hook", "feature_output_hook")
+    for name in ("model_kind", *hooks, "scan", "model_name"):
+        value = config.get(name)
+        names = value if isinstance(value, list) and name == "scan" else [value]
+        absent = value is None and name in ("scan", "model_name")
+        if not absent and not all(isinstance(part, str) for part in names):
+            raise UserError(
+                f"{path} is no transcoder config: {name} should be a name, found "
+                f"{value!r:.60}; a folder of transcoders has a config.yaml with "
+                "model_kind, feature_input_hook and feature_output_hook, as a hub repository has."
+            )
+    kind = config["model_kind"]
+    config: dict[str, Any] = {"repo_id": str(folder), "scan": folder.name} | config
     config.setdefault("scan_name", config["scan"])  # in newer trees
     if kind == "cross_layer_transcoder":
         from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
 
+        _n_layers(folder, "W_enc", "W_dec")
         known = inspect.signature(load_clt).parameters
-        hooks = {name: config.get(name) for name in ("feature_input_hook", "feature_output_hook")}
-        offered = options | hooks | {"scan": config["scan"], "scan_name": config["scan"]}
+        offered = options | {name: config[name] for name in (*hooks, "scan", "scan_name")}
         taken = {k: v for k, v in offered.items() if k in known}
         return load_clt(str(folder), **taken), config
-    files = config.get("transcoders") or [
-        f"layer_{i}.safetensors" for i in range(len(list(folder.glob("layer_*.safetensors"))))
-    ]
+    files = config.get("transcoders")
+    if not files:
+        files = [f"layer_{i}.safetensors" for i in range(_n_layers(folder, "layer"))]
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise UserError(f"{path}: transcoders should be a list of files, found {files!r:.60}.")
     config["transcoders"] = [f if f.startswith("hf://") else str(folder / f) for f in files]
+    for layer, file in enumerate(config["transcoders"]):
+        if not file.startswith("hf://") and not os.path.isfile(file):
+            raise UserError(
+                f"{file}, layer {layer} of the transcoders, is missing: fetch it again."
+            )
     known = inspect.signature(hf_utils.load_transcoders).parameters
     taken = {name: value for name, value in options.items() if name in known}
     return hf_utils.load_transcoders(config, **taken), config
+
+
+def _n_layers(folder: Path, *stems: str) -> int:
+    """How many layers a folder's ``STEM_N.safetensors`` are of.
+
+    Raises:
+        UserError: naming the file of a layer that is missing.
+    """
+    names = set(os.listdir(folder))
+    found = (re.fullmatch(rf"(?:{'|'.join(stems)})_([0-9]+)\.safetensors", n) for n in names)
+    n = 1 + max((int(match[1]) for match in found if match), default=0)
+    for layer in range(n):
+        for name in (f"{stem}_{layer}.safetensors" for stem in stems):
+            if name not in names:
+                raise UserError(
+                    f"{folder / name}, layer {layer} of the transcoders, is missing: fetch it again."
+                )
+    return n
 
 
 def replacement_model(transformer: Any, transcoders: Any) -> Any:
     """A TransformerLens model with transcoders in the place of its MLPs."""
     from circuit_tracer.replacement_model import replacement_model_transformerlens as home
 
+    from circuit_tracer_qk.host.graph import check_layers
+
+    check_layers(transcoders, transformer.cfg.n_layers)
     transformer.__class__ = home.TransformerLensReplacementModel
     transformer._configure_replacement_model(transcoders)
     return transformer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import read_file
+from circuit_tracer_qk.base.memory import is_full, too_large
 
 ALIBI = "its attention adds ALiBi position biases, which QK attributions do not decompose"
 REFUSED = {
@@ -34,6 +37,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
     "spiece.model",
 )
+TOO_LARGE = "give a smaller one (dtype bfloat16 halves the weights), or check its config.json"
+JSON_BYTES = 2**28  # how long a JSON file of a model may be: vocabularies and lists of weights are
 # what each part is read from, to say which file is broken when it cannot be
 FILES = {
     "config.json": ("config.json",),
@@ -64,11 +69,11 @@ class Source:
         from transformer_lens.loading_from_pretrained import get_official_model_name
 
         folder = Path(name).expanduser()
-        if folder.is_dir():
+        if os.path.isdir(folder):
             folder = folder.resolve()
             return cls(str(folder), folder.name, local=True)
         hub_id, _, revision = name.partition("@")
-        if folder.exists() or not _is_hub_id(hub_id):
+        if os.path.exists(folder) or not _is_hub_id(hub_id):
             raise UserError(
                 f"{name} is not a folder; give an existing Hugging Face folder, a hub id "
                 "org/name[@revision] or a TransformerLens name such as gpt2."
@@ -98,6 +103,8 @@ class Source:
         """The user's message for a hub request that failed, or for a file that is broken."""
         from huggingface_hub import errors
 
+        if is_full(error):
+            return too_large(f"the model {self.title}", TOO_LARGE, error)
         causes = (error, error.__cause__, error.__context__)
         broken = _broken_file(self, FILES[what])
         if broken is not None:
@@ -154,6 +161,7 @@ def read_config(source: Source) -> Any:
     from transformers import AutoConfig
 
     if source.local:
+        _refuse_devices(Path(source.path))
         _refuse_adapter(Path(source.path))
     if source.local and not (Path(source.path) / "config.json").is_file():
         raise UserError(
@@ -162,8 +170,16 @@ def read_config(source: Source) -> Any:
         )
     try:
         return source.load(AutoConfig.from_pretrained)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a field of the wrong type leads to
         raise source.failure("config.json", error) from error
+
+
+def _refuse_devices(folder: Path) -> None:
+    """Refuse a folder in which a file that is read waits for a writer or never ends."""
+    names = {pattern for patterns in FILES.values() for pattern in patterns} | {*TOKENIZER_FILES}
+    for file in (file for name in sorted(names) for file in folder.glob(name)):
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is no regular file; give a folder of whole files.")
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -173,7 +189,7 @@ def _refuse_adapter(folder: Path) -> None:
     if not path.is_file() or any(not file.name.startswith("adapter_") for file in weights):
         return
     try:
-        base = json.loads(path.read_bytes())["base_model_name_or_path"]
+        base = json.loads(read_file(path, JSON_BYTES))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = None
     raise UserError(
@@ -189,7 +205,8 @@ def architecture_of(source: Source, config: Any) -> str:
     kind = config.model_type
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or kind
     reason = REFUSED.get(kind)
-    if reason is None and any((getattr(config, name, None) or 0) > 1 for name in EXPERTS):
+    experts = (getattr(config, name, None) for name in EXPERTS)
+    if reason is None and any(isinstance(n, int) and n > 1 for n in experts):
         reason = "it is a mixture of experts, whose routing has no fixed MLP"
     if reason is None and any(getattr(config, name, None) for name in MODALITIES):
         reason = "it is multimodal; save its language model alone as a text-only folder"
@@ -279,9 +296,11 @@ def _broken_file(source: Source, patterns: tuple[str, ...]) -> tuple[Path, str] 
                 return file, "is truncated or not a safetensors file"
         elif file.suffix == ".json":
             try:
-                json.loads(file.read_bytes())
-            except ValueError:
+                json.loads(read_file(file, JSON_BYTES))
+            except (ValueError, RecursionError):
                 return file, "is truncated or not JSON"
+            except OSError as error:
+                return file, f"cannot be read ({error.strerror})"
         else:
             with file.open("rb") as opened:
                 start = opened.read(2)
@@ -300,7 +319,7 @@ def _partly_cached(source: Source, what: str) -> bool:
     if what == "tokenizer":
         return not names & set(TOKENIZER_FILES) - {"tokenizer_config.json"}
     for index in (folder or Path()).glob("*.index.json") if names else ():
-        shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        shards = set(json.loads(read_file(index, JSON_BYTES)).get("weight_map", {}).values())
         return not shards <= names
     return not any(name.endswith((".safetensors", ".bin")) for name in names)
 
@@ -321,4 +340,4 @@ def _stored_shape(source: Source, key: str) -> list[int] | str:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, without its full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    return f"{lines[0]:.200}".rstrip(".")

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
+from circuit_tracer_qk.model.config_fields import check_fields
 from circuit_tracer_qk.model.conversion import (
     CONVERTERS,
     build_config,
@@ -31,6 +33,7 @@ from circuit_tracer_qk.model.conversion import (
     set_scaled_rotary,
 )
 from circuit_tracer_qk.model.huggingface import (
+    TOO_LARGE,
     Source,
     architecture_of,
     first_line,
@@ -88,14 +91,15 @@ def load_transformer(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = Source.find(str(name))
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    with _quiet(bars=not source.local), torch.no_grad():
+    full = fitting(f"the model {source.title}", TOO_LARGE)
+    with full, _quiet(bars=not source.local), torch.no_grad():
         if source.path.startswith(TRANSFORMER_LENS_ONLY):
             model = _by_transformer_lens(source, None, exact)
         else:
             model = _converted(source, exact)
         if check is not None:
             check(model)
-    return _finish(model, dtype, device)
+        return _finish(model, dtype, device)
 
 
 def _converted(source: Source, dtype: torch.dtype) -> HookedTransformer:
@@ -103,13 +107,19 @@ def _converted(source: Source, dtype: torch.dtype) -> HookedTransformer:
     config = read_config(source)
     architecture = architecture_of(source, config)
     if architecture in CONVERTERS:
+        check_fields(config, source.title)
+        # the same scores in float32, and rounded ones in float64
+        config.reorder_and_upcast_attn = False
         cfg = build_config(config, architecture)
         cfg.model_name, cfg.dtype = source.title, dtype
         tokenizer = read_tokenizer(source)
         cfg.tokenizer_name = None if tokenizer is None else source.path
         model = empty_model(cfg, tokenizer)
         hf_model = read_weights(source, config, dtype)
-        reference = Reference.run(hf_model, cfg)
+        try:
+            reference = Reference.run(hf_model, cfg)
+        except Exception as error:  # a field of its configuration that only running it shows
+            raise source.failure("config.json", error) from error
         state = convert_weights(hf_model, cfg, architecture)
         del hf_model
         gc.collect()

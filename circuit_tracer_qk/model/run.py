@@ -100,6 +100,20 @@ def contraction_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if model_dtype == torch.float64 else torch.float32
 
 
+def refuse_split_inputs(model: HookedTransformer) -> None:
+    """Refuse a model whose hooks give every head an input of its own: its norms have other shapes.
+
+    Raises:
+        UserError: the setting, and how to turn it off.
+    """
+    for name in ("use_split_qkv_input", "use_attn_in"):
+        if getattr(model.cfg, name, False):
+            raise UserError(
+                f"{model.cfg.model_name} has {name} on, which changes the hooks that are read here: "
+                f"turn it off with model.set_{name}(False)."
+            )
+
+
 @torch.no_grad()
 def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
     """Run the model once on ``tokens`` and keep what attributions need.
@@ -112,6 +126,7 @@ def freeze(model: HookedTransformer, tokens: Tensor) -> FrozenRun:
         UserError: fewer than two tokens, more than the context, or an id out of range.
     """
     cfg = model.cfg
+    refuse_split_inputs(model)
     if tokens.ndim != 1 or len(tokens) < 2:
         raise UserError(
             f"The prompt has {tokens.numel()} token{'' if tokens.numel() == 1 else 's'} after "

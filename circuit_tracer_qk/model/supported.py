@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.model.attention import AttentionBlock
+from circuit_tracer_qk.model.run import refuse_split_inputs
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -51,6 +52,7 @@ def refuse_attention(model: HookedTransformer) -> None:
     Raises:
         UserError: the reason and the way out.
     """
+    refuse_split_inputs(model)
     cfg: Any = model.cfg
     attn: Any = model.blocks[0].attn
     reasons = {

@@ -12,6 +12,7 @@ from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.attribution.transcoder import graph as transcoder
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.selection import CIRCUIT_TRACER, EXPLAINED
 from circuit_tracer_qk.host import graph as host
 
@@ -46,6 +47,9 @@ def attribute(
 ) -> transcoder.TranscoderGraph | host.Graph: ...
 
 
+@fitting(
+    "this prompt's graph", "give a shorter prompt, or smaller max_feature_nodes and batch_size"
+)
 def attribute(
     prompt: str | Tensor | list[int],
     model: Any,

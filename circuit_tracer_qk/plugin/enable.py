@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,9 +24,8 @@ from weakref import WeakValueDictionary
 
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.residual.model import ResidualModel, load_model
-from circuit_tracer_qk.attribution.residual.store import beside
 from circuit_tracer_qk.attribution.transcoder.graph import check_model, explain_graph
-from circuit_tracer_qk.base.files import companion_of
+from circuit_tracer_qk.base.files import beside, companion_of
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host
@@ -105,7 +105,7 @@ def _create_graph_files(original: Callable[..., Any]) -> Callable[..., Any]:
         graph = given.pop("graph_or_path")
         is_ours = isinstance(graph, ExplainedGraph)
         if not is_ours and not (
-            isinstance(graph, str | Path) and companion_of(graph, beside(graph)).is_file()
+            isinstance(graph, str | Path) and os.path.isfile(companion_of(graph, beside(graph)))
         ):
             return original(*args, **options)
         path = export.create_graph_files(graph, **given, qk=qk)

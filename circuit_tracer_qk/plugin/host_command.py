@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ import torch
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.transcoder import graph as transcoder
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import is_full, too_large
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.host import patching
-from circuit_tracer_qk.model.huggingface import first_line
+from circuit_tracer_qk.model.huggingface import TOO_LARGE, first_line
 from circuit_tracer_qk.model.load import load_transformer
 
 
@@ -93,12 +95,14 @@ def _load_transcoders(original: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(signature.bind(*args, **options).arguments)
         reference = given.pop("hf_ref")
         try:
-            if Path(reference).is_dir():
+            if os.path.isdir(reference):
                 return patching.load_local_transcoders(Path(reference), **given)
             return original(*args, **options)
         except UserError:
             raise
         except Exception as error:  # hubs, files and tensors fail in any way
+            if is_full(error):
+                raise too_large(f"{reference}, a set of transcoders,", TOO_LARGE, error) from error
             raise UserError(
                 f"the transcoders {reference} cannot be loaded ({first_line(error)}): give a hub "
                 "id org/name[@revision] that can be reached, or a local folder with their files."
@@ -114,7 +118,7 @@ def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(signature.bind(*args, **options).arguments)
         name, backend = given["model_name"], given.get("backend", "transformerlens")
         try:
-            if Path(name).is_dir() and backend == "transformerlens":
+            if os.path.isdir(name) and backend == "transformerlens":
                 taken = {k: given[k] for k in ("dtype", "device") if k in given}
                 return patching.replacement_model(
                     load_transformer(name, **taken), given["transcoders"]
@@ -123,6 +127,8 @@ def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
         except UserError:
             raise
         except Exception as error:
+            if is_full(error):
+                raise too_large(f"the model {name}", TOO_LARGE, error) from error
             raise UserError(
                 f"the model {name} cannot be loaded with these transcoders ({first_line(error)}): "
                 "give with -m the model that they were made for."

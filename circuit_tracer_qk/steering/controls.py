@@ -16,8 +16,10 @@ from typing import NamedTuple, TypeVar
 
 from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.steering.edits import ResolvedQKEdit, Side
+from circuit_tracer_qk.steering.options import CONTROLS
 from circuit_tracer_qk.steering.resolve import (
     Changed,
     HeadSide,
@@ -26,6 +28,7 @@ from circuit_tracer_qk.steering.resolve import (
     active_at,
 )
 
+MOST = 10_000  # controls of either kind
 TRIES = 40  # draws per control wanted before giving up on finding another distinct one
 LEAST = 0.5  # controls that cover a smaller part of the edited features would be weaker edits
 ALIKE = (0.5, 2.0)  # stand-ins whose activations lie outside this ratio are reported
@@ -78,13 +81,22 @@ def matched(
         dictionaries, parts: what it was read on.
         n: how many of each kind.
         seed: of the draw.
+
+    Raises:
+        UserError: more than the usual number are asked for, and fewer exist.
     """
     if n == 0 or not intervention.heads:
         return Controls([], [], [])
     pools = _Pools(intervention, dictionaries, parts)
+    n, asked = min(n, MOST), n
     features, feature_notes = _other_features(intervention, pools, n, Random(seed))
     n_heads = parts.run.pattern.shape[1]
     heads, head_notes = _other_heads(intervention, n_heads, n, Random(seed))
+    most = max(len(features), len(heads))
+    if asked > max(most, CONTROLS.default):
+        exist = f"{len(features)} sets of other features and {len(heads)} of other heads exist here"
+        reason = "more are not run" if most == MOST else exist
+        raise UserError(f"controls is {asked}: {reason}; ask for at most {most}.")
     return Controls(features, heads, feature_notes + head_notes)
 
 
@@ -113,7 +125,8 @@ def _other_features(
         )
     sizes = _pool_sizes(groups, ranked, n)
     controls: dict[frozenset[tuple[str, int, StandIn]], Intervention] = {}
-    for _ in range(TRIES * n):
+    n_distinct = min(n, _n_draws(groups, sizes))
+    for _ in range(TRIES * n_distinct):
         chosen: dict[_Edited, StandIn] = {}
         for group, features in groups.items():
             pool = ranked[group][: sizes[group]]
@@ -125,7 +138,7 @@ def _other_features(
         if chosen:
             key = frozenset((f.side, f.position, stand_in) for f, stand_in in chosen.items())
             controls.setdefault(key, _with_features(intervention, chosen, pools))
-        if len(controls) == n:
+        if len(controls) == n_distinct:
             break
     ratio = _activity(controls.values(), edited)
     if ratio is not None and not ALIKE[0] <= ratio <= ALIKE[1]:
@@ -208,12 +221,14 @@ def _pool_sizes(
     """How many of the best candidates to draw from: as few as give ``n`` distinct draws."""
     sizes = {group: min(len(features), len(ranked[group])) for group, features in groups.items()}
 
-    def draws() -> int:
-        return prod(comb(sizes[g], min(len(fs), sizes[g])) for g, fs in groups.items())
-
-    while draws() < 2 * n and any(sizes[g] < len(ranked[g]) for g in groups):
+    while _n_draws(groups, sizes) < 2 * n and any(sizes[g] < len(ranked[g]) for g in groups):
         sizes = {g: min(size + 1, len(ranked[g])) for g, size in sizes.items()}
     return sizes
+
+
+def _n_draws(groups: dict[_Group, list[_Edited]], sizes: dict[_Group, int]) -> int:
+    """How many different draws there are."""
+    return prod(comb(sizes[g], min(len(fs), sizes[g])) for g, fs in groups.items())
 
 
 def _with_features(
@@ -274,7 +289,7 @@ def _other_heads(
         )
     count = prod(comb(len(others[layer]), n_wanted) for layer, n_wanted in wanted.items())
     controls: dict[tuple[Head, ...], Intervention] = {}
-    for _ in range(TRIES * n):
+    for _ in range(TRIES * min(n, count)):
         stand_ins: dict[Head, Head] = {}
         for layer, heads in steered.items():
             drawn = random.sample(others[layer], wanted[layer])

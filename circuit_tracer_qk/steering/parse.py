@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import read_file
 from circuit_tracer_qk.base.json_text import unique_keys
 from circuit_tracer_qk.steering.edits import Edit, HeadEdit, QKEdit
 
 KEYS = ("side", "heads", "checkpoint", "features", "positions", "factor", "inject")
+EDITS_BYTES = 2**26  # how long a file of edits may be
 EXAMPLE = "side=key heads=L1H2,L1H7 features=L0/61,L0/177 positions=6 factor=0"
 _CHOICE = re.compile(
     r"([0-9]{1,9}|[0-9]{1,9}(?:\.[0-9]+)?%)@(?:q(-?[0-9]{1,9}))?:?(?:k(-?[0-9]{1,9}))?",
@@ -115,9 +117,13 @@ def read_edits(path: str | Path) -> list[Edit]:
         UserError: a file that cannot be read as such.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        content = read_file(path, EDITS_BYTES).decode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}.") from error
+    try:
+        document = json.loads(content, object_pairs_hook=unique_keys)
     except UserError as error:  # a key that stands twice
         raise UserError(f"{path}: {error}.") from None
     except (ValueError, RecursionError) as error:

@@ -18,6 +18,7 @@ from circuit_tracer_qk.attribution.head import Head, head_name
 from circuit_tracer_qk.attribution.residual.attribution import read
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads
@@ -178,6 +179,7 @@ class Session:
         text_of = host.token_texts(model.tokenizer, model.cfg.d_vocab)
         self.token_strings = list(map(text_of, self.parts.run.tokens))
 
+    @fitting("the steered run", "give a shorter prompt or fewer controls")
     @exactly
     def steer(
         self,
@@ -245,6 +247,7 @@ class Session:
         runs = [self.steer([at_factor(e, factor) for e in listed], **options) for factor in bar]
         return Swept(factors, runs)
 
+    @fitting("the steered run", "give a shorter prompt or fewer controls")
     @exactly
     def generate(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import killing
 import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.base.files import (
     companion_of,
+    read_file,
     remove_temporaries,
     workplace,
     write_atomically,
@@ -108,3 +110,37 @@ def test_a_pair_is_whole_at_every_instant(tmp_path: Path, fault: str, linked: bo
             assert read(folder) == again and (folder / "g.more").read_text().endswith(again)
             assert sorted(path.name for path in folder.iterdir()) == ["g", "g.more"]
     assert states == {"old", "new"}
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def test_a_small_file_is_read_and_a_larger_one_refused(tmp_path: Path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_bytes(b"12345")
+    link.symlink_to("file")
+    assert read_file(path, 5) == read_file(link, 6) == b"12345"
+    with pytest.raises(OSError, match="more than 4 bytes"):
+        read_file(path, 4)
+    with pytest.raises(IsADirectoryError):
+        read_file(tmp_path, 4)
+
+
+def test_what_waits_or_never_ends_is_not_read(tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path in (tmp_path / "fifo", tmp_path / "link", Path("/dev/zero")):
+        for pipes in (False, True):
+            with pytest.raises(OSError, match="it is no regular file"):
+                read_file(path, 10, pipes=pipes)
+
+
+def test_what_a_shell_hands_over_is_read():
+    end, start = os.pipe()
+    writer = threading.Thread(target=lambda: (os.write(start, b"text"), os.close(start)))
+    writer.start()
+    assert read_file(f"/dev/fd/{end}", 10, pipes=True) == b"text"
+    writer.join()
+    with pytest.raises(OSError, match="it is no regular file"):
+        read_file(f"/dev/fd/{end}", 10)
+    os.close(end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,41 @@ def test_mistakes(run: Run, transcoders: Path, tmp_path: Path):
     broken = run("augment", tmp_path / "broken.pt", "-t", transcoders, *files)
     assert "broken.pt is no graph" in broken.refusal
     assert not (tmp_path / "graphs").exists() or not any((tmp_path / "graphs").iterdir())
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_a_layer_that_is_missing_is_named(run: Run, transcoders: Path, tmp_path: Path, layer: int):
+    copy = shutil.copytree(transcoders, tmp_path / "copy")
+    stem = "layer" if (copy / "layer_0.safetensors").exists() else "W_dec"
+    (copy / f"{stem}_{layer}.safetensors").unlink()
+    said = run("attribute", "-t", copy, "-p", "I met Aunt Sally", "-o", tmp_path / "g.pt").refusal
+    if layer == 3 and stem == "layer":  # the last: what is left looks whole
+        assert "transcoders are of 3 layers and the model has 4: layer 3 has none" in said
+    else:
+        assert f"{stem}_{layer}.safetensors, layer {layer} of the transcoders, is missing" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("feature_input_hook: 3", "feature_input_hook should be a name, found 3"),
+        ("feature_output_hook:", "feature_output_hook should be a name, found None"),
+        ("model_kind: [a]", "model_kind should be a name"),
+        ("scan: 5", "scan should be a name, found 5"),
+        ("transcoders: layer_0.safetensors", "transcoders should be a list of files"),
+        ("transcoders: [layer_0.safetensors, none.safetensors]", "none.safetensors, layer 1 of"),
+    ],
+)
+def test_a_config_of_transcoders_that_is_none(run: Run, tmp_path: Path, lines: str, message: str):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    config = {"model_kind": "transcoder_set", "feature_input_hook": "a", "feature_output_hook": "b"}
+    (folder / "layer_0.safetensors").touch()
+    named = "\n".join(f"{k}: {v}" for k, v in config.items() if k not in lines)
+    (folder / "config.yaml").write_text(f"{named}\n{lines}\n")
+    said = run("attribute", "-t", folder, "-p", "I met Aunt Sally", "-o", tmp_path / "g.pt").refusal
+    assert message in said
 
 
 def test_augment_with_other_transcoders_is_refused(run: Run, tmp_path: Path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -897,3 +898,39 @@ def test_a_missing_file_is_named_where_a_layout_has_patterns(tmp_path: Path) -> 
     message = str(refusal.value)
     assert f"{config} (gemma-scope-2-crosscoder) is missing" in message
     assert f"{tmp_path} has" in message and f"{params} (gemma-scope-2-crosscoder)" not in message
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "descr"),
+    [
+        ("(-40,)", "<f4"),
+        ("(True, 40)", "<f4"),
+        ("(-1, -40)", "<f4"),
+        ("(1000000000000,)", "<f4"),
+        ("(41,)", "<f4"),  # one number more than the file has
+        ("(0, 99999999999999999999)", "<f4"),
+        ("(40.0,)", "<f4"),
+        ("40", "<f4"),
+        ("(40,)", "|O"),
+        ("(40,)", ">f4"),
+        ("(40,)", "nonesuch"),
+        ("(((((", "<f4"),
+    ],
+)
+def test_an_npz_whose_header_is_no_shape(
+    tmp_path: Path, shape: str, descr: str, compressed: bool
+) -> None:
+    """Refused before memory is asked for, and never read beyond the array's own bytes."""
+    path = write_gemma_scope(tmp_path, 1) / "params.npz"
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(160)
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()} | {"b_enc.npy": array}
+    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+    with pytest.raises(ctqk.UserError, match=f"{path} is truncated or no NumPy archive") as refusal:
+        ctqk.load_dictionaries(f"gemma-scope:{tmp_path}")
+    assert "\n" not in str(refusal.value)

@@ -468,6 +468,23 @@ def test_options_are_checked(gemma: Case, options: dict, message: str) -> None:
         ctqk.steer(gemma.model, gemma.ids, edit, **options)
 
 
+def test_controls_that_do_not_exist_are_refused_before_any_run(gemma: Case) -> None:
+    """The usual number is a wish; a larger one says how many there are, however large it is."""
+    edit, runs = ctqk.HeadEdit((1, 0), 0.0), []
+    session = Session(gemma.model, gemma.ids)
+    for n in (21, 100_000, 10**30):
+        with pytest.raises(ctqk.UserError, match="0 sets of other features and 3 of other heads"):
+            session.steer(edit, controls=n, before_run=lambda: runs.append(1))
+    assert not runs
+    assert len(session.steer(edit, controls=20).head_controls) == 3
+    f = _active(gemma, 1, 3, 1)[0][1]
+    feature = ctqk.QKEdit((1, 0), "key", 1, f, 3, factor=0.0)
+    with pytest.raises(ctqk.UserError, match="controls is 100000.*ask for at most") as refusal:
+        session.steer(feature, controls=100_000)
+    most = int(str(refusal.value).rstrip(".").split()[-1])
+    assert len(session.steer(feature, controls=most).controls) == most
+
+
 def test_what_is_no_edit_or_no_token_is_refused(gemma: Case) -> None:
     with pytest.raises(ctqk.UserError, match="nothing to steer"):
         ctqk.steer(gemma.model, gemma.ids, [])

@@ -15,6 +15,7 @@ from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.attribution.residual.qk import QK
 from circuit_tracer_qk.attribution.residual.store import Record
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.base.selection import EXPLAINED, SELECTIONS
 from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE
@@ -49,6 +50,7 @@ def check_graph_set(dictionaries: DictionarySet, n_layers: int) -> None:
         )
 
 
+@fitting("this prompt's run", "give a shorter prompt")
 @exactly
 @torch.no_grad()
 def explain(prompt: str | Tensor | list[int], model: ResidualModel) -> QK:

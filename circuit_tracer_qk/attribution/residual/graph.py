@@ -7,6 +7,7 @@ head's score can be taken apart at the block's checkpoint (section 2).
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,11 +33,12 @@ from circuit_tracer_qk.attribution.residual.edges import (
 from circuit_tracer_qk.attribution.residual.links import residual_links
 from circuit_tracer_qk.attribution.residual.nodes import Nodes
 from circuit_tracer_qk.attribution.residual.qk import QK, TopTerms
-from circuit_tracer_qk.attribution.residual.store import Record, beside, load_record, record_bytes
+from circuit_tracer_qk.attribution.residual.store import Record, load_record, record_bytes
 from circuit_tracer_qk.attribution.residual.topk_loadings import strongest
 from circuit_tracer_qk.attribution.text import heads_text, shapes
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import companion_of, write_pair
+from circuit_tracer_qk.base.files import beside, companion_of, write_pair
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
 
@@ -364,6 +366,7 @@ class ResidualGraph(ExplainedGraph):
         return listing._replace(skipped=1 - computed / of if of else 0.0)
 
 
+@fitting("this graph", "load it on a machine with more memory, or make a smaller one")
 def load_graph(
     path: str | Path, device: str | torch.device = "cpu", *, trust: bool = False
 ) -> ResidualGraph:
@@ -384,7 +387,7 @@ def load_graph(
     True
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
     record, facts = load_record(companion_of(path, beside(path)), device)
     graph = ResidualGraph(record, **host.load_stock(path, device, trust))

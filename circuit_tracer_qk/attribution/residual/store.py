@@ -8,6 +8,7 @@ head loading and every QK table bit for bit, without the model.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -30,6 +31,7 @@ from circuit_tracer_qk.attribution.residual.schema import (
     signed,
 )
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import is_full
 from circuit_tracer_qk.base.selection import CIRCUIT_TRACER
 from circuit_tracer_qk.model.attention import AttentionBlock
 from circuit_tracer_qk.model.heads import Heads
@@ -74,11 +76,6 @@ class Record:
     select: str = CIRCUIT_TRACER
 
 
-def beside(path: str | Path) -> Path:
-    """Where the record of a graph saved at ``path`` lies: ``graph.pt.qk.safetensors``."""
-    return Path(f"{path}.qk.safetensors")
-
-
 def record_bytes(record: Record, graph: str) -> bytes:
     """A record as a safetensors file.
 
@@ -100,7 +97,7 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, Facts]:
     Raises:
         UserError: a file that is missing, damaged or of another kind.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"there is no {path}, so the graph's heads are not known: keep it beside the .pt, or "
             "make the graph again with circuit-tracer-qk; graphs of transcoders are explained by "
@@ -111,6 +108,8 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, Facts]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # a damaged header raises nearly anything
+        if is_full(error):
+            raise
         raise UserError(f"{path} is damaged ({_line(error)}): make the graph again.") from error
     text = metadata.get("facts", "{}")
     kind = metadata.get("format") or _kind(text)
@@ -129,7 +128,7 @@ def load_record(path: Path, device: str | torch.device) -> tuple[Record, Facts]:
             f"{path} was written by an older version and holds no digests: its form was checked, "
             "its numbers cannot be; save the graph again.",
             UncheckedWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     return _rebuild(moved, facts), facts

@@ -27,6 +27,7 @@ from circuit_tracer_qk.attribution.transcoder.nodes import (
 )
 from circuit_tracer_qk.attribution.transcoder.qk import TranscoderQK
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.check import check_patterns
@@ -120,10 +121,12 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} is no replacement model of circuit-tracer's TransformerLens "
             'backend: load it with backend="transformerlens" to explain its heads.'
         )
+    host.check_layers(model.transcoders, model.cfg.n_layers)
     refuse_attention(model)
     refuse_shared_rotary(model)
 
 
+@fitting("this graph's explanation", "make the graph with a smaller max_feature_nodes")
 @exactly
 @torch.no_grad()
 def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:

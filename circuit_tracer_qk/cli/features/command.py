@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.files import read_file
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.loading import load_model
 from circuit_tracer_qk.cli.output import show, silence_stdout
 
+TEXTS_BYTES = 2**32  # how long a file of texts may be
 HELP = "describe features by where they fire in a text file: examples and labels"
 DESCRIPTION = (
     "Describe the features of a set of dictionaries by where they fire in a corpus: features.zip "
@@ -101,7 +103,7 @@ def read_texts(path: Path) -> list[str]:
         UserError: naming the file, and the line that is wrong.
     """
     try:
-        content = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        content = read_file(path, TEXTS_BYTES, pipes=True).decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a text file.") from error
     except UnicodeDecodeError as error:
@@ -131,7 +133,7 @@ def read_texts(path: Path) -> list[str]:
 def _parsed(path: Path, text: str, where: str = "it") -> object:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {where} is not valid JSON ({error}).") from error
 
 

@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
             "no output is named: give --graph_file_dir for graph files, or -o/--graph_output_path "
             "for a folder of .pt files."
         )
-    if saved is not None and (saved.endswith(".pt") or Path(saved).is_file()):
+    if saved is not None and (saved.endswith(".pt") or os.path.isfile(saved)):
         raise UserError(
             f"with --prompts -o/--graph_output_path is a folder, for SLUG.pt of every line: {saved} "
             "is a file."

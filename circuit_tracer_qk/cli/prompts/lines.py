@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import check_names
+from circuit_tracer_qk.base.files import LONGEST_SLUG, check_names, read_file
 from circuit_tracer_qk.base.json_text import unique_keys
 from circuit_tracer_qk.base.validation import validate
+
+PROMPTS_BYTES = 2**30  # how long a file of prompts may be
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,14 @@ def read_prompts(path: Path, prefix: str | None = None) -> tuple[list[Request], 
         UserError: the file cannot be read, or has no line at all.
     """
     try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        content = read_file(path, PROMPTS_BYTES, pipes=True).removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): give --prompts a file with one JSON object "
             'a line, {"prompt": "..."}.'
         ) from error
     _check_lines(path, content)
-    prefix = prefix or re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem)
+    prefix = prefix or re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem)[: LONGEST_SLUG - 20]
     requests: list[Request] = []
     bad: list[BadLine] = []
     named: dict[str, int] = {}

@@ -18,11 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, remove_temporaries, write_atomically
 from circuit_tracer_qk.base.json_text import encode
 from circuit_tracer_qk.base.package import __version__
+from circuit_tracer_qk.base.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.cli.prompts.lines import Request
@@ -193,15 +193,15 @@ def _files_of(ref: str, outputs: list[Path]) -> list[Any]:
         parts = Path(text).expanduser().parts
         wild = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
         root = Path(*parts[:wild])
-        if parts[:wild] and root.exists():
+        if parts[:wild] and os.path.exists(root):
             break
     else:
         return []
     root = root.resolve()
     stamps = _stamps(root, outputs)
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        model = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))["model_name"]
-        if Path(model).is_dir():  # the model that is taken where none is named
+    with contextlib.suppress(OSError, UserError, KeyError, TypeError):
+        model = read_yaml(root / "config.yaml", "model_name: gpt2")["model_name"]
+        if os.path.isdir(model):  # the model that is taken where none is named
             stamps += _stamps(Path(model).resolve(), outputs)
     return stamps
 

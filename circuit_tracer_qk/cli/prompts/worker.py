@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk.base.errors import UserError
-from circuit_tracer_qk.base.files import LISTING, put_in_place, workplace
+from circuit_tracer_qk.base.files import LISTING, beside, put_in_place, workplace
 from circuit_tracer_qk.cli.loading import attribute_prompt, files_options, torch_dtype
 from circuit_tracer_qk.cli.output import log_output, silence_stdout
 from circuit_tracer_qk.cli.prompts.progress import Marks, Outcome
@@ -70,7 +70,6 @@ class ResidualMaker(Maker):
         check_graph_set(self.model.dictionaries, self.model.cfg.n_layers)
 
     def make(self, request: Request, args: Namespace) -> Outcome:
-        from circuit_tracer_qk.attribution.residual.store import beside
         from circuit_tracer_qk.graph_files.create import write_graph_files
 
         graph, outcome = attribute_prompt(args, self.model), Outcome()

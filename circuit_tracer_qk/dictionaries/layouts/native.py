@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.validation import validate
+from circuit_tracer_qk.base.yaml_files import read_yaml
 from circuit_tracer_qk.dictionaries.dictionary import (
     ACAUSAL_REASON,
     RESID_POST,
@@ -36,7 +37,7 @@ from circuit_tracer_qk.dictionaries.dictionary import (
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.files import Files, joined
 from circuit_tracer_qk.dictionaries.layouts.layout import Hints, Layout, scan_of, wanted
-from circuit_tracer_qk.dictionaries.tensors import mapped, read_yaml, validate_tensors
+from circuit_tracer_qk.dictionaries.tensors import mapped, validate_tensors
 
 CONFIG = "config.yaml"
 _TRANSCODER_KINDS = ("transcoder_set", "cross_layer_transcoder")
