@@ -11,6 +11,7 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.component import LABEL_WIDTH, Component
 from circuit_tracer_qk.base.feature_names import feature_name
 from circuit_tracer_qk.base.one_line import one_line
+from circuit_tracer_qk.host import graph as host
 
 if TYPE_CHECKING:
     from circuit_tracer_qk.attribution.graph import ExplainedGraph
@@ -90,8 +91,8 @@ def row_text(row: QKRow) -> str:
 
 def summarize_graph(graph: ExplainedGraph) -> Summary:
     """A graph's prompt, and how much is in it."""
-    logits = zip(graph.logit_targets, graph.logit_probabilities.tolist(), strict=True)
-    likeliest = ", ".join(f"{target.token_str!r} {p:.3f}" for target, p in list(logits)[:3])
+    logits = zip(host.logit_texts(graph), graph.logit_probabilities.tolist(), strict=True)
+    likeliest = ", ".join(f"{text!r} {p:.3f}" for (text, _), p in list(logits)[:3])
     features, active = graph.n_features, len(graph.active_features)
     edges = int(graph.adjacency_matrix.count_nonzero())
     return Summary(

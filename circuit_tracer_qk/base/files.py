@@ -416,6 +416,26 @@ def check_folder(path: str | Path) -> Path:
     return path
 
 
+_WINDOWS = re.compile(r"(?i:con|prn|aux|nul|(?:com|lpt)[1-9])(?:\..*)?|.*\.")
+"""Names that stand for devices on Windows, or that it shortens."""
+
+
+def check_case(folder: Path, name: str) -> None:
+    """Refuse a name that is another file's of the folder but for capitals.
+
+    Raises:
+        UserError: naming that file.
+    """
+    if not folder.is_dir() or (folder / name).exists():
+        return
+    for other in folder.iterdir():
+        if other.name.lower() == name.lower():
+            raise UserError(
+                f"{folder} has {other.name}, and {name} would be the same file on Windows and "
+                "macOS: choose another name."
+            )
+
+
 def beside(path: str | Path) -> Path:
     """Where the record of a graph saved at ``path`` lies: ``graph.pt.qk.safetensors``."""
     return Path(f"{path}.qk.safetensors")
@@ -437,6 +457,11 @@ def check_names(slug: str, np_model: str | None) -> None:
         raise UserError(
             f"the slug {slug!r} cannot name a graph: use letters, digits, '_', '.' and '-' only, "
             f"and not '.', '..' or {Path(LISTING).stem!r}."
+        )
+    if _WINDOWS.fullmatch(slug):
+        raise UserError(
+            f"the slug {slug!r} is no file's name on Windows: choose another, without a '.' at its "
+            "end."
         )
     if np_model is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", np_model):
         raise UserError(

@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An ``object_pairs_hook`` of JSON that people write.
+
+    Raises:
+        UserError: a key stands there twice, of which Python would keep the last.
+    """
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise UserError(f"the key {key!r:.60} stands twice in it: keep one")
+        content[key] = value
+    return content
+
+
 def rounded(value: float) -> float:
     """A number with seven significant digits, what float32 holds."""
     return float(f"{value:.7g}")

@@ -58,9 +58,10 @@ def run(args: argparse.Namespace) -> None:
         )
 
     from circuit_tracer_qk.cli import text
+    from circuit_tracer_qk.host.graph import token_texts
 
     show([f"the bundled miniature with its dictionaries {dictionaries}", ""])
-    show(text.story_lines(graph, model.tokenizer.decode))
+    show(text.story_lines(graph, token_texts(model.tokenizer, model.cfg.d_vocab)))
     slug = dictionaries.replace("miniature", "demo")
     with silence_stdout():
         page = circuit_tracer_qk.create_graph_files(graph, slug, args.output)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -25,7 +23,7 @@ from circuit_tracer_qk.cli import (
 )
 from circuit_tracer_qk.cli.arguments import PROGRAM, add_verbose
 from circuit_tracer_qk.cli.features import command as features
-from circuit_tracer_qk.cli.output import log_output
+from circuit_tracer_qk.cli.output import any_text, discard_stdout, log_output, show
 
 DONE, MISTAKE, INTERRUPTED, PIPE_CLOSED = 0, 2, 130, 141
 COMMANDS = {
@@ -53,26 +51,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 2 for a mistake of the user's (its last line on stderr says what
         and the way out), 130 interrupted, 141 where nobody reads what is printed.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    with any_text():
+        return _run(sys.argv[1:] if argv is None else list(argv))
+
+
+def _run(argv: list[str]) -> int:
+    """Run one command, whose output can be written whatever is in it."""
     try:
         args = command_line(argv[0] if argv else "").parse_args(argv)
         full = fitting(f"what {args.command} works on", "give less at a time, or free memory")
         with full, log_output(PROGRAM, args.verbose):
             COMMANDS[args.command].run(args)
-        sys.stdout.flush()
+        show()
     except UserError as error:
         print(f"{PROGRAM}: error: {one_line(str(error))}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
         return PIPE_CLOSED
     except OSError as error:  # what the system refuses and nothing within foresaw
-        if error.filename is None:  # what is printed, on a full disk: not tried again at the end
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        named = error.filename or "what is printed, or a temporary file,"
+        named = error.filename or "a temporary file"
         problem = (
             f"{named} cannot be used ({error.strerror or error}): give another place, or free it"
         )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from circuit_tracer_qk.base.errors import UserError
 
 WARNINGS = ("ReconstructionWarning", "UncheckedWarning", "ErrorShareWarning")
 
@@ -57,11 +60,46 @@ def log_output(program: str, verbose: bool) -> Iterator[None]:
             logging.disable(disabled)
 
 
+@contextlib.contextmanager
+def any_text() -> Iterator[None]:
+    """Within, what a stream's encoding does not have is escaped, and a closed stream takes all."""
+    with contextlib.ExitStack() as put_back:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:  # closed before the process began
+                nowhere = put_back.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                setattr(sys, name, nowhere)
+                put_back.callback(setattr, sys, name, None)
+            elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+                put_back.callback(stream.reconfigure, errors="strict")
+        yield
+
+
+def show(lines: Sequence[str] = ()) -> None:
+    """Print lines, at once, after whatever was printed before.
+
+    Raises:
+        UserError: they cannot be written.
+        BrokenPipeError: nobody reads them.
+    """
+    try:
+        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_stdout()
+        raise UserError(
+            f"what is printed cannot be written ({error.strerror}): print it elsewhere."
+        ) from error
+
+
+def discard_stdout() -> None:
+    """Let what is still to be printed go nowhere, so that the process ends quietly."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def silence_stdout() -> contextlib.AbstractContextManager[Any]:
     """Keep what libraries print off stdout, where the result goes."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def show(lines: Sequence[str]) -> None:
-    """Print lines, at once."""
-    print(*lines, sep="\n", flush=True)

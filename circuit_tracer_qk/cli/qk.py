@@ -122,5 +122,5 @@ def _scores_of_prompt(args: argparse.Namespace, layer: int) -> tuple[Scores, lis
 
     with silence_stdout():
         scores = circuit_tracer_qk.explain(prompt, model)
-    decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
-    return scores, [decode(t) for t in scores.heads.run.tokens]
+    text_of = host.token_texts(model.tokenizer, model.cfg.d_vocab)
+    return scores, list(map(text_of, scores.heads.run.tokens))

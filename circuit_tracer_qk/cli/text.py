@@ -19,7 +19,7 @@ from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.feature_names import checkpoint_name, feature_name
 from circuit_tracer_qk.base.one_line import one_line
 from circuit_tracer_qk.cli import highlights
-from circuit_tracer_qk.host.graph import graph_scores
+from circuit_tracer_qk.host.graph import graph_scores, logit_texts
 
 WIDTH = 100
 LOOKED = 0.1
@@ -287,8 +287,8 @@ def node_name(graph: ResidualGraph, node: int) -> str:
         return f"{token_name(tokens, position)} {checkpoint_name(checkpoint)} error"
     if slot == graph.cfg.n_layers:
         return f"{token_name(tokens, position)} token"
-    target = graph.logit_targets[node - (graph.cfg.n_layers + 1) * n_pos]
-    return f"logit {target.token_str!r}"
+    text, _ = logit_texts(graph)[node - (graph.cfg.n_layers + 1) * n_pos]
+    return f"logit {text!r}"
 
 
 def prediction_lines(predicted: Iterable[tuple[str, float]]) -> list[str]:

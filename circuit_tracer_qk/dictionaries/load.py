@@ -23,7 +23,7 @@ from circuit_tracer_qk.base.yaml_files import read_yaml
 from circuit_tracer_qk.dictionaries import catalogue
 from circuit_tracer_qk.dictionaries.dictionary import SAE
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
-from circuit_tracer_qk.dictionaries.files import WILD, Files, joined
+from circuit_tracer_qk.dictionaries.files import WILD, Files, joined, natural
 from circuit_tracer_qk.dictionaries.layouts import LAYOUTS, Hints, Layout, assemble, native
 
 LARGE = 2**29  # weights above which a set stays mapped into memory: 2 GB in float32
@@ -110,7 +110,15 @@ def _find(ref: str | Path, checkpoints: frozenset[int] | None) -> DictionarySet:
     if hub is None:
         raise _no_dictionaries(ref, "does not exist")
     pattern = hub["folder"].strip("/") or None
-    files = Files.on_hub(hub["repo"], hub["revision"], pattern)
+    parent = next(path for path in folder.parents if path.is_dir())  # the nearest that is there
+    if len(parent.parts) > 1:  # the hub knows nothing of what lacks in a local set
+        raise _no_dictionaries(ref, f"does not exist ({_holds(parent)})")
+    try:
+        files = Files.on_hub(hub["repo"], hub["revision"], pattern)
+    except UserError as error:
+        if not parent.parts:
+            raise
+        raise UserError(f"{str(error).rstrip('.')}; the local folder {_holds(parent)}.") from error
     return _read(files, layout, checkpoints)
 
 
@@ -303,6 +311,13 @@ def _with_format(path: Path, content: dict[str, Any], hints: Hints) -> tuple[Lay
         raise UserError(f"{path}: format {config.format!r} is not one of {', '.join(LAYOUTS)}.")
     more = config.model_dump(exclude_unset=True, exclude={"format"})
     return LAYOUTS[config.format], replace(hints, named=True, **more)
+
+
+def _holds(folder: Path) -> str:
+    """A folder and the first names in it, as the beginning of a sentence."""
+    here = sorted((path.name for path in folder.iterdir()), key=natural)
+    held = f"{', '.join(here[:6])}{', ...' if len(here) > 6 else ''}" if here else "nothing"
+    return f"{folder} has {held}"
 
 
 def _no_dictionaries(ref: str | Path, problem: str) -> UserError:

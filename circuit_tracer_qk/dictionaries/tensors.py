@@ -190,7 +190,7 @@ def validate_tensors(
             has = ", ".join(sorted(stored)) or "no tensors"
             raise UserError(f"{path} lacks the tensor {name}; it has {has}")
     words = {name: shape.split() for name, shape in shapes.items()}
-    tensors = {name: stored[name] for name in words if name in stored}
+    tensors = {name: _flat(stored[name], words[name]) for name in words if name in stored}
     expected = _agreed(tensors, words, sizes or {})
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
@@ -208,6 +208,11 @@ def validate_tensors(
                 f"{titles[name]} holds NaN or infinite values; it was damaged or overflowed"
             )
     return tensors
+
+
+def _flat(tensor: Tensor, axes: list[str]) -> Tensor:
+    """A vector that is stored as a matrix of one row, as a vector."""
+    return tensor[0] if len(axes) == 1 and tensor.ndim == 2 and len(tensor) == 1 else tensor
 
 
 def _agreed(

@@ -16,7 +16,7 @@ from circuit_tracer_qk.attribution.pruning import ErrorShare, error_share
 from circuit_tracer_qk.attribution.residual.graph import load_graph
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.feature_names import checkpoint_name
-from circuit_tracer_qk.base.files import check_folder, check_names, write_together
+from circuit_tracer_qk.base.files import check_case, check_folder, check_names, write_together
 from circuit_tracer_qk.base.json_text import (
     Encoded,
     encode,
@@ -169,6 +169,7 @@ def write_graph_files(
     if isinstance(graph, str | Path):
         graph = load_graph(graph)
     folder = check_folder(output_path)
+    check_case(folder, f"{slug}.json")
     read_listing(folder)  # a damaged one is refused before any work
     if not isinstance(graph, ExplainedGraph):
         raise UserError(

@@ -45,6 +45,7 @@ def _nodes(
     selected = graph.active_features[graph.selected_features].tolist()
     activations = graph.activation_values[graph.selected_features].tolist()
     input_tokens = graph.input_tokens.tolist()
+    logit_texts = host.logit_texts(graph)
     probabilities = graph.logit_probabilities.tolist()
 
     def node(i: int) -> host.Node:
@@ -70,7 +71,7 @@ def _nodes(
             return host.Node.token_node(
                 pos=position, vocab_idx=input_tokens[position], influence=rounded_influence
             )
-        token, vocab_idx = graph.logit_targets[i - logits]
+        token, vocab_idx = logit_texts[i - logits]
         return host.Node.logit_node(
             pos=n_pos - 1,
             vocab_idx=vocab_idx,

@@ -281,6 +281,17 @@ def decoder(tokenizer: Any, vocab_size: int) -> Any:
     return _Ids(vocab_size) if tokenizer is None else tokenizer
 
 
+def token_texts(tokenizer: Any, vocab_size: int) -> Callable[[Any], str]:
+    """From a token's id to its text, or to ``<id>`` where it decodes to nothing."""
+    decode = decoder(tokenizer, vocab_size).decode
+    return lambda token: decode([int(token)]) or f"<{int(token)}>"
+
+
+def logit_texts(graph: Graph) -> list[tuple[str, int]]:
+    """The text and the id of every logit's token; ``<id>`` is the text of one without any."""
+    return [(t.token_str or f"<{t.vocab_idx}>", int(t.vocab_idx)) for t in graph.logit_targets]
+
+
 def token_id(token: str | int, tokenizer: Any, vocab_size: int) -> int:
     """The id of one token, given as its id or its text.
 
@@ -670,12 +681,14 @@ __all__ = [
     "load_graph",
     "load_stock",
     "logit_targets",
+    "logit_texts",
     "named_scan",
     "node_influence",
     "prompt_ids",
     "prune",
     "save_stock",
     "skip_weights",
+    "token_texts",
     "tokenize",
     "transcoder_biases",
     "transcoder_hooks",

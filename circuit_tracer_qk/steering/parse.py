@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import read_file
+from circuit_tracer_qk.base.json_text import unique_keys
 from circuit_tracer_qk.steering.edits import Edit, HeadEdit, QKEdit
 
 KEYS = ("side", "heads", "checkpoint", "features", "positions", "factor", "inject")
@@ -116,9 +117,15 @@ def read_edits(path: str | Path) -> list[Edit]:
         UserError: a file that cannot be read as such.
     """
     try:
-        document = json.loads(read_file(path, EDITS_BYTES).decode())
+        content = read_file(path, EDITS_BYTES).decode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}.") from error
+    try:
+        document = json.loads(content, object_pairs_hook=unique_keys)
+    except UserError as error:  # a key that stands twice
+        raise UserError(f"{path}: {error}.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}.") from error
     if isinstance(document, dict):

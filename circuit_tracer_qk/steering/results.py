@@ -115,7 +115,7 @@ class SteeredRun:
 
     def token_text(self, token: int) -> str:
         """A token id as text."""
-        return host.decoder(self._tokenizer, len(self.logits)).decode([token])
+        return host.token_texts(self._tokenizer, len(self.logits))(token)
 
     def top(self, n: int = 10) -> list[tuple[str, int, float]]:
         """The ``n`` likeliest next tokens: (text, id, probability)."""

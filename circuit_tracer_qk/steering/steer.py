@@ -176,7 +176,8 @@ class Session:
         self.model = model
         self.parts, self.heads = read(prompt, model)
         self._decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
-        self.token_strings = [self._decode(t) for t in self.parts.run.tokens]
+        text_of = host.token_texts(model.tokenizer, model.cfg.d_vocab)
+        self.token_strings = list(map(text_of, self.parts.run.tokens))
 
     @fitting("the steered run", "give a shorter prompt or fewer controls")
     @exactly

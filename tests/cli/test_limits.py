@@ -106,7 +106,7 @@ def test_a_full_disk(tmp_path: Path, command: str, limit: int):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert (done.returncode, done.stdout) == (cli.MISTAKE, ""), done.stderr
     [line] = done.stderr.splitlines()
-    expected = "cannot be written" if limit else "a temporary file, cannot be used"
+    expected = "cannot be written" if limit else "a temporary file cannot be used"
     assert expected in line and ("File too large" in line or not limit)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -118,4 +118,4 @@ def test_a_full_disk_where_the_output_goes():
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == cli.MISTAKE
     [line] = done.stderr.splitlines()
-    assert "a temporary file, cannot be used (No space left on device)" in line
+    assert "what is printed cannot be written (No space left on device)" in line

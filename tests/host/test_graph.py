@@ -110,3 +110,13 @@ def test_what_is_no_graph(saved: Path, tmp_path: Path):
         assert f"is no whole graph: {name}" in refusal(path)
     torch.save(content | {"another": 1}, path)
     assert "another" in refusal(path)
+
+
+def test_tokens_that_decode_to_nothing_are_shown_by_their_ids() -> None:
+    class Silent:
+        def decode(self, ids: list[int]) -> str:
+            return "" if ids == [7] else f"t{ids[0]}"
+
+    text_of = host.token_texts(Silent(), 10)
+    assert (text_of(7), text_of(torch.tensor(3))) == ("<7>", "t3")
+    assert host.token_texts(None, 10)(7) == "<7>"

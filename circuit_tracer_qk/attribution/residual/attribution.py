@@ -143,7 +143,7 @@ def attribute_residual(
 
     active, folder = parts.features, model.dictionaries.folder
     nodes = active.checkpoint > 0
-    decode = host.decoder(model.tokenizer, transformer.cfg.d_vocab).decode
+    vocabulary = model.tokenizer, transformer.cfg.d_vocab
     return ResidualGraph(
         Record(
             parts=parts,
@@ -153,7 +153,7 @@ def attribute_residual(
             bias_edges=filled.bias_edges,
             position_edges=filled.position_edges,
             resid_pre=resid_pre,
-            token_strings=[decode(t) for t in run.tokens],
+            token_strings=list(map(host.token_texts(*vocabulary), run.tokens)),
             names=model.dictionaries.label,
             dictionary_folder=None if folder is None else str(folder),
             neuronpedia=dict(model.dictionaries.neuronpedia),
@@ -161,7 +161,7 @@ def attribute_residual(
         ),
         **host.graph_arguments(
             scan=model.scan,
-            input_string=decode(run.tokens),
+            input_string=host.decoder(*vocabulary).decode(run.tokens),
             input_tokens=run.tokens,
             logit_targets=targets.logit_targets,
             logit_probabilities=targets.logit_probabilities.to(filled.adjacency),

@@ -156,10 +156,10 @@ def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
     parts = read_transcoder_graph(model, graph, columns)
     exact = model.cfg.dtype in (torch.float32, torch.float64)
     check_patterns(parts.blocks.heads, str(model.cfg.model_name), exact)
-    decode = host.decoder(model.tokenizer, model.cfg.d_vocab).decode
+    text_of = host.token_texts(model.tokenizer, model.cfg.d_vocab)
     explained = TranscoderGraph(
         parts,
-        [decode(token) for token in graph.input_tokens],
+        [text_of(token) for token in graph.input_tokens],
         not exact,
         **host.arguments_of(graph),
     )

@@ -123,7 +123,7 @@ def build_features(
     corpus = Corpus.of(texts, model, context, batch)
     progress = target / ".features.part"
     peaks_of = collect(model, corpus, every, 2 * examples, progress)
-    decode = cache(host.decoder(model.tokenizer, model.cfg.d_vocab).decode)
+    decode = cache(host.token_texts(model.tokenizer, model.cfg.d_vocab))
     total = sum(len(peaks.count) for peaks in peaks_of.values())
     described = (
         (c, record)

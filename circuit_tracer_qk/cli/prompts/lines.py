@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LONGEST_SLUG, check_names, read_file
+from circuit_tracer_qk.base.json_text import unique_keys
 from circuit_tracer_qk.base.validation import validate
 
 PROMPTS_BYTES = 2**30  # how long a file of prompts may be
@@ -82,6 +83,7 @@ def read_prompts(path: Path, prefix: str | None = None) -> tuple[list[Request], 
             f"{path} cannot be read ({error.strerror}): give --prompts a file with one JSON object "
             'a line, {"prompt": "..."}.'
         ) from error
+    _check_lines(path, content)
     prefix = prefix or re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem)[: LONGEST_SLUG - 20]
     requests: list[Request] = []
     bad: list[BadLine] = []
@@ -91,18 +93,35 @@ def read_prompts(path: Path, prefix: str | None = None) -> tuple[list[Request], 
             continue
         try:
             request = _request(number, line, prefix)
-            if request.slug in named:
-                raise UserError(f"the slug {request.slug!r} is line {named[request.slug]}'s")
+            name = request.slug.lower()  # which are one file on Windows and macOS
+            if name in named:
+                raise UserError(f"the slug {request.slug!r} is line {named[name]}'s")
         except UserError as error:
             bad.append(BadLine(number, str(error).rstrip(".")))
         else:
-            named[request.slug] = number
+            named[name] = number
             requests.append(request)
     if not requests and not bad:
         raise UserError(
             f'{path} has no prompts in it: give one JSON object a line, {{"prompt": "..."}}.'
         )
     return requests, bad
+
+
+def _check_lines(path: Path, content: bytes) -> None:
+    """Refuse a file of another kind, once and not line by line.
+
+    Raises:
+        UserError: what kind it is.
+    """
+    wanted = 'give --prompts one JSON object a line, {"prompt": "..."}'
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:1000]:
+        raise UserError(f"{path} is not UTF-8 text (UTF-16, perhaps): save it as UTF-8.")
+    lines = [line.strip() for line in content.split(b"\n") if line.strip()]
+    if lines and lines[0].startswith(b"["):
+        raise UserError(f"{path} is a JSON array: {wanted}, without brackets and commas around.")
+    if lines and not any(line.startswith((b"{", b'"')) for line in lines):
+        raise UserError(f"{path} is plain text: {wanted}, or each prompt as a JSON string.")
 
 
 def _request(number: int, line: bytes, prefix: str) -> Request:
@@ -112,9 +131,11 @@ def _request(number: int, line: bytes, prefix: str) -> Request:
         UserError: what is wrong with it.
     """
     try:
-        content = json.loads(line.decode())
+        content = json.loads(line.decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
         raise UserError("it is not UTF-8") from None
+    except UserError:  # of a key that stands twice
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"it is not JSON ({error})") from None
     if isinstance(content, str):
