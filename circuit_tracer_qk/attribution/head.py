@@ -40,7 +40,8 @@ def parse_head(head: Any) -> Head:
     if not isinstance(head, str):
         try:
             layer, number = head.tolist() if hasattr(head, "tolist") else head
-            return index(layer), index(number)
+            if not isinstance(layer, bool) and not isinstance(number, bool):
+                return index(layer), index(number)
         except (TypeError, ValueError):
             pass
     raise UserError(f"{head!r} is no head: write (layer, head) or L4H0.")

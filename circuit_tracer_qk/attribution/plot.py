@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from circuit_tracer_qk.attribution.component import Component
-from circuit_tracer_qk.attribution.qk import QKRow, QKTable, check_count
+from circuit_tracer_qk.attribution.qk import QKRow, QKTable
 from circuit_tracer_qk.attribution.text import component_name, component_text
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.rules import check
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ def plot_table(
         UserError: matplotlib is not installed, ``n`` is below one, the table has no terms, or the
             row or the tokens are not the table's.
     """
-    check_count(n)
+    check(n=n)
     _check(table, row, tokens)
     try:
         from matplotlib import pyplot

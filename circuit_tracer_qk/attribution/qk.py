@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
-from operator import index, itemgetter
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from circuit_tracer_qk.attribution.text import row_text, summarize_table
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.base.rules import check, whole
 from circuit_tracer_qk.model.attention import KEY, QUERY
 from circuit_tracer_qk.model.heads import Heads
 
@@ -124,7 +125,7 @@ class QKTable:
         >>> query.label, query.feature, key.feature, round(value, 1)
         ('a title', 129, 61, 22.5)
         """
-        check_count(n)
+        check(n=n)
         flat = self.terms.flatten()
         at = flat.abs().topk(min(n, len(flat))).indices
         values = flat[at].tolist()
@@ -224,7 +225,8 @@ class Scores(ABC):
             ("query position", query, n_pos),
             ("key position", 0 if key is None else key, n_pos),
         ):
-            if not hasattr(value, "__index__") or not 0 <= index(value) < limit:
+            number = whole(value)
+            if number is None or not 0 <= number < limit:
                 raise UserError(
                     f"{name} {value} is out of range: it must be a whole number from 0 to "
                     f"{limit - 1}."
@@ -365,13 +367,3 @@ class Scores(ABC):
             return []
         label = ("b_Q + b_ln W_Q", "b_K + b_ln W_K")[side]
         return [Component("bias", layer, None, position, None, label)]
-
-
-def check_count(n: int, name: str = "n") -> None:
-    """Refuse to list less than one of something.
-
-    Raises:
-        UserError: it is no whole number, or below one.
-    """
-    if not hasattr(n, "__index__") or isinstance(n, bool) or index(n) < 1:
-        raise UserError(f"{name} is {n}: it must be a whole number of at least 1.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.rules import check
 
 try:
     import fcntl
@@ -447,6 +448,7 @@ def check_names(slug: str, np_model: str | None) -> None:
     Raises:
         UserError: which characters are allowed, or how many.
     """
+    check(slug=slug, np_model=np_model)
     for name, called in ((slug, "slug"), (np_model or "", "Neuronpedia model id")):
         if len(name) > LONGEST_SLUG:
             raise UserError(

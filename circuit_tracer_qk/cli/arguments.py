@@ -142,20 +142,6 @@ def check_prompt(prompt: str) -> None:
         raise UserError("the prompt is empty: give at least one token of text with -p.")
 
 
-def check_thresholds(args: argparse.Namespace) -> None:
-    """Refuse thresholds that are no shares."""
-    for name in ("node_threshold", "edge_threshold"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} is {getattr(args, name)}: it must be 0 to 1.")
-
-
-def check_least(args: argparse.Namespace, flag: str, least: int = 1) -> None:
-    """Refuse a number that is too small, where one is given; ``flag`` is as it is typed."""
-    value = getattr(args, flag.lstrip("-").replace("-", "_"), None)
-    if value is not None and value < least:
-        raise UserError(f"{flag} is {value}: it must be at least {least}.")
-
-
 def check_writable(folder: Path) -> None:
     """Refuse a folder that files cannot be written to; leaves nothing behind."""
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]

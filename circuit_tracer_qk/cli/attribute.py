@@ -84,7 +84,6 @@ def run(args: argparse.Namespace) -> None:
 def _run_prompts(args: argparse.Namespace) -> None:
     """A file of prompts; what failed is said at the end, after all that could be done is."""
     _check_sets(args)
-    arguments.check_thresholds(args)
     prompts.check(args)
     for folder in (args.graph_file_dir, args.graph_output_path):
         if folder is not None:
@@ -139,7 +138,6 @@ def _check_outputs(args: argparse.Namespace) -> tuple[str, str] | None:
             "no output is named: give both --slug and --graph_file_dir for graph files, or "
             "-o/--graph_output_path for a .pt file."
         )
-    arguments.check_thresholds(args)
     arguments.check_prompt(args.prompt)
     if files is not None:
         check_names(files[0], args.np_model)

@@ -44,7 +44,6 @@ def run(args: argparse.Namespace) -> None:
     """Do it."""
     path = Path(args.graph)
     check_graph(path)
-    arguments.check_thresholds(args)
     check_names(args.slug, args.np_model)
     arguments.check_writable(Path(args.graph_file_dir))
     if args.server:

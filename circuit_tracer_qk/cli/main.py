@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import circuit_tracer_qk
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.one_line import one_line
+from circuit_tracer_qk.base.rules import check_flags, read_number, read_whole
 from circuit_tracer_qk.cli import (
     attribute,
     augment,
@@ -81,8 +82,18 @@ def _run(argv: list[str]) -> int:
     return DONE
 
 
+READ_AS: dict[Any, Callable[[str], Any]] = {int: read_whole, float: read_number}
+"""Python's own reading takes digits of any script, underscores and nan."""
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        flags = {a.dest: "/".join(a.option_strings) or a.dest for a in self._actions}
+        check_flags(flags, vars(parsed))
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -111,4 +122,6 @@ def command_line(command: str) -> argparse.ArgumentParser:
         if name == command:
             module.add_arguments(subparser)
             add_verbose(subparser)
+            for action in subparser._actions:  # circuit-tracer's among them
+                action.type = READ_AS.get(action.type, action.type)
     return parser

@@ -47,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do it."""
     layer, head, query, key = _selection(args)
-    arguments.check_least(args, "--top")
     if args.transcoder_set is not None and args.graph is None:
         raise UserError("-t explains a saved graph: give its .pt, which `attribute -t -o` writes.")
     if args.graph is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_together
+from circuit_tracer_qk.base.rules import read_number
 from circuit_tracer_qk.cli import arguments
 from circuit_tracer_qk.cli.loading import load_prompt_and_model
 from circuit_tracer_qk.cli.output import show, silence_stdout
@@ -86,7 +87,6 @@ def _check(args: argparse.Namespace) -> list[float]:
         read_edits(args.edits)
     for option in OPTIONS:
         option.checked(getattr(args, option.name), f"--{option.name}")
-    arguments.check_least(args, "--generate")
     factors = [] if args.sweep is None else _factors(args.sweep)
     if args.json not in (None, "-"):
         arguments.check_file(Path(args.json), "--json")
@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace) -> list[float]:
 
 def _factors(text: str) -> list[float]:
     try:
-        factors = [float(x) for x in text.split(",") if x.strip()]
+        factors = [read_number(x.strip()) for x in text.split(",") if x.strip()]
     except ValueError:
         factors = []
     if not factors or not all(abs(x) < 1e6 for x in factors):

@@ -10,6 +10,7 @@ import socket
 from typing import Any
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.rules import check
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8032
@@ -30,10 +31,7 @@ def check_port(port: int, host: str = DEFAULT_HOST) -> None:
         UserError: the port is out of range, taken or not allowed, or the host is not this
             machine's.
     """
-    if not 0 <= port <= LAST_PORT:
-        raise UserError(
-            f"port {port} is out of range: give one from 1 to {LAST_PORT}, or 0 for any free one."
-        )
+    check(port=port, host=host)
     try:
         _bind(port, host)
     except OSError as error:

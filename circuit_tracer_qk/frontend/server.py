@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.rules import check
 from circuit_tracer_qk.frontend.addresses import (
     DEFAULT_HOST,
     DEFAULT_PORT,
@@ -81,6 +82,7 @@ def serve(
     'http://127.0.0.1:8765'
     >>> server.stop()  # doctest: +SKIP
     """
+    check(data_dir=data_dir, features_dir=features_dir, online=online)
     folder = Path(os.path.realpath(Path(data_dir).expanduser()))
     if not os.path.isdir(folder):
         raise UserError(

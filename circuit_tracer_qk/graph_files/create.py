@@ -27,6 +27,7 @@ from circuit_tracer_qk.base.json_text import (
 from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.package import __version__
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.base.rules import check
 from circuit_tracer_qk.base.selection import EXPLAINED
 from circuit_tracer_qk.graph_files.feature_files import folder_name, write_features
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
@@ -163,9 +164,10 @@ def write_graph_files(
         UserError: as there.
     """
     check_names(slug, np_model)
-    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}: it must be between 0 and 1.")
+    thresholds = check(node_threshold=node_threshold, edge_threshold=edge_threshold, qk=qk)
+    node_threshold, edge_threshold, _ = thresholds.values()
+    check(output_path=output_path, max_file_bytes=max_file_bytes)
+    check(max_tables=limits.tables, max_bytes=limits.size, top_terms=limits.terms)
     if isinstance(graph, str | Path):
         graph = load_graph(graph)
     folder = check_folder(output_path)

@@ -346,8 +346,6 @@ def logit_targets(
     Raises:
         UserError: targets that circuit-tracer refuses.
     """
-    if max_n_logits < 1:
-        raise UserError(f"max_n_logits is {max_n_logits}: it must be at least 1.")
     if isinstance(attribution_targets, Tensor) and (
         attribution_targets.ndim != 1
         or attribution_targets.numel() == 0

@@ -86,8 +86,7 @@ def load_transformer(
     Raises:
         UserError: the name, the files or the architecture cannot be loaded exactly.
     """
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise UserError(f"dtype {dtype} is not one of float32, float64, bfloat16 and float16.")
+    check_dtype(dtype)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = Source.find(str(name))
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -100,6 +99,16 @@ def load_transformer(
         if check is not None:
             check(model)
         return _finish(model, dtype, device)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse a dtype that no model runs in.
+
+    Raises:
+        UserError: which ones are.
+    """
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype {dtype!r:.60} is not one of float32, float64, bfloat16, float16.")
 
 
 def _converted(source: Source, dtype: torch.dtype) -> HookedTransformer:

@@ -13,6 +13,7 @@ from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.attribution.transcoder import graph as transcoder
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.memory import fitting
+from circuit_tracer_qk.base.rules import check
 from circuit_tracer_qk.base.selection import CIRCUIT_TRACER, EXPLAINED
 from circuit_tracer_qk.host import graph as host
 
@@ -97,14 +98,14 @@ def attribute(
     >>> aunt.n_features, tuple(aunt.adjacency_matrix.shape)
     (200, (276, 276))
     """
-    shared = {
-        "attribution_targets": attribution_targets,
-        "max_n_logits": max_n_logits,
-        "desired_logit_prob": desired_logit_prob,
-        "batch_size": batch_size,
-        "max_feature_nodes": max_feature_nodes,
-        "verbose": verbose,
-    }
+    shared = {"attribution_targets": attribution_targets} | check(
+        max_n_logits=max_n_logits,
+        desired_logit_prob=desired_logit_prob,
+        batch_size=batch_size,
+        max_feature_nodes=max_feature_nodes,
+        verbose=verbose,
+    )
+    check(qk=qk)
     if isinstance(model, ResidualModel) or not hasattr(model, "transcoders"):
         return attribute_residual(prompt, model, **shared, select=select or EXPLAINED)
     if select not in (None, CIRCUIT_TRACER):

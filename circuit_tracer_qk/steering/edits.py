@@ -8,15 +8,14 @@ to a prompt is for :mod:`circuit_tracer_qk.steering.resolve` to say (paper, "Ind
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any, Literal, TypeVar
 
 from circuit_tracer_qk.attribution.head import Head, HeadLike, head_name, parse_head
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.feature_names import feature_name, is_feature_name, parse_feature_name
+from circuit_tracer_qk.base.rules import finite, listed, whole
 
 Side = Literal["query", "key"]
 SIDES: tuple[Side, ...] = ("query", "key")
@@ -201,15 +200,16 @@ def listed_edits(edits: Edits) -> tuple[Edit, ...]:
     Raises:
         UserError: none, or something else than an edit.
     """
-    listed = (edits,) if isinstance(edits, QKEdit | HeadEdit) else tuple(edits)
-    if not listed:
+    alone = isinstance(edits, QKEdit | HeadEdit)
+    given = [edits] if alone else listed(edits, "edits", "a QKEdit, a HeadEdit or a list of them")
+    if not given:
         raise UserError("there is nothing to steer: give at least one QKEdit or HeadEdit.")
-    for edit in listed:
+    for edit in given:
         if not isinstance(edit, QKEdit | HeadEdit):
             raise UserError(
                 f"{type(edit).__name__} is no edit: give circuit_tracer_qk.QKEdit or HeadEdit."
             )
-    return listed
+    return tuple(given)
 
 
 def swap(
@@ -347,17 +347,14 @@ def _positions(positions: Any) -> tuple[int, ...] | None:
 
 
 def _whole(name: str, value: Any) -> int:
-    try:
-        return index(_plain(value))
-    except TypeError:
-        raise UserError(f"{name} {value!r} is not a whole number.") from None
+    number = whole(_plain(value))
+    if number is None:
+        raise UserError(f"{name} {value!r:.60} is not a whole number.")
+    return number
 
 
 def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{name} {value!r} is not a finite number.")
+    number = finite(value)
+    if number is None:
+        raise UserError(f"{name} {value!r:.60} is not a finite number.")
     return number

@@ -7,10 +7,10 @@ page against it. Loads no torch: the server of plain files reads it too.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any, Literal
 
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.rules import Rule
 
 Freeze = Literal["none", "patterns"]
 Norms = Literal["live", "frozen"]
@@ -48,12 +48,8 @@ class Option:
             if isinstance(value, str) and value in self.values:
                 return value
             wanted = " or ".join(map(repr, self.values))
-        else:
-            whole = not isinstance(value, bool) and hasattr(value, "__index__")
-            if whole and (self.least is None or index(value) >= self.least):
-                return index(value)
-            wanted = "a whole number" + ("" if self.least is None else f" from {self.least} on")
-        raise UserError(f"{called or self.name} is {value!r}: it must be {wanted}.")
+            raise UserError(f"{called or self.name} is {value!r:.60}: it must be {wanted}.")
+        return Rule(int, self.least).checked(value, called or self.name)
 
 
 FREEZE = Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import read_file
 from circuit_tracer_qk.base.json_text import unique_keys
+from circuit_tracer_qk.base.rules import read_number
 from circuit_tracer_qk.steering.edits import Edit, HeadEdit, QKEdit
 
 KEYS = ("side", "heads", "checkpoint", "features", "positions", "factor", "inject")
@@ -68,6 +70,9 @@ def parse_edit(text: str, choose: ChooseHeads) -> Edit:
     document: dict[str, Any] = parts | {"heads": _chosen(parts["heads"], choose)}
     for name in {"features", "positions"} & parts.keys():
         document[name] = [_whole_or_text(x) for x in parts[name].split(",") if x]
+    for name in {"factor", "inject"} & parts.keys():
+        with contextlib.suppress(ValueError):  # what is no number is refused by the edit itself
+            document[name] = read_number(parts[name])
     if "checkpoint" in parts:
         document["checkpoint"] = _whole_or_text(parts["checkpoint"])
     return read_edit(document, f"the edit {text!r}")

@@ -20,6 +20,7 @@ from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.base.rules import RULES, check, listed
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.heads import Heads
 from circuit_tracer_qk.model.supported import read_blocks
@@ -194,9 +195,9 @@ class Session:
         ``before_run`` is called before the clean run, the edit's and each control's. To cancel the
         work, it raises.
         """
-        checked, listed = SteeringOptions(**options), listed_edits(edits)
-        engine, intervention = self.engine(checked), self.resolve(listed)
-        steered = {head for edit in listed for head in edit.resolved.heads}
+        checked, several = SteeringOptions(**options), listed_edits(edits)
+        engine, intervention = self.engine(checked), self.resolve(several)
+        steered = {head for edit in several for head in edit.resolved.heads}
         controls = self._matched(intervention, checked)
         start = min((layer for layer, _ in steered), default=0)
 
@@ -230,7 +231,7 @@ class Session:
         control_runs, n = tuple(run(control, clean) for control in bar), len(controls.features)
         return replace(
             run(intervention, clean),
-            edits=listed,
+            edits=several,
             controls=control_runs[:n],
             head_controls=control_runs[n:],
             notes=tuple(controls.notes),
@@ -240,11 +241,12 @@ class Session:
         self, edits: Edits, factors: Iterable[float], *, verbose: bool = False, **options: Any
     ) -> Swept:
         """As :func:`sweep`, on this prompt."""
-        listed, factors = listed_edits(edits), list(factors)
+        several, given = listed_edits(edits), listed(factors, "factors", "a list of numbers")
+        factors = [RULES["factor"].checked(factor, "a factor") for factor in given]
         if not factors:
             raise UserError("a sweep needs at least one factor.")
         bar = tqdm(factors, "factors", disable=not verbose, leave=False)
-        runs = [self.steer([at_factor(e, factor) for e in listed], **options) for factor in bar]
+        runs = [self.steer([at_factor(e, factor) for e in several], **options) for factor in bar]
         return Swept(factors, runs)
 
     @fitting("the steered run", "give a shorter prompt or fewer controls")
@@ -260,15 +262,14 @@ class Session:
         **options: Any,
     ) -> Generation:
         """As :func:`generate`, on this prompt."""
-        checked, listed = SteeringOptions(controls=controls, **options), listed_edits(edits)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
+        checked, several = SteeringOptions(controls=controls, **options), listed_edits(edits)
+        max_new_tokens = check(max_new_tokens=max_new_tokens)["max_new_tokens"]
         engine = self.engine(checked, max_new_tokens)
         tokenizer, n_pos = self.model.tokenizer, self.parts.run.n_pos
         end = getattr(tokenizer, "eos_token_id", None) if stop is None else stop
         if end is not None:
             end = host.token_id(end, tokenizer, self.model.cfg.d_vocab)
-        intervention = self.resolve(listed)
+        intervention = self.resolve(several)
         matching = self._matched(intervention, checked)
 
         def continued(intervention: Intervention) -> Continued:

@@ -170,7 +170,7 @@ OUT = ("-d", "dictionaries", "-p", "x")
         (("attribute", *OUT), "give both --slug and --graph_file_dir"),
         (("attribute", *OUT, "--server", "-o", "g.pt"), "--server needs both --slug"),
         (("attribute", *OUT, "--slug", "a/b", "--graph_file_dir", "g"), "the slug 'a/b'"),
-        (("attribute", *OUT, "--slug", "", "--graph_file_dir", "g"), "the slug ''"),
+        (("attribute", *OUT, "--slug", "", "--graph_file_dir", "g"), "--slug is ''"),
         (("attribute", *OUT, "--slug", "graph-metadata", "--graph_file_dir", "g"), "not '.', '..' or"),
         (("attribute", *OUT, "--slug", "a", "--graph_file_dir", "g", "--np-model", "a/b"), "'a/b'"),
         (("attribute", *OUT, "-o", "."), "is a folder"),

@@ -988,10 +988,10 @@ def test_a_cell_run_twice_is_told_what_serves_there(data_dir):
 
 @pytest.mark.parametrize("port", [-1, 65536])
 def test_port_out_of_range_is_refused(data_dir, port):
-    with pytest.raises(UserError, match=f"port {port} is out of range"):
+    with pytest.raises(UserError, match=f"port is {port}: it must be a whole number from 0"):
         ctqk.serve(data_dir, port=port)
     if port != 65536:
-        with pytest.raises(UserError, match="out of range"):
+        with pytest.raises(UserError, match="port is "):
             server.next_free_port(port)
 
 
@@ -1007,7 +1007,7 @@ def test_port_that_was_taken_meanwhile_is_refused(data_dir, taken, monkeypatch):
         ctqk.serve(data_dir, port=taken)
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "", "a..b", "2001:db8::1"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a..b", "2001:db8::1"])
 def test_host_of_another_machine_is_refused(data_dir, host, monkeypatch):
     if host.endswith("invalid"):  # asked of no name server
         monkeypatch.setattr(socket, "getaddrinfo", failing_lookup)

@@ -118,8 +118,6 @@ def attribute_residual(
     Raises:
         UserError: a prompt, targets or dictionaries that cannot be attributed exactly.
     """
-    if batch_size < 1 or (max_feature_nodes or 1) < 0:
-        raise UserError("batch_size must be at least 1 and max_feature_nodes not negative.")
     if select not in SELECTIONS:
         raise UserError(f"select is {select!r}: it must be one of {', '.join(SELECTIONS)}.")
     if isinstance(model, ResidualModel):

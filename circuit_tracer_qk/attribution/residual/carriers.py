@@ -16,6 +16,7 @@ from circuit_tracer_qk.attribution.head import Head
 from circuit_tracer_qk.attribution.pruning import edge_influence
 from circuit_tracer_qk.attribution.residual.graph import ResidualGraph
 from circuit_tracer_qk.base.errors import UserError
+from circuit_tracer_qk.base.rules import check, finite, whole
 
 
 class Carrier(NamedTuple):
@@ -138,9 +139,8 @@ def select_heads(
     """
     if (count is None) == (share is None):
         raise UserError("give either count= (how many heads) or share= (of the influence).")
-    if count is not None and (not hasattr(count, "__index__") or count < 1):
-        raise UserError(f"count is {count!r}: it must be a whole number from 1 on.")
-    if share is not None and (not isinstance(share, int | float) or not 0 < share <= 1):
+    check(count=count)
+    if share is not None and not 0 < (finite(share) or 0) <= 1:
         raise UserError(f"share is {share!r}: it must be above 0 and at most 1.")
     ranked = carriers(graph, query=query, key=key, node=node)
     if count is not None:
@@ -160,6 +160,7 @@ def _index(name: str, value: int | None, limit: int, *, negative: bool) -> int |
     if value is None:
         return None
     low = -limit if negative else 0
-    if not hasattr(value, "__index__") or not low <= value < limit:
+    number = whole(value)
+    if number is None or not low <= number < limit:
         raise UserError(f"{name} {value} is out of range: it must be from {low} to {limit - 1}.")
-    return value % limit
+    return number % limit

@@ -21,7 +21,7 @@ from torch import Tensor
 from circuit_tracer_qk.attribution.batches import Batch
 from circuit_tracer_qk.attribution.graph import ExplainedGraph
 from circuit_tracer_qk.attribution.links import Kept, Links
-from circuit_tracer_qk.attribution.qk import Place, check_count
+from circuit_tracer_qk.attribution.qk import Place
 from circuit_tracer_qk.attribution.residual.batches import ResidualBatches
 from circuit_tracer_qk.attribution.residual.edges import (
     BlockEdges,
@@ -40,6 +40,7 @@ from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import beside, companion_of, write_pair
 from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.base.rules import check
 from circuit_tracer_qk.host import graph as host
 
 
@@ -332,8 +333,7 @@ class ResidualGraph(ExplainedGraph):
         >>> best.head[0, 0].item(), best.source[0, 0].item(), round(best.loading[0, 0].item(), -1)
         (7, 61, 7000.0)
         """
-        check_count(n)
-        check_count(1 if budget is None else budget, "budget")
+        check(n=n, budget=budget)
         heads, parts = self.record.heads, self.record.parts
         nodes, target = self._nodes, self.target_nodes(_indices(targets))
         for node in target[nodes.read_own(target)].tolist():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from circuit_tracer_qk.base import rules
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
@@ -17,7 +18,7 @@ from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.check import check_exact
-from circuit_tracer_qk.model.load import load_transformer
+from circuit_tracer_qk.model.load import check_dtype, load_transformer
 from circuit_tracer_qk.model.run import contraction_dtype
 from circuit_tracer_qk.model.supported import refuse_unsupported
 
@@ -104,6 +105,11 @@ def load_model(
     >>> wcc.scan, wcc.transformer.W_E.dtype
     ('miniature-wcc', torch.float64)
     """
+    if not isinstance(dictionaries, DictionarySet):
+        rules.check(dictionaries=dictionaries)
+    if not hasattr(model, "cfg"):
+        rules.check(model=model)
+    check_dtype(dtype)
     if model is not None and not isinstance(model, str | Path):
         device, dtype = model.W_E.device, model.cfg.dtype
     device = _device(device)
@@ -149,7 +155,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         named = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=named)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the device {device} cannot be used here ({reason}): use cpu.") from error
     return named

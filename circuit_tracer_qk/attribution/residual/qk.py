@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from circuit_tracer_qk.attribution.component import BIAS, FEATURE, KINDS, Component
-from circuit_tracer_qk.attribution.qk import Label, Place, Scores, check_count
+from circuit_tracer_qk.attribution.qk import Label, Place, Scores
 from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.base.rules import check
 from circuit_tracer_qk.base.topk import largest
 from circuit_tracer_qk.model.attention import KEY, QUERY
 from circuit_tracer_qk.model.heads import Heads
@@ -93,7 +94,7 @@ class QK(Scores):
         Raises:
             UserError: an index out of range.
         """
-        check_count(n)
+        check(n=n)
         self.check(layer, head, query)
         keys = range(self.heads.block(layer).first_key(query), query + 1)
         [(_, top)] = self._tops({(layer, head, query): list(keys)}, n)
@@ -115,7 +116,7 @@ class QK(Scores):
             UserError: an index out of range, or key > query.
         """
         by_query: dict[tuple[int, int, int], list[int]] = {}
-        check_count(n)
+        check(n=n)
         for layer, head, query, key in sorted({_place(place) for place in places}):
             self.check(layer, head, query, key)
             by_query.setdefault((layer, head, query), []).append(key)

@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> None:
     """
     checkpoints = _numbers(args.checkpoints)
     texts = read_texts(Path(args.texts).expanduser())
-    arguments.check_least(args, "--max-texts")
     texts = texts[: args.max_texts]
 
     from circuit_tracer_qk.cli.features.examples import build_features, check_sizes, check_target

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_names
-from circuit_tracer_qk.cli.arguments import check_least
 from circuit_tracer_qk.cli.prompts import engines, worker
 from circuit_tracer_qk.cli.prompts.progress import Marks, Outcome, work_of
 from circuit_tracer_qk.graph_files.index import add_to_listing, read_listing
@@ -112,9 +111,6 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.server and pages is None:
         raise UserError("--server needs --graph_file_dir: give it too.")
-    check_least(args, "--workers")
-    for flag, least in (("--max_n_logits", 1), ("--max_feature_nodes", 0), ("--batch_size", 1)):
-        check_least(args, flag, least)
     if args.slug is not None or args.np_model is not None:
         check_names("x" if args.slug is None else args.slug, args.np_model)
     engines.check(args.engine)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import LONGEST_SLUG, check_names, read_file
 from circuit_tracer_qk.base.json_text import unique_keys
+from circuit_tracer_qk.base.rules import RULES
 from circuit_tracer_qk.base.validation import validate
 
 PROMPTS_BYTES = 2**30  # how long a file of prompts may be
@@ -45,18 +46,23 @@ class BadLine(NamedTuple):
     problem: str
 
 
-class Line(BaseModel):
-    """What a line may say: the prompt, the name of its files, and flags for itself alone."""
-
+class _Line(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     prompt: str = Field(min_length=1, description="a text of valid Unicode that is not empty")
     slug: str = Field("", description="a name")
-    max_n_logits: int = Field(1, ge=1, description="a whole number from 1")
-    desired_logit_prob: float = Field(0, ge=0, le=1, description="a number from 0 to 1")
-    max_feature_nodes: int = Field(0, ge=0, description="a whole number from 0")
-    node_threshold: float = Field(0, ge=0, le=1, description="a number from 0 to 1")
-    edge_threshold: float = Field(0, ge=0, le=1, description="a number from 0 to 1")
+
+
+def _flag(name: str) -> Any:
+    """The type and the rule of a flag that a line may set."""
+    rule = RULES[name]
+    return rule.kind, Field(rule.low, ge=rule.low, le=rule.high, description=rule.words)
+
+
+_OWN = ("max_n_logits", "desired_logit_prob", "max_feature_nodes", "node_threshold")
+_own: dict[str, Any] = {name: _flag(name) for name in (*_OWN, "edge_threshold")}
+Line = create_model("Line", __base__=_Line, **_own)
+"""What a line may say: the prompt, the name of its files, and flags for itself alone."""
 
 
 def read_prompts(path: Path, prefix: str | None = None) -> tuple[list[Request], list[BadLine]]:

@@ -97,7 +97,7 @@ def test_edges_that_cannot_be(case: Case) -> None:
 def test_options_out_of_range(case: Case) -> None:
     options: dict[str, Any]
     for options in ({"batch_size": 0}, {"max_feature_nodes": -1}, {"max_n_logits": 0}):
-        with pytest.raises(ctqk.UserError, match="at least 1|must be at least"):
+        with pytest.raises(ctqk.UserError, match="it must be a whole number from [01] on"):
             ctqk.attribute(case.ids, case.model, **options)
     targets: Any
     for targets in (
