@@ -170,8 +170,10 @@ def test_counts(n: Any, graph: ctqk.ResidualGraph) -> None:
 def test_numbers_of_other_libraries_are_numbers(graph: ctqk.ResidualGraph) -> None:
     table = graph.qk(np.int64(1), torch.tensor(2), np.int32(14), 6)  # type: ignore[arg-type]
     assert table.score == graph.qk(1, 2, 14, 6).score
-    edit = ctqk.QKEdit((np.int64(1), 2), "key", features=np.array([61]), checkpoint=1, factor=0)
-    assert edit == ctqk.QKEdit("L1H2", "key", 1, [61], factor=np.float32(0))
+    heads: Any = (np.int64(1), 2)
+    nothing: Any = np.float32(0)
+    edit = ctqk.QKEdit(heads, "key", features=np.array([61]), checkpoint=1, factor=0)
+    assert edit == ctqk.QKEdit("L1H2", "key", 1, [61], factor=nothing)
     assert Rule(float, 0, 1).checked(torch.tensor(0.5), "x") == 0.5
 
 
