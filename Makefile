@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint studies bench
+.PHONY: demo test test-all lint studies bench fuzz
 
 # Attribute a prompt on the bundled miniature and serve the graph; ARGS=--no-serve ends after writing.
 demo: $(READY)
@@ -17,6 +17,10 @@ studies: $(READY)
 # How fast, as one table beside this machine's ceilings; ARGS="edges tables --threads 1 --json F".
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+# Random cases of every surface; ARGS="--cases 5000 --seed 3" for more, or others.
+fuzz: $(READY)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -s tests/fuzz --cases 1000 $(ARGS)
 
 # Of every large matrix of cases a seeded sample that touches each row and column; all of them.
 test test-all: lint

@@ -23,6 +23,7 @@ from helpers import browsing, sampling
 from helpers.architectures import ARCHITECTURES
 from helpers.commands import Result
 from helpers.errors import record_error, worst_errors
+from helpers.fuzzing import QUICK
 from hypothesis import settings
 
 from circuit_tracer_qk.cli import main as cli
@@ -35,8 +36,10 @@ left_out: list[int] = []  # how many cases each process left out of the matrices
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--all``: every case of every matrix."""
+    """``--all``: every case of every matrix; ``--cases`` and ``--seed`` of ``tests/fuzz``."""
     parser.addoption("--all", action="store_true", help="run the matrices whole, not a sample")
+    parser.addoption("--cases", type=int, default=QUICK, help="random cases of each fuzz test")
+    parser.addoption("--seed", type=int, default=0, help="where the random cases begin")
 
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave

@@ -104,7 +104,7 @@ class ExplainedGraph(host.Graph, ABC):
         Raises:
             UserError: one of them is no source.
         """
-        node = torch.as_tensor(nodes, dtype=torch.long, device=self.run.residual.device)
+        node = node_indices(nodes, "sources").to(self.run.residual.device)
         features, _, logits, _ = self.first_indices()
         for bad in node[(node < 0) | (node >= logits)].tolist():
             raise UserError(
@@ -119,7 +119,7 @@ class ExplainedGraph(host.Graph, ABC):
         Raises:
             UserError: one of them is no target.
         """
-        node = torch.as_tensor(nodes, dtype=torch.long, device=self.run.residual.device)
+        node = node_indices(nodes, "targets").to(self.run.residual.device)
         features, _, logits, end = self.first_indices()
         allowed = ((node >= 0) & (node < features)) | ((node >= logits) & (node < end))
         for bad in node[~allowed].tolist():
@@ -228,3 +228,21 @@ class ExplainedGraph(host.Graph, ABC):
 
     def _repr_html_(self) -> str:
         return summarize_graph(self).html()
+
+
+def node_indices(nodes: Any, called: str) -> Tensor:
+    """(n,) node indices.
+
+    Raises:
+        UserError: they are not a list of whole numbers.
+    """
+    try:
+        indices = torch.as_tensor(nodes)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        indices = torch.empty(())
+    whole = indices.dtype != torch.bool and not indices.is_floating_point()
+    if indices.ndim != 1 or (len(indices) and (not whole or indices.is_complex())):
+        raise UserError(
+            f"{nodes!r:.60} are no {called}: give a list of node indices, whole numbers."
+        )
+    return indices.long()

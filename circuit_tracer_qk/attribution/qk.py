@@ -212,30 +212,34 @@ class Scores(ABC):
         self._exact = lru_cache(maxsize=256)(self._image)
         self._listed = lru_cache(maxsize=1024)(self._list)
 
-    def check(self, layer: int, head: int, query: int, key: int | None = None) -> None:
-        """Refuse indices that do not exist.
+    def check(self, layer: int, head: int, query: int, key: int = 0) -> Place:
+        """Indices as plain numbers; refuses those that do not exist.
 
         Raises:
             UserError: layer, head or position out of range, or key > query.
         """
         n_pos, blocks = self.heads.run.n_pos, self.heads.blocks
+        numbers: list[int] = []
         for name, value, limit in (
             ("layer", layer, len(blocks)),
             ("head", head, blocks[0].n_heads),
             ("query position", query, n_pos),
-            ("key position", 0 if key is None else key, n_pos),
+            ("key position", key, n_pos),
         ):
             number = whole(value)
             if number is None or not 0 <= number < limit:
                 raise UserError(
-                    f"{name} {value} is out of range: it must be a whole number from 0 to "
+                    f"{name} {value!r:.60} is out of range: it must be a whole number from 0 to "
                     f"{limit - 1}."
                 )
-        if key is not None and key > query:
+            numbers.append(number)
+        place = Place(*numbers)
+        if place.key > place.query:
             raise UserError(
                 f"key position {key} is after query position {query}: attention is causal, "
                 "so the key must be at or before the query."
             )
+        return place
 
     @fitting("this table", "make the graph of a shorter prompt, or with sparser dictionaries")
     @exactly
@@ -245,7 +249,7 @@ class Scores(ABC):
         Raises:
             UserError: an index out of range, or key > query.
         """
-        self.check(layer, head, query, key)
+        layer, head, query, key = self.check(layer, head, query, key)
         block = self.heads.block(layer)
         q = self._exact(layer, head, query, side=QUERY)
         k = self._exact(layer, block.group(head), key, side=KEY)
@@ -296,7 +300,7 @@ class Scores(ABC):
         Raises:
             UserError: an index out of range.
         """
-        self.check(layer, head, query)
+        layer, head, query, _ = self.check(layer, head, query)
         whole = self._whole(layer, QUERY), self._whole(layer, KEY)
         return self.rows(layer, [(head, query)], *whole)[layer, head, query]
 

@@ -140,7 +140,7 @@ RULES: Mapping[str, Rule] = {
     "port": Rule(int, 0, 65535),
     "prompts": OPTIONAL_PATH,
     "qk": FLAG,
-    "ref": OPTIONAL_PATH,
+    "ref": Rule(Path),
     "slug": OPTIONAL_TEXT,
     "texts": Rule(Path),
     "top": COUNT,

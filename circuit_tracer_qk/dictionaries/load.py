@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from circuit_tracer_qk.base import hub
+from circuit_tracer_qk.base import hub, rules
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.validation import validate
@@ -70,6 +70,7 @@ def load_dictionaries(
     >>> load_dictionaries("miniature-sae").checkpoints
     (1, 2, 3, 4)
     """
+    rules.check(ref=ref)
     full = fitting(f"the set {ref}", "give lazy=True, fewer checkpoints, or a smaller set")
     try:
         with full:

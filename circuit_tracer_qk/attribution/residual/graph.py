@@ -335,7 +335,7 @@ class ResidualGraph(ExplainedGraph):
         """
         check(n=n, budget=budget)
         heads, parts = self.record.heads, self.record.parts
-        nodes, target = self._nodes, self.target_nodes(_indices(targets))
+        nodes, target = self._nodes, self.target_nodes(targets)
         for node in target[nodes.read_own(target)].tolist():
             raise UserError(
                 f"node {node} is a logit that reads its own checkpoint: no head is in between; ask "
@@ -386,7 +386,7 @@ def load_graph(
     >>> back.qk(1, 2, 14, 6).score == graph.qk(1, 2, 14, 6).score
     True
     """
-    path = Path(path)
+    path = Path(check(path=path)["path"])
     if not os.path.isfile(path):
         raise UserError(f"there is no graph file {path}: give the .pt that was saved.")
     record, facts = load_record(companion_of(path, beside(path)), device)
@@ -420,22 +420,6 @@ def _fits(graph: ResidualGraph) -> bool:
         and n_logits == len(graph.logit_targets)
         and graph.cfg.n_layers == run.n_layers
     )
-
-
-def _indices(nodes: Sequence[int] | Tensor) -> Tensor:
-    """(n,) node indices.
-
-    Raises:
-        UserError: they are not a list of whole numbers.
-    """
-    try:
-        indices = torch.as_tensor(nodes)
-    except (TypeError, ValueError, RuntimeError):
-        indices = torch.empty(())
-    whole = indices.dtype != torch.bool and not indices.is_floating_point()
-    if indices.ndim != 1 or (len(indices) and not whole):
-        raise UserError(f"{nodes} are no targets: give a list of node indices, whole numbers.")
-    return indices.long()
 
 
 def _fingerprint(graph: ResidualGraph) -> list[int]:

@@ -21,7 +21,7 @@ from circuit_tracer_qk.attribution.residual.decompose import Decomposition
 from circuit_tracer_qk.attribution.text import shapes
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.precision import exactly
-from circuit_tracer_qk.base.rules import check
+from circuit_tracer_qk.base.rules import check, listed
 from circuit_tracer_qk.base.topk import largest
 from circuit_tracer_qk.model.attention import KEY, QUERY
 from circuit_tracer_qk.model.heads import Heads
@@ -94,8 +94,8 @@ class QK(Scores):
         Raises:
             UserError: an index out of range.
         """
-        check(n=n)
-        self.check(layer, head, query)
+        n = check(n=n)["n"]
+        layer, head, query, _ = self.check(layer, head, query)
         keys = range(self.heads.block(layer).first_key(query), query + 1)
         [(_, top)] = self._tops({(layer, head, query): list(keys)}, n)
         return top
@@ -116,9 +116,9 @@ class QK(Scores):
             UserError: an index out of range, or key > query.
         """
         by_query: dict[tuple[int, int, int], list[int]] = {}
-        check(n=n)
-        for layer, head, query, key in sorted({_place(place) for place in places}):
-            self.check(layer, head, query, key)
+        n = check(n=n)["n"]
+        given = listed(places, "places", "a list of (layer, head, query, key)")
+        for layer, head, query, key in sorted({self.check(*_place(place)) for place in given}):
             by_query.setdefault((layer, head, query), []).append(key)
         yield from self._tops(by_query, n)
 
