@@ -44,4 +44,4 @@ def parse_head(head: Any) -> Head:
                 return index(layer), index(number)
         except (TypeError, ValueError):
             pass
-    raise UserError(f"{head!r} is no head: write (layer, head) or L4H0.")
+    raise UserError(f"{head!r:.60} is no head: write (layer, head) or L4H0.")

@@ -29,8 +29,10 @@ def read_listing(folder: Path) -> dict[str, Any]:
     try:
         listing = json.loads(read_file(path, LISTING_BYTES))
         graphs = listing["graphs"]
-        if not isinstance(graphs, list) or not all(isinstance(g, dict) for g in graphs):
-            raise TypeError("graphs is no list of objects")
+        if not isinstance(graphs, list) or not all(
+            isinstance(g, dict) and isinstance(g.get("slug", ""), str) for g in graphs
+        ):
+            raise TypeError("graphs is no list of objects with slugs")
     except FileNotFoundError:
         return {"graphs": []}
     except OSError as error:

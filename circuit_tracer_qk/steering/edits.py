@@ -135,7 +135,7 @@ class QKEdit:
         checkpoint = None if self.checkpoint is None else _whole("checkpoint", self.checkpoint)
         components = _components(features, checkpoint, heads)
         if self.side not in SIDES:
-            raise UserError(f"an edit's side is {self.side!r}: it must be 'query' or 'key'.")
+            raise UserError(f"an edit's side is {self.side!r:.60}: it must be 'query' or 'key'.")
         if (self.factor is None) == (self.inject is None):
             raise UserError(
                 "an edit takes either factor= (0 removes a feature) or inject= (an activation to "
@@ -282,7 +282,7 @@ def _heads(heads: Any) -> tuple[Head, ...]:
             heads = [heads]
     parsed = () if hasattr(heads, "__index__") else _several(heads, parse_head)
     if not parsed:
-        raise UserError(f"an edit's heads are {heads!r}: give (layer, head) pairs or 'L4H0'.")
+        raise UserError(f"an edit's heads are {heads!r:.60}: give (layer, head) pairs or 'L4H0'.")
     return parsed
 
 
@@ -294,7 +294,7 @@ def _features(features: Any) -> tuple[int | str, ...]:
             return _whole("feature", feature)
         if feature not in kinds and not is_feature_name(feature):
             raise UserError(
-                f"{feature!r} is no component: give features by their indices or names, such "
+                f"{feature!r:.60} is no component: give features by their indices or names, such "
                 f"as L0/61, or one of {', '.join(kinds)}."
             )
         return feature
@@ -302,7 +302,7 @@ def _features(features: Any) -> tuple[int | str, ...]:
     parsed = _several(features, checked)
     if not parsed:
         raise UserError(
-            f"an edit's features are {_plain(features)!r}: give at least one index or name."
+            f"an edit's features are {_plain(features)!r:.60}: give at least one index or name."
         )
     return parsed
 

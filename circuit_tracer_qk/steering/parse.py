@@ -60,13 +60,13 @@ def parse_edit(text: str, choose: ChooseHeads) -> Edit:
         name, equals, value = part.partition("=")
         if not equals or name not in KEYS or not value:
             raise UserError(
-                f"{part!r} in the edit {text!r} is not understood: write parts such as {EXAMPLE}."
+                f"{part!r:.60} in the edit {text!r:.120} is not understood: write parts such as {EXAMPLE}."
             )
         if name in parts:
-            raise UserError(f"the edit {text!r} names {name} twice.")
+            raise UserError(f"the edit {text!r:.120} names {name} twice.")
         parts[name] = value
     if "heads" not in parts:
-        raise UserError(f"the edit {text!r} names no heads: write parts such as {EXAMPLE}.")
+        raise UserError(f"the edit {text!r:.120} names no heads: write parts such as {EXAMPLE}.")
     document: dict[str, Any] = parts | {"heads": _chosen(parts["heads"], choose)}
     for name in {"features", "positions"} & parts.keys():
         document[name] = [_whole_or_text(x) for x in parts[name].split(",") if x]
@@ -75,7 +75,7 @@ def parse_edit(text: str, choose: ChooseHeads) -> Edit:
             document[name] = read_number(parts[name])
     if "checkpoint" in parts:
         document["checkpoint"] = _whole_or_text(parts["checkpoint"])
-    return read_edit(document, f"the edit {text!r}")
+    return read_edit(document, f"the edit {text!r:.120}")
 
 
 def read_edit(document: Any, called: str = "an edit") -> Edit:
@@ -95,7 +95,9 @@ def read_edit(document: Any, called: str = "an edit") -> Edit:
     names = document.pop("names", None)
     unknown = sorted(set(document) - set(KEYS))
     if unknown:
-        raise UserError(f"{called} has the unknown part {unknown[0]}; known are {', '.join(KEYS)}.")
+        raise UserError(
+            f"{called} has the unknown part {unknown[0]:.60}; known are {', '.join(KEYS)}."
+        )
     if "features" not in document and names is not None:
         document["features"], names = names, None
     for name in ("heads", "features") if "side" in document else ("heads", "factor"):
@@ -107,7 +109,7 @@ def read_edit(document: Any, called: str = "an edit") -> Edit:
     if "side" not in document:
         extra = sorted(set(document) - {"heads", "factor", "positions"})
         if extra:
-            raise UserError(f"{called} has {extra[0]} but no side: add side=query or side=key.")
+            raise UserError(f"{called} has {extra[0]:.60} but no side: add side=query or side=key.")
         return HeadEdit(**document)
     edit = QKEdit(**document)
     if names is not None and names != list(edit.resolved.names):

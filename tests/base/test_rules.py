@@ -17,6 +17,7 @@ import circuit_tracer_qk as ctqk
 from circuit_tracer_qk.base.rules import RULES, Rule, read_number, read_whole
 from circuit_tracer_qk.cli import main as cli
 from circuit_tracer_qk.cli.prompts.lines import read_prompts
+from circuit_tracer_qk.steering.parse import read_edit
 
 PROMPT = "I met Aunt Sally. I like Aunt"
 NAN, INF = float("nan"), float("inf")
@@ -175,6 +176,38 @@ def test_numbers_of_other_libraries_are_numbers(graph: ctqk.ResidualGraph) -> No
     edit = ctqk.QKEdit(heads, "key", features=np.array([61]), checkpoint=1, factor=0)
     assert edit == ctqk.QKEdit("L1H2", "key", 1, [61], factor=nothing)
     assert Rule(float, 0, 1).checked(torch.tensor(0.5), "x") == 0.5
+
+
+@pytest.mark.parametrize(
+    "nodes", [[[]], [""], [None], [2.5], [True], [[1, 2]], "12", None, object()]
+)
+def test_node_indices(nodes: Any, graph: ctqk.ResidualGraph) -> None:
+    refused("", lambda: graph.edges(nodes, [313]))
+    refused("", lambda: graph.edges([61], nodes))
+    refused("", lambda: graph.strongest(nodes))
+    if isinstance(nodes, list):
+        refused("", lambda: graph.edge(nodes[0], 313))
+
+
+@pytest.mark.parametrize("path", [b"", None, "", 5, object(), ["a"]], ids=repr)
+def test_paths(path: Any) -> None:
+    refused("path", lambda: ctqk.load_graph(path))
+    refused("ref", lambda: ctqk.load_dictionaries(path))
+
+
+def test_long_texts_are_cut_in_what_is_said_of_them() -> None:
+    for part in ({"features": "[" * 2000}, {"heads": "[" * 2000}, {"side": "[" * 2000}):
+        edit: dict[str, Any] = {"heads": "L1H2", "side": "key", "features": "L0/61", "factor": 0}
+        refused("", lambda edit=edit | part: ctqk.QKEdit(**edit))
+    refused("", lambda: read_edit({"[" * 2000: 1, "heads": "L1H2"}))
+
+
+def test_a_list_of_graphs_whose_slugs_are_no_texts(
+    graph: ctqk.ResidualGraph, tmp_path: Path
+) -> None:
+    (tmp_path / "graph-metadata.json").write_text('{"graphs": [{"slug": {}}]}')
+    refused("", lambda: ctqk.create_graph_files(graph, "s", tmp_path))
+    assert not (tmp_path / "s.json").exists()
 
 
 # The command line ---------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def fuzz_file(
-    config: pytest.Config, path: Path, use: Callable[[], None], document: Any = None
+    config: pytest.Config, path: Path, use: Callable[[], object], document: Any = None
 ) -> None:
     """Damage one file again and again, and read it each time; at the end it is as it was."""
     data = path.read_bytes()
@@ -73,7 +73,7 @@ def test_dictionaries(name: str, case: Case, request: pytest.FixtureRequest) -> 
     assert folder is not None
     path = folder / name
     document = yaml.safe_load(path.read_bytes()) if name.endswith(".yaml") else None
-    fuzz_file(request.config, path, lambda: ctqk.load_dictionaries(folder) and None, document)
+    fuzz_file(request.config, path, lambda: ctqk.load_dictionaries(folder), document)
 
 
 def test_models(case: Case, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -83,7 +83,7 @@ def test_models(case: Case, tmp_path: Path, request: pytest.FixtureRequest) -> N
     fuzz_file(
         request.config,
         path,
-        lambda: ctqk.load_model(folder, case.model.dictionaries) and None,
+        lambda: ctqk.load_model(folder, case.model.dictionaries),
         json.loads(path.read_bytes()),
     )
 
@@ -92,7 +92,7 @@ def test_labels(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path = tmp_path / "labels.json"
     document = {"0": ["a", None, "\u65e5"], "1": ["b"]}
     path.write_text(json.dumps(document))
-    fuzz_file(request.config, path, lambda: read_labels(path) and None, document)
+    fuzz_file(request.config, path, lambda: read_labels(path), document)
 
 
 def test_examples(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -121,7 +121,7 @@ def test_prompts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path = tmp_path / "prompts.jsonl"
     document = {"prompt": "I met", "slug": "a", "max_n_logits": 3, "node_threshold": 0.5}
     path.write_text(json.dumps(document) + '\n"I like"\n')
-    fuzz_file(request.config, path, lambda: read_prompts(path) and None, document)
+    fuzz_file(request.config, path, lambda: read_prompts(path), document)
 
 
 def test_edits(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -131,7 +131,7 @@ def test_edits(tmp_path: Path, request: pytest.FixtureRequest) -> None:
         {"heads": [[1, 2]], "factor": 0.5},
     ]
     path.write_text(json.dumps(document))
-    fuzz_file(request.config, path, lambda: read_edits(path) and None, document)
+    fuzz_file(request.config, path, lambda: read_edits(path), document)
 
 
 def test_lists_of_graphs(case: Case, tmp_path: Path, request: pytest.FixtureRequest) -> None:
