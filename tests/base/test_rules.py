@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,9 @@ def test_paths(path: Any) -> None:
 
 def test_long_texts_are_cut_in_what_is_said_of_them() -> None:
     for part in ({"features": "[" * 2000}, {"heads": "[" * 2000}, {"side": "[" * 2000}):
-        edit: dict[str, Any] = {"heads": "L1H2", "side": "key", "features": "L0/61", "factor": 0}
-        refused("", lambda edit=edit | part: ctqk.QKEdit(**edit))
+        given: dict[str, Any] = {"heads": "L1H2", "side": "key", "features": "L0/61", "factor": 0}
+        given |= part
+        refused("", partial(ctqk.QKEdit, **given))
     refused("", lambda: read_edit({"[" * 2000: 1, "heads": "L1H2"}))
 
 
