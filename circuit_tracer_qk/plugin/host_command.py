@@ -19,7 +19,7 @@ from circuit_tracer_qk.base.memory import is_full, too_large
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.host import patching
-from circuit_tracer_qk.model.huggingface import TOO_LARGE, first_line
+from circuit_tracer_qk.model.huggingface import TOO_LARGE, first_line, is_gguf
 from circuit_tracer_qk.model.load import load_transformer
 
 
@@ -118,7 +118,7 @@ def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(signature.bind(*args, **options).arguments)
         name, backend = given["model_name"], given.get("backend", "transformerlens")
         try:
-            if os.path.isdir(name) and backend == "transformerlens":
+            if (os.path.isdir(name) or is_gguf(Path(name))) and backend == "transformerlens":
                 taken = {k: given[k] for k in ("dtype", "device") if k in given}
                 return patching.replacement_model(
                     load_transformer(name, **taken), given["transcoders"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from circuit_tracer_qk.cli.prompts.lines import Request
 
 FOLDER = ".prompts"
-KINDS = frozenset(".safetensors .json .yaml .yml .npz .pt .pth .bin .model .txt .zip".split())
+KINDS = frozenset(".safetensors .json .yaml .yml .npz .pt .pth .bin .gguf .model .txt .zip".split())
 """The files of models and dictionaries, by suffix; features' examples are not asked."""
 
 
@@ -208,6 +208,9 @@ def _files_of(ref: str, outputs: list[Path]) -> list[Any]:
 
 def _stamps(root: Path, outputs: list[Path]) -> list[tuple[str, int, int]]:
     stamps = []
+    if root.is_file():
+        stat = root.stat()
+        return [(root.name, stat.st_size, stat.st_mtime_ns)]
     for folder, below, names in os.walk(root):
         here = Path(folder)
         below[:] = sorted(
