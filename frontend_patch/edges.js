@@ -61,10 +61,6 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
       tokens ? `from ${utilQk.tokenName(data, tokens[0])} to ${utilQk.tokenName(data, tokens[1])}` :
       node ? `into ${utilQk.nodeGlyph(node)} ${utilQk.nodeTitle(data, node)} ${utilQk.nodeLabel(node)} (${utilQk.tokenName(data, node.ctx_idx)})` : '')
 
-    if (!tokens && node?.qk_error_share != null) titleSel.append('span.qk-share')
-      .at({'data-qk': 'error-share', title: 'Errors’ share of the sum of |edges| into this node, edges that this file leaves out included.'})
-      .text(` · errors: ${utilQk.percent(node.qk_error_share, 1)} of what it reads`)
-
     var all = qk.data.edges(qk.state)
     var words = filterSel.property('value').trim().toLowerCase()
     var found = words ? all.filter(d => searchText(d).includes(words)) : all
@@ -77,6 +73,10 @@ window.initQkEdges = function({visState, renderAll, data, cgSel, qk}){
     if (!all.length) return listSel.append('div.qk-state').text(tokens ?
       'No edge of this graph runs between these tokens.' : 'This node has no inputs in this graph: tokens and errors are where the graph begins.')
     if (!found.length) return listSel.append('div.qk-state').text('No edge matches the filter.')
+
+    if (!tokens && node.qk_error_share != null) listSel.append('div.qk-group')
+      .at({role: 'presentation', 'data-qk': 'error-share', title: 'Of the sum of |edges| into this node, those that this file leaves out included.'})
+      .text(`errors are ${utilQk.percent(node.qk_error_share, 1)} of all it reads`)
 
     var nDigits = utilQk.digits(found.map(d => d.link.weight))
     var maxTotal = d3.max(shown, d => d3.max(stripParts(d.link), e => Math.abs(e.total))) || 1
