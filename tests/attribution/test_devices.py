@@ -27,6 +27,7 @@ FACTORIES: set[Callable[..., Any]] = {
 # (module, function): made on the CPU and meant to be
 ON_THE_CPU = {
     ("check", "check_exact"),  # random tokens, the same on every device, then moved
+    ("graph", "node_indices"),  # moved when they are known to be good
     ("graph", "decode"),  # ids of a model without a tokenizer, as text
     ("graph", "tokenize"),  # moved when it is known to be good
     ("load", "run"),  # Hugging Face's model, which stays there
