@@ -195,7 +195,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     options: dict[str, Any] = {"context": CONTEXT, "batch": 2, "examples": 2}
     build_features(model, TEXTS, whole, **options)
     monkeypatch.setattr(feature_collection, "SAVED_EVERY", -1.0)  # after every batch
-    streams, runs = feature_collection.read_streams, []
+    streams, runs = feature_collection.Reader.read, []
 
     def counted(*arguments: Any) -> Any:
         runs.append(1)
@@ -203,7 +203,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return streams(*arguments)
 
-    monkeypatch.setattr(feature_collection, "read_streams", counted)
+    monkeypatch.setattr(feature_collection.Reader, "read", counted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             build_features(model, TEXTS, broken, **options)
@@ -240,7 +240,7 @@ import json, torch
 torch.set_num_threads(1)
 where, folder, saes, model, texts = sys.argv[1:]
 feature_collection.SAVED_EVERY = -1.0
-module, name, at = {"reading": (feature_collection, "read_streams", 5), "writing": (f, "label_of", 700)}[where]
+module, name, at = {"reading": (feature_collection.Reader, "read", 5), "writing": (f, "label_of", 700)}[where]
 plain, calls = getattr(module, name), []
 def killed(*args):
     calls.append(1)

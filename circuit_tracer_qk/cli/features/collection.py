@@ -10,9 +10,11 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Condition, local
 from typing import Any
 
 import torch
@@ -24,11 +26,14 @@ from tqdm import tqdm
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import write_atomically
+from circuit_tracer_qk.base.threads import Crew
+from circuit_tracer_qk.cli.features.progress import progress_of
 from circuit_tracer_qk.model.run import alone, contraction_dtype
 
 BEFORE, AFTER = 10, 4
 WINDOW = BEFORE + 1 + AFTER
 SAVED_EVERY = 30.0  # seconds between two writings of the work so far
+ROUND = 4  # batches that each of several threads reads between two looks at the clock
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Peaks:
             count=torch.zeros(d_dict, dtype=torch.int64, device="cpu"),
         )
 
-    def add(self, acts: Tensor, first_chunk: int) -> None:
+    def add(self, acts: Tensor, numbers: Sequence[int]) -> None:
         """Merge a batch.
 
         Only features that beat the last of their peaks are touched, and only windows that stay
@@ -68,21 +73,22 @@ class Peaks:
 
         Args:
             acts: (n_chunks, n_pos, d_dict), 0 where nothing counts.
-            first_chunk: the number of its first chunk.
+            numbers: those of its chunks.
         """
         k, n_pos = self.value.shape[1], acts.shape[1]
-        self.count += (acts > 0).sum((0, 1)).cpu()
-        value, position = acts.max(1)  # (n_chunks, d_dict)
+        # as a product, which is many times quicker than to count what is above 0
+        fires = acts.sign().flatten(0, 1)
+        self.count += (fires.new_ones(len(fires)) @ fires).round().long().cpu()
+        value = acts.amax(1)  # (n_chunks, d_dict)
         rising = (value.amax(0).float().cpu() > self.value[:, -1]).nonzero()[:, 0]
         if not len(rising):
             return
         feature = rising.to(acts.device)
         value, chunk = value[:, feature].T.float().topk(min(k, len(value)))  # (n_rising, .)
-        position = position[:, feature].T.gather(1, chunk)
         value, rank = torch.cat([self.value[rising].to(value.device), value], 1).topk(k)
         row, column = (rank >= k).nonzero(as_tuple=True)  # what is new
-        new = rank[row, column] - k
-        chunk, position = chunk[row, new], position[row, new]
+        chunk = chunk[row, rank[row, column] - k]
+        position = acts[chunk, :, feature[row]].argmax(1)
         at = position[:, None] + torch.arange(-BEFORE, AFTER + 1, device=acts.device)
         inside = (at >= 0) & (at < n_pos)
         windows = acts[chunk[:, None], at.clamp(0, n_pos - 1), feature[row, None]] * inside
@@ -90,8 +96,9 @@ class Peaks:
         self.value[rising] = value.cpu()
         rank, row, column = rank.cpu(), row.cpu(), column.cpu()
         rows = torch.arange(len(rising), device="cpu")[:, None]
+        numbered = torch.tensor(numbers, device="cpu")[chunk.cpu()]
         for known, new in (
-            (self.chunk, chunk + first_chunk),
+            (self.chunk, numbered),
             (self.position, position),
             (self.acts, windows),
         ):
@@ -135,12 +142,13 @@ class Corpus:
         lengths = [len(chunk) for chunk in self.chunks]
         return sum(n - len(range(*dropped.indices(n))) for n in lengths)
 
-    def batches(self) -> list[range]:
-        """Chunk numbers, batch by batch."""
+    def batches(self) -> list[list[int]]:
+        """Chunk numbers, batch by batch, the long ones first: those of a batch are alike."""
         n = len(self.chunks)
-        return [range(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
+        order = sorted(range(n), key=lambda i: -len(self.chunks[i]))
+        return [order[i : i + self.batch] for i in range(0, n, self.batch)]
 
-    def padded(self, numbers: range) -> tuple[Tensor, Tensor]:
+    def padded(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(n_chunks, n_pos) ids, and where they are tokens; what is padded follows them."""
         chunks = [self.chunks[i] for i in numbers]
         ids = torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True)
@@ -172,42 +180,114 @@ def collect(
     for c in checkpoints:
         peaks_of.setdefault(c, Peaks.none(len(known[c].b_enc), k))
     batches = corpus.batches()
-    bar = tqdm(batches, "Reading the corpus", initial=done, leave=False, delay=2, disable=None)
-    for i, numbers in enumerate(batches[done:], done):
-        streams, counted = read_streams(model, corpus, numbers, checkpoints)
-        for c in checkpoints:
-            x = streams[c]
-            acts = known[c].encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
-            peaks_of[c].add(acts * counted[..., None], numbers.start)
-        bar.update(1)
-        # at the end too: what follows takes its time
-        if i + 1 == len(batches) or time.monotonic() - written > SAVED_EVERY:
-            write_atomically(progress, _packed(peaks_of, fingerprint, i + 1))
-            written = time.monotonic()
-    bar.close()
+    crew = Crew(model.transformer.W_E.device)
+    together = ROUND * crew.size if crew.size > 1 else 1  # between two looks at the clock
+    turns = {c: Turns(done) for c in checkpoints}
+
+    def describe(batch: int) -> None:
+        """Read a batch and merge it, checkpoint by checkpoint; by several threads at once."""
+        numbers = batches[batch]
+        try:
+            streams, counted = reader.read(numbers)
+            for c in checkpoints:
+                x = streams.pop(c)
+                acts = known[c].encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
+                acts = acts * counted[..., None]
+                with turns[c].turn(batch):
+                    peaks_of[c].add(acts, numbers)
+        except BaseException:
+            for each in turns.values():
+                each.end()
+            raise
+
+    said = progress_of("Reading the corpus, by batches", len(batches), done)
+    with Reader(model, corpus, checkpoints) as reader, said as step:
+        while done < len(batches):
+            for _ in crew.do(describe, range(done, min(done + together, len(batches)))):
+                done += 1
+                step()
+            # between rounds nothing is half merged; at the end too: what follows takes its time
+            if done == len(batches) or time.monotonic() - written > SAVED_EVERY:
+                write_atomically(progress, _packed(peaks_of, fingerprint, done))
+                written = time.monotonic()
     return peaks_of
 
 
-def read_streams(
-    model: ResidualModel, corpus: Corpus, numbers: range, checkpoints: Sequence[int]
-) -> tuple[dict[int, Tensor], Tensor]:
-    """checkpoint -> (n_chunks, n_pos, d_model), and (n_chunks, n_pos) which positions count."""
-    transformer = model.transformer
-    n_layers, device = transformer.cfg.n_layers, transformer.W_E.device
-    ids, there = corpus.padded(numbers)
-    hooks = {
-        c: f"blocks.{c}.hook_resid_pre" if c < n_layers else f"blocks.{c - 1}.hook_resid_post"
-        for c in checkpoints
-    }
-    wanted = set(hooks.values())
-    with alone(transformer):
-        _, cache = transformer.run_with_cache(
-            ids.to(device), names_filter=lambda name: name in wanted, return_type=None
-        )
-    dtype = contraction_dtype(transformer.cfg.dtype)
-    counted = there.to(device)
-    counted[:, model.zero_positions] = False
-    return {c: cache[hook].to(dtype) for c, hook in hooks.items()}, counted
+class Turns:
+    """Lets batches merge one after the other, so that of equal peaks the same ones stay.
+
+    Args:
+        first: the batch whose turn it is.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._next: int | None = first
+        self._changed = Condition()
+
+    @contextmanager
+    def turn(self, batch: int) -> Iterator[None]:
+        """Within, it is a batch's turn.
+
+        Raises:
+            RuntimeError: a batch before it failed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._next in (batch, None))
+            if self._next is None:
+                raise RuntimeError("another batch failed")
+            yield
+            self._next = batch + 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """There are no more turns: a batch failed."""
+        with self._changed:
+            self._next = None
+            self._changed.notify_all()
+
+
+class Reader:
+    """Runs a model over batches of chunks, in several threads at once.
+
+    Args:
+        model: of :func:`circuit_tracer_qk.load_model`; its hooks are this reader's while it is open.
+        corpus: what is read.
+        checkpoints: whose streams are wanted.
+    """
+
+    def __init__(self, model: ResidualModel, corpus: Corpus, checkpoints: Sequence[int]) -> None:
+        self.model, self.corpus = model, corpus
+        n_layers = model.transformer.cfg.n_layers
+        self._hooks = {
+            f"blocks.{c}.hook_resid_pre" if c < n_layers else f"blocks.{c - 1}.hook_resid_post": c
+            for c in checkpoints
+        }
+        self._seen = local()  # each thread's own: hooks are the model's
+        self._open = ExitStack()
+
+    def __enter__(self) -> Reader:
+        dtype = contraction_dtype(self.model.transformer.cfg.dtype)
+
+        def keep(x: Tensor, hook: Any) -> None:
+            self._seen.streams[self._hooks[hook.name]] = x.to(dtype)
+
+        self._open.enter_context(alone(self.model.transformer))
+        hooks = [(name, keep) for name in self._hooks]
+        self._open.enter_context(self.model.transformer.hooks(fwd_hooks=hooks))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def read(self, numbers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+        """checkpoint -> (n_chunks, n_pos, d_model), and (n_chunks, n_pos) which positions count."""
+        transformer = self.model.transformer
+        ids, there = self.corpus.padded(numbers)
+        self._seen.streams = {}
+        transformer(ids.to(transformer.W_E.device), return_type=None)
+        counted = there.to(transformer.W_E.device)
+        counted[:, self.model.zero_positions] = False
+        return self._seen.__dict__.pop("streams"), counted
 
 
 # The work on the disk -----------------------------------------------------------------------------
@@ -217,7 +297,7 @@ def fingerprint_of(model: ResidualModel, corpus: Corpus, checkpoints: Sequence[i
     """Differs where the result would: of weights, numbers spread over each of them are read."""
     digest = hashlib.sha256()
     weights = list(model.transformer.parameters())
-    facts: list[Any] = [list(checkpoints), k, corpus.batch, BEFORE, AFTER]
+    facts: list[Any] = ["by length", list(checkpoints), k, corpus.batch, BEFORE, AFTER]
     facts += [str(model.zero_positions), str(model.cfg), str(model.transformer.W_E.device)]
     for c in checkpoints:
         dictionary = model.dictionaries.by_checkpoint[c]

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_tracer_qk.attribution.residual.model import ResidualModel
 from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import check_folder, write_pair
 from circuit_tracer_qk.cli.features.collection import AFTER, BEFORE, Corpus, Peaks, collect
+from circuit_tracer_qk.cli.features.progress import progress_of
 from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries.dictionary import like
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
@@ -130,8 +130,14 @@ def build_features(
         for c, peaks in peaks_of.items()
         for record in feature_records(model, corpus, c, peaks, examples, decode, logits)
     )
-    bar = tqdm(described, "Describing features", total, leave=False, delay=2, disable=None)
-    _write(target, model.dictionaries, bar, every)
+    with progress_of("Describing features", total) as step:
+
+        def told() -> Iterator[tuple[int, dict[str, Any]]]:
+            for record in described:
+                yield record
+                step()
+
+        _write(target, model.dictionaries, told(), every)
     progress.unlink(missing_ok=True)
     alive = sum(int((peaks.count > 0).sum()) for peaks in peaks_of.values())
     return Built(target, total, alive, corpus.n_positions(model.zero_positions))
