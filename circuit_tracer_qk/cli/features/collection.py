@@ -272,7 +272,7 @@ class Reader:
             self._seen.streams[self._hooks[hook.name]] = x.to(dtype)
 
         self._open.enter_context(alone(self.model.transformer))
-        hooks = [(name, keep) for name in self._hooks]
+        hooks: list[Any] = [(name, keep) for name in self._hooks]
         self._open.enter_context(self.model.transformer.hooks(fwd_hooks=hooks))
         return self
 
