@@ -17,7 +17,6 @@ from torch import Tensor
 
 from circuit_tracer_qk.host import patching
 from circuit_tracer_qk.model.load import load_transformer
-from helpers.architectures import ARCHITECTURES
 
 PLACES = {
     "mlp.hook_in": ("mlp.hook_in", "mlp.hook_out"),
@@ -25,8 +24,6 @@ PLACES = {
     "hook_resid_mid": ("hook_resid_mid", "hook_mlp_out"),
 }
 
-
-HOST_RUNS = list(ARCHITECTURES)
 
 KINDS = ("relu", "jumprelu", "topk", "skip", "clt", "clt-skip")
 
