@@ -241,7 +241,8 @@ def read_config(source: Source) -> Any:
         if config.model_type not in TEXT_PART:
             return config
         text = config.get_text_config()
-        text.quantization_config = getattr(config, "quantization_config", None)
+        if hasattr(config, "quantization_config"):  # whose weights are refused
+            text.quantization_config = config.quantization_config
         return text
     except Exception as error:  # whatever a field of the wrong type leads to
         raise source.failure("config.json", error) from error

@@ -43,7 +43,9 @@ def make(folder: Path) -> Path:
     """
     parts = find()
     if len(parts) < len(PARTS) or importlib.util.find_spec("gguf") is None:
-        pytest.skip(f"needs {PACKAGE.replace('_', '-')} with its four parts (or {VARIABLE}) and gguf")
+        pytest.skip(
+            f"needs {PACKAGE.replace('_', '-')} with its four parts (or {VARIABLE}) and gguf"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
     digest = hashlib.sha256()
@@ -91,9 +93,7 @@ def _tokenizer(tokens: list[str], scores: list[float]) -> Any:
             if left in ids and right in ids:
                 merges.append((-score, ids[left], ids[right], left, right))
     pairs = [(left, right) for *_, left, right in sorted(merges)]
-    inner = Tokenizer(
-        models.BPE(ids, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    inner = Tokenizer(models.BPE(ids, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     inner.normalizer = normalizers.Replace(" ", "\u2581")
     inner.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     inner.decoder = decoders.Sequence(

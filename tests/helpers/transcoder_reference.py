@@ -62,11 +62,13 @@ def adjacency(
     with torch.enable_grad():
         frozen = frozen_pass(reference, run)
     layers = [transcoders[at] for at in range(reference.n_layers)]
-    active = torch.stack([one.encode(x.detach().float()) for one, x in zip(layers, frozen.read, strict=True)])
+    active = torch.stack(
+        [one.encode(x.detach().float()) for one, x in zip(layers, frozen.read, strict=True)]
+    )
     active = active.double()
     active[:, :n_zero] = 0
     kept = graph.active_features[graph.selected_features].tolist()
-    n_pos, n_layers = len(ids), reference.n_layers
+    n_pos = len(ids)
     writes: list[tuple[int, int, Tensor]] = [  # block, position, vector
         (at, p, active[at, p, i] * layers[at].W_dec[i].double()) for at, p, i in kept
     ]

@@ -19,6 +19,7 @@ from helpers.architectures import (
     LLAMA3_ROPE,
     LOCAL,
     NEOX,
+    prompt_ids,
     save_tiny,
 )
 from safetensors.torch import load_file, save_file
