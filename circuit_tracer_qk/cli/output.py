@@ -40,13 +40,14 @@ def log_output(program: str, verbose: bool) -> Iterator[None]:
             "errors take",
         ):  # a number may be meaningless
             warnings.filterwarnings("always", f"(?s).*{ours}")
-        warnings.filterwarnings("default", ".* stands in front of the prompt")  # said once
+        for once in ("stands in front of the prompt", "lack the factor of Gemma-3"):
+            warnings.filterwarnings("default", f".* {once}")
         show = warnings.showwarning
 
         def one_line(message: Any, category: type[Warning], *rest: Any) -> None:
             if category.__name__ in WARNINGS:
                 print(f"{program}: warning: {message}", file=sys.stderr)
-            elif category.__name__ == "FirstTokenWarning":
+            elif category.__name__ in ("FirstTokenWarning", "EmbeddingScaleWarning"):
                 print(f"{program}: note: {message}", file=sys.stderr)
             else:
                 show(message, category, *rest)

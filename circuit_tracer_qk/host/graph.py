@@ -32,6 +32,7 @@ from torch import Tensor
 from circuit_tracer_qk.base import digests
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.memory import fitting, is_full
+from circuit_tracer_qk.host.gemma3 import name_for_rules
 
 
 def _accepted(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:
@@ -194,7 +195,10 @@ def prompt_ids(prompt: str | Tensor | list[int], model: Any) -> Tensor:
     Raises:
         UserError: a prompt that cannot be read, or a single token.
     """
-    tokens = tokenize(prompt, model.tokenizer, "cpu", str(model.cfg.model_name))
+    name = str(model.cfg.model_name)
+    if getattr(model, "backend", None) != "nnsight":  # whose models stay circuit-tracer's own
+        name = name_for_rules(model.cfg, model.tokenizer)
+    tokens = tokenize(prompt, model.tokenizer, "cpu", name)
     if len(tokens) == 1:
         raise UserError(
             "The prompt is a single token, which circuit-tracer cannot attribute: give one more."

@@ -178,12 +178,23 @@ def _n_layers(folder: Path, *stems: str) -> int:
 
 
 def replacement_model(transformer: Any, transcoders: Any) -> Any:
-    """A TransformerLens model with transcoders in the place of its MLPs."""
+    """A TransformerLens model with transcoders in the place of its MLPs, as circuit-tracer does it.
+
+    What circuit-tracer does wrongly with Gemma-3 is put right (:mod:`circuit_tracer_qk.host.gemma3`).
+    """
     from circuit_tracer.replacement_model import replacement_model_transformerlens as home
 
-    from circuit_tracer_qk.host.graph import check_layers
+    from circuit_tracer_qk.host import gemma3
+    from circuit_tracer_qk.host.graph import check_layers, tokenize
 
     check_layers(transcoders, transformer.cfg.n_layers)
+    own = gemma3.rotary_tables(transformer)
     transformer.__class__ = home.TransformerLensReplacementModel
     transformer._configure_replacement_model(transcoders)
+    gemma3.put_back(transformer, own)
+    cfg, tokenizer = transformer.cfg, transformer.tokenizer
+    transformer.zero_positions = gemma3.zero_positions(cfg, tokenizer)
+    name = gemma3.name_for_rules(cfg, tokenizer)
+    if name != str(cfg.model_name):
+        transformer.ensure_tokenized = lambda prompt: tokenize(prompt, tokenizer, cfg.device, name)
     return transformer

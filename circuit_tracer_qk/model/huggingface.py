@@ -35,6 +35,9 @@ REFUSED = {
 }
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 MODALITIES = ("vision_config", "audio_config")
+TEXT_PART = {"gemma3": "gemma3_text"}  # multimodal types whose text part is a model by itself
+# where newer files of the whole have its weights; transformers knows the older ones
+TEXT_PART_KEYS = {r"^model\.language_model\.": "model."}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
     "spiece.model",
@@ -222,7 +225,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def read_config(source: Source) -> Any:
-    """The Hugging Face configuration of ``source``."""
+    """The Hugging Face configuration of ``source``, or of its text part."""
     from transformers import AutoConfig
 
     if source.local:
@@ -234,7 +237,13 @@ def read_config(source: Source) -> Any:
             "Face's save_pretrained, or a hub id org/name."
         )
     try:
-        return source.load(AutoConfig.from_pretrained)
+        config = source.load(AutoConfig.from_pretrained)
+        if config.model_type not in TEXT_PART:
+            return config
+        text = config.get_text_config()
+        if hasattr(config, "quantization_config"):  # whose weights are refused
+            text.quantization_config = config.quantization_config
+        return text
     except Exception as error:  # whatever a field of the wrong type leads to
         raise source.failure("config.json", error) from error
 
@@ -312,6 +321,7 @@ def read_weights(source: Source, config: Any, dtype: torch.dtype) -> Any:
             config=config,
             dtype=dtype,
             attn_implementation="eager",
+            key_mapping=TEXT_PART_KEYS if config.model_type in TEXT_PART.values() else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )

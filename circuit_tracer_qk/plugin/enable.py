@@ -3,7 +3,8 @@
 While enabled, in this process, circuit-tracer's
 
 - ``attribute(..., qk=True)`` explains the graph that it makes, and attributes residual models;
-- ``ReplacementModel.from_pretrained(..., backend="residual")`` loads a residual model;
+- ``ReplacementModel.from_pretrained(..., backend="residual")`` loads a residual model, and a
+  Gemma-3 has the rotary tables of each of its layers;
 - ``create_graph_files`` writes explained graphs with their heads and QK attributions;
 - ``serve`` shows them with the panel, and answers for any head of those still in memory.
 
@@ -29,8 +30,10 @@ from circuit_tracer_qk.base.files import beside, companion_of
 from circuit_tracer_qk.frontend import server
 from circuit_tracer_qk.graph_files import create as export
 from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.host.gemma3 import names_gemma_3
 from circuit_tracer_qk.host.patching import graph_files_arguments, replace, with_option
 from circuit_tracer_qk.plugin.attribute import attribute as attribute_any
+from circuit_tracer_qk.plugin.host_command import load_exactly
 from circuit_tracer_qk.plugin.live import LiveGraphs
 
 _lock = Lock()
@@ -58,6 +61,7 @@ def enable() -> None:
                 "create_graph_files": _create_graph_files,
                 "serve": _serve,
                 "from_pretrained": _from_pretrained,
+                "from_pretrained_and_transcoders": _gemma_3,
             }
             _put_back = replace(wraps)
 
@@ -129,6 +133,19 @@ def _serve(original: Callable[..., Any]) -> Callable[..., Any]:
         return server.serve(**given, live=LiveGraphs(graphs) if graphs else None)
 
     return serve
+
+
+def _gemma_3(original: Callable[..., Any]) -> Callable[..., Any]:
+    """circuit-tracer's loading, but of Gemma-3, whose rotary tables it mixes up."""
+    signature, exactly = inspect.signature(original), load_exactly(original)
+
+    @functools.wraps(original)
+    def from_pretrained_and_transcoders(*args: Any, **options: Any) -> Any:
+        given = signature.bind(*args, **options).arguments
+        ours = _enabled() and names_gemma_3(str(given["model_name"]))
+        return (exactly if ours else original)(*args, **options)
+
+    return from_pretrained_and_transcoders
 
 
 def _from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,8 +17,8 @@ from circuit_tracer_qk.attribution.transcoder import graph as transcoder
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.memory import is_full, too_large
 from circuit_tracer_qk.graph_files import create as export
+from circuit_tracer_qk.host import gemma3, patching
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.host import patching
 from circuit_tracer_qk.model.huggingface import TOO_LARGE, first_line, is_gguf
 from circuit_tracer_qk.model.load import load_transformer
 
@@ -82,7 +82,7 @@ def explaining(qk: bool, np_model: str | None = None) -> Iterator[Run]:
         "attribute": attribute,
         "create_graph_files": create_graph_files,
         "load_transcoder_from_hub": _load_transcoders,
-        "from_pretrained_and_transcoders": _load_replacement_model,
+        "from_pretrained_and_transcoders": load_exactly,
     }
     with patching.replace(wraps):
         yield run
@@ -111,14 +111,19 @@ def _load_transcoders(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-def _load_replacement_model(original: Callable[..., Any]) -> Callable[..., Any]:
+def load_exactly(original: Callable[..., Any]) -> Callable[..., Any]:
+    """circuit-tracer's loading of a replacement model, which takes folders and Gemma-3 exactly.
+
+    What goes to TransformerLens beside the dtype and the device is left to circuit-tracer.
+    """
     signature = inspect.signature(original)
 
     def load(*args: Any, **options: Any) -> Any:
         given = dict(signature.bind(*args, **options).arguments)
         name, backend = given["model_name"], given.get("backend", "transformerlens")
+        ours = os.path.isdir(name) or is_gguf(Path(name)) or gemma3.names_gemma_3(name)
         try:
-            if (os.path.isdir(name) or is_gguf(Path(name))) and backend == "transformerlens":
+            if ours and backend == "transformerlens" and not given.get("kwargs"):
                 taken = {k: given[k] for k in ("dtype", "device") if k in given}
                 return patching.replacement_model(
                     load_transformer(name, **taken), given["transcoders"]

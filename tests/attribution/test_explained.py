@@ -9,18 +9,18 @@ from typing import Any
 import circuit_tracer
 import pytest
 import torch
-from helpers.architectures import prompt_ids, save_tiny
-from helpers.random_transcoders import HOST_RUNS, KINDS, PLACES, replacement_model
+from helpers.architectures import ARCHITECTURES, prompt_ids, save_tiny
+from helpers.random_transcoders import KINDS, PLACES, replacement_model
 
 import circuit_tracer_qk as ctqk
 
 OPTIONS: dict[str, Any] = {"max_n_logits": 2, "max_feature_nodes": 30, "batch_size": 16}
 
 
-@pytest.mark.parametrize("name", HOST_RUNS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_head_that_writes_nothing_has_no_part(tmp_path: Path, name: str):
     save_tiny(name, tmp_path)
-    kind = KINDS[HOST_RUNS.index(name) % len(KINDS)]
+    kind = KINDS[list(ARCHITECTURES).index(name) % len(KINDS)]
     model = replacement_model(tmp_path, kind, *PLACES["mlp.hook_in"])
     layer, head = 1, model.cfg.n_heads - 1
     with torch.no_grad():

@@ -15,8 +15,8 @@ from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
 from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
 from torch import Tensor
 
+from circuit_tracer_qk.host import patching
 from circuit_tracer_qk.model.load import load_transformer
-from helpers.architectures import ARCHITECTURES
 
 PLACES = {
     "mlp.hook_in": ("mlp.hook_in", "mlp.hook_out"),
@@ -24,8 +24,6 @@ PLACES = {
     "hook_resid_mid": ("hook_resid_mid", "hook_mlp_out"),
 }
 
-
-HOST_RUNS = [name for name in ARCHITECTURES if name != "gemma3"]
 
 KINDS = ("relu", "jumprelu", "topk", "skip", "clt", "clt-skip")
 
@@ -36,12 +34,24 @@ def replacement_model(
     reads: str = "mlp.hook_in",
     writes: str = "hook_mlp_out",
     dtype: torch.dtype = torch.float32,
+    stock: bool = False,
 ) -> Any:
-    """A saved model with random transcoders in the place of its MLPs."""
+    """A saved model with random transcoders in the place of its MLPs.
+
+    Args:
+        folder: the model.
+        kind: of ``KINDS``.
+        reads, writes: where the transcoders are.
+        dtype: of the model.
+        stock: as circuit-tracer alone sets it up, Gemma-3's rotary tables mixed up.
+    """
     model: Any = load_transformer(folder, dtype=dtype, device="cpu")
     transcoders = random_transcoders(model.cfg.n_layers, model.cfg.d_model, kind, reads, writes)
-    model.__class__ = TransformerLensReplacementModel
-    model._configure_replacement_model(transcoders)
+    if stock:
+        model.__class__ = TransformerLensReplacementModel
+        model._configure_replacement_model(transcoders)
+    else:
+        model = patching.replacement_model(model, transcoders)
     model.tokenizer = Tokenizer(model.cfg.d_vocab)
     return model
 

@@ -19,6 +19,7 @@ from helpers.architectures import (
     LLAMA3_ROPE,
     LOCAL,
     NEOX,
+    prompt_ids,
     save_tiny,
 )
 from safetensors.torch import load_file, save_file
@@ -390,7 +391,6 @@ REFUSALS = {
     "deepseek-v3": (lambda: T.DeepseekV3Config(), "mixture of experts"),
     "olmo2": (lambda: T.Olmo2Config(), "QK norm over whole vectors"),
     "olmo3": (lambda: T.Olmo3Config(), "QK norm over whole vectors"),
-    "gemma3-multimodal": (lambda: T.Gemma3Config(), "multimodal"),
     "llava": (lambda: T.LlavaConfig(), "multimodal"),
     "opt": (lambda: T.OPTConfig(), "OPTForCausalLM"),
     "bidirectional": (
@@ -421,10 +421,35 @@ def test_refused_by_name(name, tmp_path):
     assert expected in refusal(config_only(tmp_path / name, config()))
 
 
-def test_quantised_weights_are_refused(tmp_path):
+@pytest.mark.parametrize("config", [T.LlamaConfig(**SIZES), T.Gemma3Config()])
+def test_quantised_weights_are_refused(tmp_path, config):
     quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    folder = config_only(tmp_path / "small", T.LlamaConfig(**SIZES), **quantised)
+    folder = config_only(tmp_path / "small", config, **quantised)
     assert "quantised" in refusal(folder)
+
+
+def test_the_text_part_of_a_multimodal_gemma3(tmp_path):
+    """As older and newer transformers write it; its weights are those of the whole."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, "patch_size": 14}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    text = ARCHITECTURES["gemma3"]().to_dict()
+    config = T.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    whole = T.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    ids = torch.tensor([prompt_ids("gemma3", 12)])
+    with torch.no_grad():
+        expected = whole(ids).logits
+    path = tmp_path / "model.safetensors"
+    older, newer = "language_model.model.", "model.language_model."
+    stored = {key.replace(newer, older): value for key, value in load_file(path).items()}
+    assert any(key.startswith(older) for key in stored)
+    for prefix in (older, newer):
+        tensors = {key.replace(older, prefix): value for key, value in stored.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+        model = load_transformer(tmp_path, device="cpu")
+        assert model.cfg.original_architecture == "Gemma3ForCausalLM"
+        assert float((model(ids) - expected).abs().max()) < 1e-5
 
 
 def test_second_rotary_base_is_refused_by_an_old_transformer_lens(tiny, monkeypatch):

@@ -16,6 +16,7 @@ from circuit_tracer_qk.base.package import ROOT
 from circuit_tracer_qk.dictionaries.catalogue import MINIATURES
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.dictionaries.load import load_dictionaries
+from circuit_tracer_qk.host import gemma3
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.check import check_exact
 from circuit_tracer_qk.model.load import check_dtype, load_transformer
@@ -71,7 +72,8 @@ class ResidualModel:
         15
         """
         device = self.transformer.W_E.device
-        return host.tokenize(prompt, self.tokenizer, device, str(self.cfg.model_name))
+        name = gemma3.name_for_rules(self.cfg, self.tokenizer)
+        return host.tokenize(prompt, self.tokenizer, device, name)
 
 
 def load_model(
@@ -94,7 +96,8 @@ def load_model(
         dtype: of the weights; everything is contracted in float32, or float64 for float64.
         device: cuda if there is one, else cpu.
         zero_positions: positions whose features are dropped, as circuit-tracer does: the first
-            (gemma-3-it: the first four). ``slice(0, 0)`` keeps them all.
+            (an instruction-tuned Gemma-3, which its chat template tells: the first four).
+            ``slice(0, 0)`` keeps them all.
         checkpoints: the dictionaries to fetch and read, where not all are needed: QK attributions
             of block ``l`` need checkpoint ``l``.
 
@@ -145,8 +148,7 @@ def load_model(
         transformer.setup()  # folding puts in new norms, whose hooks older trees do not register
         check(transformer)
     if zero_positions is None:
-        name = str(transformer.cfg.model_name)
-        zero_positions = slice(0, 4 if "gemma-3" in name and name.endswith("-it") else 1)
+        zero_positions = gemma3.zero_positions(transformer.cfg, transformer.tokenizer)
     return ResidualModel(transformer, dictionaries, zero_positions)
 
 

@@ -6,6 +6,7 @@ at every block (attribution/README.md, section 4), and QK attributions over the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,7 @@ from circuit_tracer_qk.attribution.transcoder.qk import TranscoderQK
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
+from circuit_tracer_qk.host import gemma3
 from circuit_tracer_qk.host import graph as host
 from circuit_tracer_qk.model.check import check_patterns
 from circuit_tracer_qk.model.supported import refuse_attention
@@ -132,6 +134,8 @@ def check_model(model: Any) -> None:
 def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
     """Explain a graph that circuit-tracer made (paper, "Head loadings" and "QK attributions").
 
+    Token edges of Gemma-3 that its nnsight backend made without the embeddings' factor get it.
+
     Args:
         graph: of ``circuit_tracer.attribute``, or loaded from a file. It is left as it is.
         model: the replacement model that it was made with (TransformerLens backend).
@@ -139,6 +143,9 @@ def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
     Raises:
         UserError: another model, a backend or architecture that is not done exactly, targets that
             are no tokens, or edges that our own sweeps do not reproduce.
+
+    Warns:
+        EmbeddingScaleWarning: token edges were multiplied by the embeddings' factor.
 
     >>> import circuit_tracer
     >>> stock = circuit_tracer.attribute(prompt, replacement_model)  # doctest: +SKIP
@@ -163,22 +170,62 @@ def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
         not exact,
         **host.arguments_of(graph),
     )
+    if gemma3.is_gemma_3(model.cfg):
+        _put_token_edges_right(explained, gemma3.embedding_factor(model.cfg))
     _check_edges(explained)
     return explained
 
 
+def _put_token_edges_right(graph: TranscoderGraph, factor: float) -> None:
+    """Multiply token edges by the embeddings' factor where the graph was made without it.
+
+    Warns:
+        EmbeddingScaleWarning: that it was.
+    """
+    n_pos = len(graph.input_tokens)
+    last = len(graph.adjacency_matrix) - len(graph.logit_targets)
+    tokens = torch.arange(last - n_pos, last)
+    ours, theirs = _largest(graph, tokens)
+    size = ours.abs().sum()  # of many, so that an edge that nearly cancels decides nothing
+    if float((ours - theirs).abs().sum()) <= 0.5 * size or float(
+        (ours - factor * theirs).abs().sum()
+    ) > size * _limit(graph):
+        return
+    scaled = graph.adjacency_matrix.clone()
+    scaled[:, tokens] *= factor
+    graph.adjacency_matrix = scaled
+    warnings.warn(
+        "the graph's token edges lack the factor of Gemma-3's embeddings, as those of "
+        f"circuit-tracer's nnsight backend do: they are multiplied by {factor:.4g} here",
+        gemma3.EmbeddingScaleWarning,
+        stacklevel=2,
+    )
+
+
+def _limit(graph: TranscoderGraph) -> float:
+    return AGREES_HALF if graph.rounded else AGREES
+
+
+def _largest(graph: TranscoderGraph, sources: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest edges from some nodes that are not zero: ours, and the host's."""
+    edges = graph.adjacency_matrix[:, sources].double().cpu()
+    flat = edges.abs().flatten().topk(min(CHECKED, edges.numel())).indices
+    target, column = flat // edges.shape[1], flat % edges.shape[1]
+    theirs = edges[target, column]
+    joined = theirs != 0
+    if not bool(joined.any()):
+        return theirs[joined], theirs[joined]
+    ours = graph.split(sources[column[joined]], target[joined]).weight.double().cpu()
+    return ours, theirs[joined]
+
+
 def _check_edges(graph: TranscoderGraph) -> None:
     """Hold some of the largest edges to the host's: one model fact read wrongly would show."""
-    edges = graph.adjacency_matrix.double().cpu()
-    flat = edges.abs().flatten().topk(min(CHECKED, edges.numel())).indices
-    target, source = flat // edges.shape[1], flat % edges.shape[1]
-    theirs = edges[target, source]
-    if not bool((theirs != 0).any()):
+    ours, theirs = _largest(graph, torch.arange(len(graph.adjacency_matrix)))
+    if len(theirs) == 0:
         return
-    joined = theirs != 0
-    ours = graph.split(source[joined], target[joined]).weight.double().cpu()
-    off = float((ours - theirs[joined]).abs().max() / theirs.abs().max())
-    limit = AGREES_HALF if graph.rounded else AGREES
+    off = float((ours - theirs).abs().max() / theirs.abs().max())
+    limit = _limit(graph)
     if not off <= limit:
         raise UserError(
             f"our sweeps give other edges than circuit-tracer ({off:.1e} of the largest, limit "

@@ -109,7 +109,7 @@ def read_transcoder_graph(
     if not torch.equal(nodes.active.cpu(), graph.active_features.cpu().to(nodes.active.dtype)):
         raise UserError(
             "the graph was made with another model or other transcoders: its active features are "
-            "not theirs; name the ones that it was made with."
+            f"not theirs; name the ones that it was made with{_or_again(model)}."
         )
     run = freeze(model, tokens)
     points = read_hook_points(
@@ -224,6 +224,16 @@ def _reads(
     return Reads(*map(torch.cat, ((layer, of_logits), (position, at_end), (row, logits))))
 
 
+def _or_again(model: Any) -> str:
+    """What else may be wrong with a graph that the model did not make."""
+    if getattr(model.cfg, "rotary_base_local", None) is None:
+        return ""
+    return (
+        ", or make it again here: circuit-tracer by itself runs this model with one rotary table "
+        "for its local and global layers"
+    )
+
+
 def refuse_shared_rotary(model: Any) -> None:
     """Refuse a host that runs local and global layers with one rotary table where they need two.
 
@@ -238,6 +248,7 @@ def refuse_shared_rotary(model: Any) -> None:
     first, second = (attn.rotary_cos for attn in kinds.values())
     if first is second or torch.equal(first, second):
         raise UserError(
-            f"circuit-tracer runs {cfg.model_name} with one rotary table for its local and global "
-            "layers, so its graphs are not those of the model and are not explained here."
+            f"circuit-tracer loaded {cfg.model_name} with one rotary table for its local and global "
+            "layers, so its graphs are not those of the model: load it again by its name or folder "
+            "after circuit_tracer_qk.enable(), which gives each layer its own."
         )

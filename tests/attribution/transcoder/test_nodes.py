@@ -5,8 +5,8 @@ from __future__ import annotations
 import circuit_tracer
 import pytest
 import torch
-from helpers.architectures import prompt_ids, save_tiny
-from helpers.random_transcoders import HOST_RUNS, KINDS, PLACES, columns_of, replacement_model
+from helpers.architectures import ARCHITECTURES, prompt_ids, save_tiny
+from helpers.random_transcoders import KINDS, PLACES, columns_of, replacement_model
 
 from circuit_tracer_qk import UserError
 from circuit_tracer_qk.attribution.transcoder.graph import explain_graph
@@ -14,7 +14,7 @@ from circuit_tracer_qk.attribution.transcoder.nodes import read_transcoder_graph
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", HOST_RUNS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parts_sum_to_circuit_tracers_edges(tmp_path, record_error, name, kind):
     save_tiny(name, tmp_path)
     place = list(PLACES)[KINDS.index(kind) % 3]
@@ -39,7 +39,7 @@ def test_parts_sum_to_circuit_tracers_edges(tmp_path, record_error, name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", HOST_RUNS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sources_sum_to_the_residual_stream(tmp_path, record_error, name, kind):
     """Nodes and what is no node, carried: the model's own residual stream, at every checkpoint."""
     save_tiny(name, tmp_path)
@@ -68,11 +68,14 @@ def test_sources_sum_to_the_residual_stream(tmp_path, record_error, name, kind):
 
 def test_gemma3_is_refused_where_the_host_is_wrong(tmp_path):
     save_tiny("gemma3", tmp_path)
-    model = replacement_model(tmp_path, "relu")
     ids = prompt_ids("gemma3", 8)
-    graph = circuit_tracer.attribute(ids, model, max_n_logits=2, batch_size=16)
-    with pytest.raises(UserError, match="one rotary table"):
-        explain_graph(graph, model)
+    stock = replacement_model(tmp_path, "relu", stock=True)
+    graph = circuit_tracer.attribute(ids, stock, max_n_logits=2, batch_size=16)
+    with pytest.raises(UserError, match=r"one rotary table .* after circuit_tracer_qk.enable\(\)"):
+        explain_graph(graph, stock)
+    right = replacement_model(tmp_path, "relu")
+    with pytest.raises(UserError, match=r"or make it again here: .* one rotary table"):
+        explain_graph(graph, right)
 
 
 def test_a_graph_of_other_transcoders_is_refused(tmp_path):

@@ -9,9 +9,9 @@ from typing import Any
 import circuit_tracer
 import pytest
 import torch
-from helpers.architectures import prompt_ids, save_tiny
+from helpers.architectures import ARCHITECTURES, prompt_ids, save_tiny
 from helpers.linear_blocks import Case, linear_block
-from helpers.random_transcoders import HOST_RUNS, KINDS, PLACES, columns_of, replacement_model
+from helpers.random_transcoders import KINDS, PLACES, columns_of, replacement_model
 from helpers.reference import Reference
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def carried(case: Case, run: TranscoderRun, sources: list[int], layer: int) -> T
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", HOST_RUNS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_scores_are_sums_over_sources(tmp_path, record_error, name, kind):
     qk, case = build(tmp_path, name, kind)
     run, reference = qk.parts, case.reference
