@@ -22,6 +22,7 @@ from circuit_tracer_qk.base import hub
 from circuit_tracer_qk.base.errors import UserError
 from circuit_tracer_qk.base.files import read_file
 from circuit_tracer_qk.base.memory import is_full, too_large
+from circuit_tracer_qk.model.gguf_tokenizer import read_gemma_tokenizer
 
 ALIBI = "its attention adds ALiBi position biases, which QK attributions do not decompose"
 REFUSED = {
@@ -293,14 +294,21 @@ def architecture_of(source: Source, config: Any) -> str:
     return architecture
 
 
-def read_tokenizer(source: Source) -> Any | None:
-    """The tokenizer, with a BOS put in front by default as TransformerLens wants it; else None."""
+def read_tokenizer(source: Source, kind: str) -> Any | None:
+    """The tokenizer, with a BOS put in front by default as TransformerLens wants it; else None.
+
+    Args:
+        source: the model.
+        kind: its ``model_type``.
+    """
     from transformers import AutoTokenizer
 
     files = source.local and not source.gguf
     if files and not any((Path(source.path) / f).exists() for f in TOKENIZER_FILES):
         return None
     try:
+        if source.gguf is not None and kind.startswith("gemma"):
+            return read_gemma_tokenizer(Path(source.path, source.gguf))
         tokenizer = source.load(AutoTokenizer.from_pretrained)
         # TransformerLens loads the tokenizer a second time by name, without its revision, unless
         # it was made this way.

@@ -121,7 +121,7 @@ def _converted(source: Source, dtype: torch.dtype) -> HookedTransformer:
         config.reorder_and_upcast_attn = False
         cfg = build_config(config, architecture)
         cfg.model_name, cfg.dtype = source.title, dtype
-        tokenizer = read_tokenizer(source)
+        tokenizer = read_tokenizer(source, config.model_type)
         cfg.tokenizer_name = None if tokenizer is None else source.path
         model = empty_model(cfg, tokenizer)
         hf_model = read_weights(source, config, dtype)
