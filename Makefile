@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SEED := $(shell date +%j%H%M%S)
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-all lint studies bench fuzz
@@ -18,9 +19,9 @@ studies: $(READY)
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
-# Random cases of every surface; ARGS="--cases 5000 --seed 3" for more, or others.
+# Random cases of every surface, others each time; ARGS="--seed 3" for the same again, --cases for more.
 fuzz: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -s tests/fuzz --cases 1000 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests/fuzz --cases 1000 --seed $(SEED) $(ARGS)
 
 # Of every large matrix of cases a seeded sample that touches each row and column; all of them.
 test test-all: lint

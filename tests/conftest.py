@@ -42,6 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="where the random cases begin")
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    """How to have the same random cases again."""
+    return f"fuzz: --cases {config.getoption('--cases')} --seed {config.getoption('--seed')}"
+
+
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without ``--all``, keep a sample of every large matrix."""

@@ -33,7 +33,6 @@ def run_cases(
     def every(case: Any) -> None:
         check(case)
 
-    print(f"\n{number} cases from --seed {start}")
     every()
 
 
