@@ -42,11 +42,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="where the random cases begin")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    """How to have the same random cases again."""
-    return f"fuzz: --cases {config.getoption('--cases')} --seed {config.getoption('--seed')}"
-
-
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without ``--all``, keep a sample of every large matrix."""
@@ -117,6 +112,10 @@ def watch(browser: browsing.Browser) -> Iterator[browsing.Watch]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what was left out, and the worst errors: identities down, architectures across."""
+    option = terminalreporter.config.getoption
+    terminalreporter.write_line(
+        f"random cases: --cases {option('--cases')} --seed {option('--seed')}"
+    )
     for line in dict.fromkeys(browsing.skipped):
         terminalreporter.write_line(line)
     n_left_out = max(left_out, default=0)  # every process leaves out the same
