@@ -53,7 +53,9 @@ def read_gemma_tokenizer(file: Path) -> Any:
     # what is never split, as the normalised text has it: runs of spaces and line breaks, tags
     inner.add_tokens([AddedToken(p, normalized=True) for p in of_type.get(USER_DEFINED, ())])
     template = read("chat_template")
-    options: dict[str, Any] = named if template is None else named | {"chat_template": template}
+    options: dict[str, Any] = named | {"name_or_path": str(file.parent)}
+    if template is not None:
+        options["chat_template"] = template
     if "bos_token" in named:
         bos = named["bos_token"]
         inner.post_processor = processors.TemplateProcessing(

@@ -94,7 +94,7 @@ def test_edges_are_those_of_a_frozen_block(real: Real, graph: ctqk.ResidualGraph
         row = known[layer + 1].vectors(layer + 1, torch.tensor([feature]))[0].double()
         return layer + 1, position, acts[node] * row
 
-    for i in features.abs().flatten().topk(120).indices.tolist():
+    for i in features.abs().flatten().topk(1000).indices.tolist():
         target, source = divmod(i, graph.n_features)
         (layer, at, v), (_, to, y) = written(source), written(target)
         if (layer, at == to) in seen:
@@ -107,7 +107,7 @@ def test_edges_are_those_of_a_frozen_block(real: Real, graph: ctqk.ResidualGraph
         size = sum(abs(float(part)) for part in parts)
         worst = max(worst, abs(float(features[target, source]) - float(total[at] @ v)) / size)
     record_error("Gemma-3 270M: edges (float32)", "gemma3", worst)
-    assert len(seen) > 8 and worst < 1e-4
+    assert len(seen) >= 8 and worst < 1e-5
 
 
 @contextmanager
@@ -151,4 +151,4 @@ def test_transcoder_edges_are_those_of_an_independent_frozen_pass(real: Real) ->
     n_tokens = slice(len(edges) - 2 - len(IDS), len(edges) - 2)
     tokens = float((edges - expected)[:, n_tokens].abs().max() / expected[:, n_tokens].abs().max())
     record_error("Gemma-3 270M: transcoder edges (float32)", "gemma3", max(worst, tokens))
-    assert worst < 1e-5 and tokens < 1e-4
+    assert worst < 1e-5 and tokens < 1e-5

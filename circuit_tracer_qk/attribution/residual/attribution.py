@@ -21,6 +21,7 @@ from circuit_tracer_qk.base.selection import EXPLAINED, SELECTIONS
 from circuit_tracer_qk.dictionaries.dictionary import RESID_PRE
 from circuit_tracer_qk.dictionaries.dictionary_set import DictionarySet
 from circuit_tracer_qk.host import graph as host
+from circuit_tracer_qk.model.check import say_rounding
 from circuit_tracer_qk.model.heads import Heads, logit_directions
 from circuit_tracer_qk.model.run import freeze
 from circuit_tracer_qk.model.supported import read_blocks
@@ -93,7 +94,9 @@ def read(prompt: str | Tensor | list[int], model: ResidualModel) -> tuple[Decomp
     run = freeze(model.transformer, model.ensure_tokenized(prompt))
     parts = decompose(run, model.dictionaries, model.zero_positions)
     check_fvu(parts, model.dictionaries, model.zero_positions)
-    return parts, Heads(read_blocks(model.transformer, run.n_pos), run)
+    heads = Heads(read_blocks(model.transformer, run.n_pos), run)
+    say_rounding(heads, model.cfg.dtype)
+    return parts, heads
 
 
 @exactly

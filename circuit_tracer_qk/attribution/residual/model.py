@@ -93,7 +93,8 @@ def load_model(
             given). A TransformerLens model (norms folded or not) is used as it is.
         dictionaries: a built-in name, a local folder, a hub id ``org/name[@revision]`` or a set of
             :func:`load_dictionaries`, which is used as it is.
-        dtype: of the weights; everything is contracted in float32, or float64 for float64.
+        dtype: of the weights; everything is contracted in float32, or float64 for float64. What a
+            model in half precision rounds in its own pass stays (section 7 of attribution/README.md).
         device: cuda if there is one, else cpu.
         zero_positions: positions whose features are dropped, as circuit-tracer does: the first
             (an instruction-tuned Gemma-3, which its chat template tells: the first four).

@@ -32,7 +32,7 @@ from circuit_tracer_qk.base.memory import fitting
 from circuit_tracer_qk.base.precision import exactly
 from circuit_tracer_qk.host import gemma3
 from circuit_tracer_qk.host import graph as host
-from circuit_tracer_qk.model.check import check_patterns
+from circuit_tracer_qk.model.check import check_patterns, say_rounding
 from circuit_tracer_qk.model.supported import refuse_attention
 
 AGREES = 1e-3  # of the largest edge: what our sweeps may differ from the host's backward passes
@@ -162,7 +162,8 @@ def explain_graph(graph: host.Graph, model: Any) -> TranscoderGraph:
     columns = (W_U[:, ids] - W_U.mean(1, keepdim=True)).T
     parts = read_transcoder_graph(model, graph, columns)
     exact = model.cfg.dtype in (torch.float32, torch.float64)
-    check_patterns(parts.blocks.heads, str(model.cfg.model_name), exact)
+    check_patterns(parts.blocks.heads, str(model.cfg.model_name), model.cfg.dtype)
+    say_rounding(parts.blocks.heads, model.cfg.dtype)
     text_of = host.token_texts(model.tokenizer, model.cfg.d_vocab)
     explained = TranscoderGraph(
         parts,
