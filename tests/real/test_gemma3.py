@@ -44,7 +44,7 @@ class Real(NamedTuple):
 @pytest.fixture(scope="module")
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
     if not request.config.getoption("--all"):
-        pytest.skip("takes minutes and 6 GB: make test-all")
+        pytest.skip("takes minutes and 10 GB: make test-all")
     folder = tmp_path_factory.mktemp("gemma3")
     file = gguf_file(folder)
     theirs = AutoModelForCausalLM.from_pretrained(
